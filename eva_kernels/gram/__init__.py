@@ -1,0 +1,38 @@
+"""G += (X − s)ᵀ (X − s) over the unmasked rows of X, with their column sums and sum of squares."""
+
+from torch import Tensor
+
+from .._dispatch import choose_impl
+from .._rows import validate_rows
+from .reference import gram_reference
+
+__all__ = ["gram_accumulate_"]
+
+
+def gram_accumulate_(
+    gram: Tensor,  # (d, d) float32 or float64
+    column_sum: Tensor,  # (d,) float64
+    square_sum: Tensor,  # () float64
+    x: Tensor,  # (..., d) float32, bfloat16, float16 or float64
+    shift: Tensor,  # (d,) gram's dtype
+    row_mask: Tensor | None = None,  # (...) bool, False rows are left out
+    *,
+    sign: float = 1.0,
+    impl: str = "auto",
+) -> None:
+    """Fold the rows of ``x`` into a Gram matrix about a fixed shift, in place.
+
+    ``gram`` += sign · Σ z zᵀ, ``column_sum`` += sign · Σ z, ``square_sum`` += sign · Σ ‖z‖² with
+    z = x − shift over the rows where ``row_mask`` is True (all rows if None). ``sign=-1`` takes rows out
+    again that were folded in before.
+
+    Raises:
+        TypeError: ``x`` is not floating point or ``row_mask`` not bool.
+        ValueError: shapes do not fit, or ``impl`` is unknown.
+    """
+    validate_rows(x, shift, row_mask)
+    d = x.shape[-1]
+    if gram.shape != (d, d):
+        raise ValueError(f"gram: expected shape {(d, d)}, got {tuple(gram.shape)}")
+    choose_impl(impl)
+    gram_reference(gram, column_sum, square_sum, x, shift, row_mask, sign)

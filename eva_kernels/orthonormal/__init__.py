@@ -1,0 +1,31 @@
+"""An orthonormal basis of the columns of each matrix in a batch."""
+
+from torch import Tensor
+
+from .reference import cholesky_qr, householder_qr
+
+__all__ = ["ORTHONORMALITY", "orthonormalize"]
+
+ORTHONORMALITY = 1e-5  # largest |QᵀQ − I| accepted from Cholesky QR before Householder QR is used instead
+
+
+def orthonormalize(
+    y: Tensor,  # (..., d, q), d ≥ q
+) -> Tensor:  # (..., d, q)
+    """Orthonormal columns whose leading i span the leading i columns of ``y``, for every i.
+
+    Columns are scaled to unit norm, then CholeskyQR2 (Yamamoto et al. 2015) with its q × q algebra in
+    float64; matrices for which that fails (numerically dependent columns) take Householder QR, which
+    completes a deficient span by directions of its own.
+
+    Raises:
+        ValueError: fewer rows than columns.
+    """
+    if y.ndim < 2 or y.shape[-2] < y.shape[-1]:
+        raise ValueError(f"y: expected shape (..., d, q) with d ≥ q, got {tuple(y.shape)}")
+    flat = y.reshape(-1, *y.shape[-2:])
+    q, error = cholesky_qr(flat)
+    failed = ~(error < ORTHONORMALITY)  # NaN counts as failed
+    if bool(failed.any()):
+        q[failed] = householder_qr(flat[failed])
+    return q.reshape(y.shape)

@@ -1,0 +1,40 @@
+"""Y += (X − s)ᵀ ((X − s) Q) over the unmasked rows of X, with their column sums and sum of squares."""
+
+from torch import Tensor
+
+from .._dispatch import choose_impl
+from .._rows import validate_rows
+from .reference import subspace_reference
+
+__all__ = ["subspace_accumulate_"]
+
+
+def subspace_accumulate_(
+    product: Tensor,  # (d, q) float32 or float64
+    column_sum: Tensor,  # (d,) float64
+    square_sum: Tensor,  # () float64
+    x: Tensor,  # (..., d) float32, bfloat16, float16 or float64
+    basis: Tensor,  # (d, q) product's dtype
+    shift: Tensor,  # (d,) product's dtype
+    row_mask: Tensor | None = None,  # (...) bool, False rows are left out
+    *,
+    sign: float = 1.0,
+    impl: str = "auto",
+) -> None:
+    """Fold the rows of ``x`` into the product of their second moment with a basis, in place.
+
+    ``product`` += sign · Σ z (zᵀ basis), ``column_sum`` += sign · Σ z, ``square_sum`` += sign · Σ ‖z‖²
+    with z = x − shift over the rows where ``row_mask`` is True (all rows if None). ``sign=-1`` takes rows
+    out again that were folded in before.
+
+    Raises:
+        TypeError: ``x`` is not floating point or ``row_mask`` not bool.
+        ValueError: shapes do not fit, or ``impl`` is unknown.
+    """
+    validate_rows(x, shift, row_mask)
+    if basis.ndim != 2 or basis.shape[0] != x.shape[-1]:
+        raise ValueError(f"basis: expected shape ({x.shape[-1]}, q), got {tuple(basis.shape)}")
+    if product.shape != basis.shape:
+        raise ValueError(f"product: expected shape {tuple(basis.shape)}, got {tuple(product.shape)}")
+    choose_impl(impl)
+    subspace_reference(product, column_sum, square_sum, x, basis, shift, row_mask, sign)

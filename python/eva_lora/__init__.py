@@ -1,0 +1,13 @@
+"""EVA for LoRA models: ``eva_initialize(model, loader)`` before training, and the steps it is made of.
+
+This package knows models, loaders and LoRA libraries; the numerics are in :mod:`eva_kernels`.
+"""
+
+from .collect import collect
+from .config import EvaConfig
+from .initialize import apply, eva_initialize
+from .planning import EvaPlan, plan
+from .report import EvaReport
+from .statistics import EvaStatistics
+
+__all__ = ["EvaConfig", "EvaPlan", "EvaReport", "EvaStatistics", "apply", "collect", "eva_initialize", "plan"]

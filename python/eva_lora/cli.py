@@ -1,0 +1,34 @@
+"""The ``eva-lora`` command."""
+
+from pathlib import Path
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="eva-kernels")
+def main() -> None:
+    """EVA: initialise LoRA from the data it will be trained on."""
+
+
+@main.command()
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=".", show_default=True,
+              help="Folder that eva_report/ and eva_adapter/ are written to.")  # fmt: skip
+@click.option("--max-batches", type=click.IntRange(2), default=40, show_default=True, help="Batches EVA may see.")
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Training steps of each run.")
+def demo(output: Path, max_batches: int, steps: int) -> None:
+    """Run EVA on SmolLM2-135M and real text, reload the adapter, train a little."""
+    from . import demo as module
+
+    try:
+        module.run(output, max_batches=max_batches, steps=steps, echo=click.echo)
+    except (FileNotFoundError, ImportError) as error:
+        raise click.ClickException(f"{error}\nThe demo needs: pip install 'eva-kernels[demo]'") from error
+
+
+@main.command()
+def doctor() -> None:
+    """Say what is built and what is not, why, and what to do about it."""
+    from eva_kernels._build import describe
+
+    click.echo(describe())

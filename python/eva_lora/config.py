@@ -1,0 +1,162 @@
+"""Every choice of an EVA run, validated once."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Convergence = Literal["component", "subspace", "captured"]
+StatisticKind = Literal["auto", "gram", "subspace"]
+
+#: Values that are planned but not built yet, by field: refused with the values that work today.
+_BUILT = {
+    "convergence": ("component", "subspace"),
+    "nonfinite": ("error",),
+    "uncalled": ("error",),
+    "impl": ("auto", "reference"),
+}
+
+
+@dataclass(frozen=True)
+class EvaConfig:
+    """Options of EVA (Paischer et al., arXiv 2410.07170), with PEFT's names and defaults where PEFT has them.
+
+    Attributes:
+        rho: Candidate components per layer, as a multiple of its rank; ≥ 1. 1 keeps ranks uniform. Paper, §3.3.
+        tau: Convergence threshold in [0, 1] of the criterion below. Paper, §3.2.
+        convergence: "component" compares each component with itself one refresh earlier, whatever its sign
+            (the paper's criterion); "subspace" compares the leading subspaces, blind to rotations inside.
+        use_label_mask: Leave out rows whose label is ``label_mask_value``, where labels are per token.
+        label_mask_value: The label that marks a row to leave out.
+        whiten: Divide each row of A by the square root of its singular value. Paper, appendix on vision.
+        adjust_scaling_factors: Change alpha with the rank so that the LoRA scaling stays what it was.
+        max_batches: Stop after this many batches. None: ``DEFAULT_MAX_BATCHES``, so that every run ends.
+        max_rows: Stop once this many unmasked rows (tokens) were seen. None: no such bound.
+        min_rank: Smallest rank any layer may get; 0 lets a layer lose its adapter.
+        max_rank: Largest rank any layer may get. None: rho alone bounds it.
+        rank_multiple: Every rank is a multiple of this.
+        statistic: "gram" is exact, "subspace" needs d × q memory instead of d × d; "auto" takes "gram" for
+            inputs up to ``GRAM_MAX_FEATURES`` wide while ``memory_budget`` lasts.
+        oversampling: Columns kept per candidate component, ≥ 1. None: ``DEFAULT_OVERSAMPLING``.
+        memory_budget: Bytes all "gram" states together may take under "auto". None: no bound.
+        equal_data: Keep all layers accumulating until all have converged, so that their ratios come from
+            the same rows. False frees a layer's hook as soon as it has converged.
+        early_stop: End each forward at the last input still needed. "auto": unless the model is offloaded,
+            compiled, wrapped for distribution, or called through a ``forward_fn``.
+        share_inputs: Keep one statistic for layers that are fed the very same tensor (q, k and v, say).
+        nonfinite: What NaN or Inf in an input does; "error" names the layer.
+        uncalled: What a layer that the first batch does not reach does; "error" names it.
+        impl: Implementation of the accumulating ops.
+        deterministic: Bit-equal reruns on one device.
+        seed: Of the random start; the global generators are never touched.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range, or names something that is not built yet.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    convergence: Convergence = "component"
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+    max_batches: int | None = None
+    max_rows: int | None = None
+    min_rank: int = 0
+    max_rank: int | None = None
+    rank_multiple: int = 1
+    statistic: StatisticKind = "auto"
+    oversampling: float | None = None
+    memory_budget: int | None = None
+    equal_data: bool = False
+    early_stop: Literal["auto"] | bool = "auto"
+    share_inputs: bool = True
+    nonfinite: Literal["error", "skip"] = "error"
+    uncalled: Literal["error", "default"] = "error"
+    impl: str = "auto"
+    deterministic: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._number("rho", 1.0, None)
+        self._number("tau", 0.0, 1.0)
+        self._number("oversampling", 1.0, None, optional=True)
+        for name, low in (("min_rank", 0), ("rank_multiple", 1)):
+            self._integer(name, low)
+        for name in ("max_batches", "max_rows", "max_rank", "memory_budget"):
+            self._integer(name, 1, optional=True)
+        self._integer("seed", 0)
+        self._integer("label_mask_value", None)
+        for name in (
+            "use_label_mask",
+            "whiten",
+            "adjust_scaling_factors",
+            "equal_data",
+            "share_inputs",
+            "deterministic",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        self._choice("convergence", ("component", "subspace", "captured"))
+        self._choice("statistic", ("auto", "gram", "subspace"))
+        self._choice("nonfinite", ("error", "skip"))
+        self._choice("uncalled", ("error", "default"))
+        self._choice("impl", ("auto", "reference", "triton"))
+        if self.early_stop not in ("auto", True, False):
+            raise ValueError(f"early_stop: expected 'auto', True or False, got {self.early_stop!r}")
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ValueError(f"max_rank: expected at least min_rank ({self.min_rank}), got {self.max_rank}")
+
+    @classmethod
+    def of(cls, config: Any) -> "EvaConfig":
+        """Ours, PEFT's ``EvaConfig``, or None for the defaults.
+
+        Raises:
+            TypeError: ``config`` is none of these.
+        """
+        if config is None:
+            return cls()
+        if isinstance(config, cls):
+            return config
+        shared = ("rho", "tau", "use_label_mask", "label_mask_value", "whiten", "adjust_scaling_factors")
+        if type(config).__name__ == "EvaConfig" and all(hasattr(config, name) for name in shared):
+            return cls(**{name: getattr(config, name) for name in shared})
+        raise TypeError(f"config: expected eva_lora.EvaConfig or peft.EvaConfig, got {type(config).__name__}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "EvaConfig":
+        """Inverse of :meth:`to_dict`. Raises ValueError on a name this version does not know."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"config: unknown fields {unknown}; written by a newer version?")
+        return cls(**values)
+
+    def _choice(self, name: str, known: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+        built = _BUILT.get(name, known)
+        if value not in built:
+            raise ValueError(f"{name}: {value!r} is not available yet; supported values: {built}")
+
+    def _number(self, name: str, low: float, high: float | None, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not (value >= low and (high is None or value <= high) and value != float("inf")):
+            expected = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ValueError(f"{name}: expected a number {expected}, got {value!r}")
+
+    def _integer(self, name: str, low: int | None, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+        if low is not None and value < low:
+            raise ValueError(f"{name}: expected an integer of at least {low}, got {value}")

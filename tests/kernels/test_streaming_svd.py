@@ -1,0 +1,213 @@
+"""The two streaming statistics against the exact covariance of the same rows."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+
+from eva_kernels import GramStatistic, SubspaceStatistic, refresh_
+from eva_kernels.streaming_svd.refresh import RELATIVE_JITTER
+
+KINDS = [GramStatistic, SubspaceStatistic]
+
+
+def stream(num_batches, rows, d, *, decay=1.0, mean=0.0, seed=0):
+    """Batches whose covariance has eigenvalues i^-decay in a random rotation."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q
+    scales = torch.arange(1, d + 1, dtype=torch.float64) ** (-decay / 2)
+    offset = mean * torch.randn(d, dtype=torch.float64, generator=generator)
+    return [
+        ((torch.randn(rows, d, dtype=torch.float64, generator=generator) * scales) @ rotation.T + offset).float()
+        for _ in range(num_batches)
+    ]
+
+
+def run(kind, batches, q, **options):
+    statistic = kind(batches[0].shape[-1], q, **options)
+    for batch in batches:
+        statistic.accumulate_(batch)
+        refresh_([statistic])
+    if isinstance(statistic, GramStatistic):
+        statistic.solve_()
+    return statistic
+
+
+def scatter(batches):
+    rows = torch.cat(batches).double()
+    rows = rows - rows.mean(0)
+    return rows.T @ rows
+
+
+def loss(statistic, exact, r):
+    """1 − captured variance / optimum of the leading r components."""
+    basis = statistic.basis[:, :r].double()
+    best = torch.linalg.eigvalsh(exact)[-r:].sum()
+    return 1 - float(torch.trace(basis.T @ exact @ basis) / best)
+
+
+def test_gram_equals_pca_of_the_concatenated_rows():
+    batches = stream(6, 200, 40, decay=2, mean=3)
+    statistic = run(GramStatistic, batches, 10)
+    pca = PCA(10, svd_solver="full").fit(torch.cat(batches).double().numpy())
+    cosines = np.abs(np.sum(pca.components_.T * statistic.basis.double().numpy(), axis=0))
+    assert cosines.min() >= 1 - 1e-6
+    ratio = statistic.explained_variance_ratio().numpy()
+    np.testing.assert_allclose(ratio, pca.explained_variance_ratio_, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [1.0, 1.5, 2.0])
+def test_subspace_captures_nearly_all_that_can_be_captured(decay):
+    batches = stream(40, 300, 192, decay=decay)
+    statistic = run(SubspaceStatistic, batches, 48)
+    exact = scatter(batches)
+    assert loss(statistic, exact, 16) <= 2e-4
+    assert loss(statistic, exact, 32) <= 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mean", [5, 100, 1e4])
+def test_a_mean_far_from_zero_loses_nothing(kind, mean):
+    batches = stream(10, 200, 32, decay=2, mean=mean)
+    statistic = run(kind, batches, 16)
+    exact = scatter(batches)
+    assert loss(statistic, exact, 8) <= 1e-3
+    assert float(statistic.total_scatter()) == pytest.approx(float(exact.trace()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_constant_offset_changes_no_component(kind):
+    batches = stream(5, 200, 24, decay=2)
+    plain = run(kind, batches, 8)
+    moved = run(kind, [batch + 7.5 for batch in batches], 8)
+    cosines = (plain.basis * moved.basis).sum(0).abs()
+    assert cosines[:4].min() >= 1 - 1e-4
+    torch.testing.assert_close(moved.eigenvalues, plain.eigenvalues, rtol=1e-4, atol=0)
+
+
+def test_refreshing_together_equals_refreshing_alone():
+    batches = {d: stream(3, 100, d, seed=d) for d in (16, 24)}
+    together = [kind(d, 6) for d in (16, 24, 16) for kind in KINDS]
+    alone = [s.clone() for s in together]
+    for step in range(3):
+        for s in (*together, *alone):
+            s.accumulate_(batches[s.num_features][step])
+        joint = refresh_(together)
+        for s, expected in zip(alone, joint, strict=True):
+            (own,) = refresh_([s])
+            np.testing.assert_allclose(own.cosines, expected.cosines, atol=1e-4)
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a.eigenvalues, b.eigenvalues, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cosines_and_overlaps_describe_the_step(kind):
+    batches = stream(3, 200, 20, decay=2)
+    statistic = kind(20, 6)
+    for batch in batches:
+        statistic.accumulate_(batch)  # the first one still improves the random start
+        before = statistic.basis.double()
+        (result,) = refresh_([statistic])
+        cross = (before.T @ statistic.basis.double()).numpy()
+        np.testing.assert_allclose(result.cosines, np.abs(np.diag(cross)), atol=1e-6)
+        expected = [np.sum(cross[:i, :i] ** 2) for i in range(1, 7)]
+        np.testing.assert_allclose(result.overlaps, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permuting_the_batches_changes_captured_variance_by_little(kind):
+    batches = stream(12, 200, 64)
+    exact = scatter(batches)
+    losses = [loss(run(kind, order, 32), exact, 16) for order in (batches, batches[::-1])]
+    assert abs(losses[0] - losses[1]) <= 5e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reruns_are_bit_equal_and_the_global_generator_is_untouched(kind):
+    batches = stream(4, 100, 48)
+    state = torch.get_rng_state()
+    first, second = run(kind, batches, 12, seed=3), run(kind, batches, 12, seed=3)
+    assert torch.equal(first.basis, second.basis)
+    assert torch.equal(first.eigenvalues, second.eigenvalues)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_can_be_taken_out_before_the_refresh(kind):
+    batches = stream(3, 100, 16)
+    kept, changed = kind(16, 4, dtype=torch.float64), kind(16, 4, dtype=torch.float64)
+    for s in (kept, changed):
+        s.accumulate_(batches[0])
+    changed.accumulate_(batches[1])
+    changed.accumulate_(batches[1], sign=-1)
+    refresh_([kept, changed])
+    assert changed.num_rows == kept.num_rows == 100
+    torch.testing.assert_close(changed.eigenvalues, kept.eigenvalues, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nonfinite_rows_are_reported_and_leave_the_basis(kind, poison):
+    good, bad = kind(8, 4), kind(8, 4)
+    x = torch.randn(50, 8)
+    for s in (good, bad):
+        s.accumulate_(x)
+    refresh_([good, bad])
+    before = bad.basis.clone()
+    good.accumulate_(x)
+    bad.accumulate_(torch.full((50, 8), poison))
+    assert [r.finite for r in refresh_([good, bad])] == [True, False]
+    assert torch.equal(bad.basis, before)
+    assert good.basis.isfinite().all()
+
+
+# Float32 rounding in a product, amplified by the inverse root of the jitter where the stream has no rank left.
+RATIO_NOISE = 10 * np.finfo(np.float32).eps / RELATIVE_JITTER**0.5
+
+SPECTRA = {
+    "flat": lambda x: x,
+    "steep": lambda x: x * torch.logspace(0, -12, x.shape[1]),
+    "rank one": lambda x: x[:, :1] * torch.ones(x.shape[1]),
+    "all zero": lambda x: torch.zeros_like(x),
+    "constant": lambda x: torch.ones_like(x) * 3,
+    "duplicated rows": lambda x: x[:1].expand_as(x),
+    "huge outlier column": lambda x: torch.cat([x[:, :1] * 1e4, x[:, 1:]], 1),
+    "mean at 1e4 sigma": lambda x: x + 1e4,
+}
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    spectrum=st.sampled_from(sorted(SPECTRA)),
+    n=st.sampled_from([1, 2, 5, 64, 300]),
+    d=st.sampled_from([1, 2, 9, 48]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=150)
+def test_any_stream_gives_finite_orthonormal_components_in_range(kind, spectrum, n, d, dtype, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = max(1, d // 2)
+    statistic = kind(d, q)
+    for _ in range(3):
+        x = SPECTRA[spectrum](torch.randn(n, d, generator=generator)).to(dtype)
+        mask = torch.rand(n, generator=generator) < 0.5 if masked else None
+        statistic.accumulate_(x, mask)
+        (result,) = refresh_([statistic])
+        assert result.finite
+        ratio = result.explained_variance_ratio
+        assert np.all((ratio >= 0) & (ratio <= 1))
+        assert ratio.sum() <= 1 + RATIO_NOISE
+        assert np.all((result.cosines >= 0) & (result.cosines <= 1))
+        gram = statistic.basis.T @ statistic.basis
+        assert (gram - torch.eye(q)).abs().max() <= 1e-5
+
+
+def test_sizes_out_of_range_are_named():
+    with pytest.raises(ValueError, match=r"^num_features: expected at least 1, got 0"):
+        GramStatistic(0, 1)
+    with pytest.raises(ValueError, match=r"^num_components: expected 1 to 4 \(num_features\), got 5"):
+        SubspaceStatistic(4, 5)
