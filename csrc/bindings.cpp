@@ -1,41 +1,20 @@
 // The Python face of the module; the only file that knows Python. Shapes, types and ranges of arguments are
 // checked by eva_kernels.allocation and eva_kernels.convergence; here they are only relied upon.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
-#include <utility>
 
 #include "allocation.h"
+#include "arrays.h"
 #include "tracker.h"
 
-namespace py = pybind11;
+#ifdef EVA_CUDA
+void bind_cuda(py::module_& module);
+#endif
 
 namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-using Integers = Array<int64_t>;
-
-template <typename T>
-std::vector<T> to_vector(const Array<T>& array) {
-  return std::vector<T>(array.data(), array.data() + array.size());
-}
-
-template <typename T>
-Array<T> to_array(const std::vector<T>& values, std::vector<py::ssize_t> shape) {
-  Array<T> array(std::move(shape));
-  if (!values.empty()) std::memcpy(array.mutable_data(), values.data(), values.size() * sizeof(T));
-  return array;
-}
-
-template <typename T>
-Array<T> to_array(const std::vector<T>& values) {
-  return to_array(values, {static_cast<py::ssize_t>(values.size())});
-}
 
 Array<bool> to_flags(const std::vector<uint8_t>& values) {
   Array<bool> array(static_cast<py::ssize_t>(values.size()));
@@ -134,6 +113,10 @@ void restore(eva::Tracker& tracker, const Array<double>& ratios, const Array<uin
 PYBIND11_MODULE(_core, module) {
   using namespace pybind11::literals;
   module.doc() = "Rank allocation and convergence tracking over all sites, in C++.";
+  module.attr("cplusplus") = static_cast<int64_t>(__cplusplus);
+#ifdef EVA_CUDA
+  bind_cuda(module);
+#endif
   module.def("allocate_ranks", &allocate_ranks, "ratios"_a, "candidates"_a, "budget"_a, "groups"_a, "min_rank"_a,
              "max_rank"_a, "rank_multiple"_a, "divisors"_a);
   py::class_<eva::Tracker>(module, "Tracker")

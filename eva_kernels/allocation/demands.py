@@ -45,9 +45,7 @@ class Demands:
             min_rank=integer("min_rank", min_rank, at_least=0),
             max_rank=None if max_rank is None else integer("max_rank", max_rank, at_least=1),
             rank_multiple=integer("rank_multiple", rank_multiple, at_least=1),
-            divisors=None
-            if divisors is None
-            else integers("divisors", divisors, at_least=1, size=sites.size),
+            divisors=None if divisors is None else integers("divisors", divisors, at_least=1, size=sites.size),
         )
 
 

@@ -48,8 +48,7 @@ class ReferenceAllocator:
         for i in range(sites):
             if maximum is not None and candidates[i] > 0 and self.upper[i] == 0:
                 raise ValueError(
-                    f"max_rank: expected at least one block of {self.multiple[i]} components at site {i}, "
-                    f"got {maximum}"
+                    f"max_rank: expected at least one block of {self.multiple[i]} components at site {i}, got {maximum}"
                 )
             if self.lower[i] > self.upper[i]:
                 raise ValueError(
@@ -75,9 +74,7 @@ class ReferenceAllocator:
                 )
             self.free_units = (most - least) // self.unit
         if budget > 0 and least == 0 and most > 0 and self.multiples[0] > budget:
-            raise ValueError(
-                f"budget: expected at least one block of {self.multiples[0]} components, got {budget}"
-            )
+            raise ValueError(f"budget: expected at least one block of {self.multiples[0]} components, got {budget}")
 
     def allocate(self, ratios: Floats) -> Integers:
         """Ranks (sites,) for ``ratios`` (sites, ≥ columns).
@@ -166,6 +163,5 @@ def require_finite(name: str, values: Floats, read: NDArray[np.bool_]) -> None:
     if wrong.size:
         site, component = wrong[0]
         raise ValueError(
-            f"{name}: expected finite numbers, got {values[site, component]} at site {site}, "
-            f"component {component}"
+            f"{name}: expected finite numbers, got {values[site, component]} at site {site}, component {component}"
         )

@@ -8,9 +8,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._build import use_core
 from ..allocation.demands import Demands, matrix
+from .bases import BasisComparison, Comparison
 from .reference import EVIDENCE, ReferenceTracker, Verdict
 
-__all__ = ["ConvergenceTracker", "Decision"]
+__all__ = ["BasisComparison", "Comparison", "ConvergenceTracker", "Decision"]
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,7 @@ class ConvergenceTracker:
         name = EVIDENCE[self._settings["criterion"]]
         evidence = given[name]
         if evidence is None:
-            raise TypeError(
-                f"{name}: expected an array for criterion {self._settings['criterion']!r}, got None"
-            )
+            raise TypeError(f"{name}: expected an array for criterion {self._settings['criterion']!r}, got None")
         flags = np.ones(sites, np.bool_) if updated is None else np.asarray(updated)
         if flags.dtype != np.bool_:
             raise TypeError(f"updated: expected booleans, got {flags.dtype}")
@@ -143,7 +142,7 @@ class ConvergenceTracker:
                 tracker's.
         """
         for name, ours in self._settings.items():
-            theirs = state.get(name)
+            theirs: Any = state.get(name)
             if (ours is None) != (theirs is None) or not np.array_equal(ours, theirs):
                 raise ValueError(f"state: expected {name} {ours}, got {theirs}")
         restored = {}

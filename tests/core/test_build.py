@@ -1,0 +1,115 @@
+"""The build: what setup.py does without a compiler or nvcc, what nvcc makes of the CUDA sources, what is reported."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eva_kernels._build import build_info
+
+ROOT = Path(__file__).parents[2]
+
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no sources beside the tests")
+
+
+def build(into: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], dict[str, object]]:
+    """Runs setup.py's build, all of its output below ``into``; the finished process and the build record."""
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(into), "build_ext"]
+    command += ["--build-lib", str(into / "lib"), "--build-temp", str(into / "temp")]
+    process = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True, check=False
+    )
+    record = into / "lib" / "eva_kernels" / "_build_record.json"
+    return process, json.loads(record.read_text()) if record.exists() else {}
+
+
+@needs_sources
+def test_without_a_compiler_the_build_passes_and_says_why(tmp_path: Path) -> None:
+    process, record = build(tmp_path, CXX="no-such-compiler", EVA_BUILD_CUDA="0")
+    assert process.returncode == 0, process.stderr
+    assert (process.stdout + process.stderr).count("no-such-compiler not found") == 1
+    assert record["core"] == "not built: no-such-compiler not found"
+
+
+@needs_sources
+def test_cuda_that_was_asked_for_and_cannot_be_built_fails(tmp_path: Path) -> None:
+    process, _ = build(tmp_path, CUDA_HOME="/no/such/toolkit", EVA_BUILD_CUDA="1")
+    assert process.returncode != 0
+    assert "EVA_BUILD_CUDA=1, but there is no nvcc in CUDA_HOME or on PATH" in process.stderr
+
+
+@needs_sources
+def test_an_unknown_cuda_setting_fails(tmp_path: Path) -> None:
+    process, _ = build(tmp_path, EVA_BUILD_CUDA="yes")
+    assert process.returncode != 0
+    assert "EVA_BUILD_CUDA: expected auto, 0 or 1, got 'yes'" in process.stderr
+
+
+@needs_sources
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_failing_nvcc_leaves_the_core_and_is_reported(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho this nvcc is broken\nexit 1\n")
+    nvcc.chmod(0o755)
+    process, record = build(tmp_path, CUDA_HOME=str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    assert record["core"] == "built"
+    assert record["cuda"] == "not built: this nvcc is broken"
+    assert "building without CUDA, because this failed: this nvcc is broken" in process.stdout + process.stderr
+
+
+@needs_sources
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_architectures_are_taken_from_torch_cuda_arch_list(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    process, record = build(tmp_path, EVA_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="Ada 9.0a+PTX", MAX_JOBS="2")
+    assert process.returncode == 0, process.stderr
+    assert record["architectures"] == ["sm_89", "sm_90a", "compute_90a"]
+    process, _ = build(tmp_path, EVA_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="sm_90")
+    assert process.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: expected entries like 8.0, 9.0a or 10.0+PTX, got 'sm_90'" in process.stderr
+
+
+@needs_sources
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_nvcc_compiles_for_all_architectures_without_warnings_or_spills(tmp_path: Path) -> None:
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
+    strict = ["--Werror=all-warnings", "-Xptxas=-v,-warn-spills,-warn-lmem-usage", "-Xcompiler=-Wall,-Wextra,-Werror"]
+    command = ["nvcc", "-std=c++17", "-O3", *code, *strict, "-t", "2"]
+    process = subprocess.run(
+        [*command, "-c", str(ROOT / "csrc/cuda/compare_bases.cu"), "-o", str(tmp_path / "object")],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 3
+    assert "warning" not in process.stderr
+
+
+def test_build_info_is_complete_and_consistent() -> None:
+    info = build_info()
+    assert set(info) == {
+        *("core", "compiler", "cplusplus", "cuda", "nvcc", "architectures", "cuda_runtime", "cuda_driver"),
+        "remedies",
+    }
+    assert (info["core"] == "built") == (info["cplusplus"] is not None)
+    assert info["cuda"].startswith("built") == bool(info["architectures"])
+    assert bool(info["remedies"]) == (info["core"] != "built" or "device(s)" not in info["cuda"])
+    shown = subprocess.run([sys.executable, "-m", "eva_kernels._build"], text=True, capture_output=True, check=True)
+    assert f"cuda:          {info['cuda']}" in shown.stdout
+
+
+def test_neither_torch_nor_triton_is_imported() -> None:
+    names = "eva_kernels.allocation, eva_kernels.convergence, eva_kernels._build"
+    check = f"import sys, {names}; assert not {{'torch', 'triton', 'peft', 'eva_lora'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,0 +1,41 @@
+"""The C++ sources under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_compare_bases import SHAPES, bases, run_on_host
+
+from eva_kernels.convergence import BasisComparison
+
+SANITIZERS = {
+    "threads": ("-fsanitize=thread",),
+    "memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+}
+THREAD_SANITIZER_FOUND_A_RACE = 66  # its exit status
+KERNEL = "tests/core/compare_bases_host.cpp"
+TRACKERS = ("tests/core/trackers_host.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp")
+
+
+@pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
+def test_kernel_source_is_clean(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    previous, current = bases(SHAPES)
+    result = run_on_host(compile_program(KERNEL, flags=flags), previous, current, 0.9, padding=3)
+    reference = BasisComparison(SHAPES, 0.9, impl="reference")
+    reference.start(previous, current)
+    np.testing.assert_array_equal(result.components_converged, reference.result().components_converged)
+
+
+def test_the_thread_sanitizer_sees_missing_barriers(compile_program: Callable[..., Path]) -> None:
+    """The check above could find a race: without __syncthreads() it does."""
+    program = compile_program(KERNEL, flags=(*SANITIZERS["threads"], "-DWITHOUT_BARRIERS"))
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        run_on_host(program, *bases([(1300, 33)]), 0.9)
+    assert failure.value.returncode == THREAD_SANITIZER_FOUND_A_RACE
+
+
+@pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
+def test_trackers_are_clean_in_several_threads(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    subprocess.run([compile_program(*TRACKERS, flags=flags)], check=True)
