@@ -3,7 +3,7 @@
 This package knows models, loaders and LoRA libraries; the numerics are in :mod:`eva_kernels`.
 """
 
-from .collect import collect
+from .collecting import collect
 from .config import EvaConfig
 from .initialize import apply, eva_initialize
 from .planning import EvaPlan, plan

@@ -183,16 +183,18 @@ class Capture:
 
     def _split(self, entry: Input, site: int) -> Input:
         """Give ``site`` a statistic of its own, without the calls it did not share."""
-        taken = entry.taken.pop(site)
-        entry.sites.remove(site)
+        taken = entry.taken[site]
         own = Input(entry.statistic.clone(), entry.reason, [site], entry.calls[:taken], {site: taken}, entry.is_new)
         for call in entry.calls[taken:]:
             if call.held is None or call.version != _version(call.held):
+                other = next(s for s in entry.sites if s != site)
                 raise RuntimeError(
-                    f"layers {self.sites[site].name} and {self.sites[entry.sites[0]].name} shared their input until "
-                    "now, but it was edited in place between them; run with share_inputs=False"
+                    f"layers {self.sites[site].name} and {self.sites[other].name} shared their input until now, "
+                    "but it was edited in place between them; run with share_inputs=False"
                 )
             self._accumulate(own, site, call.held, sign=-1)
+        entry.sites.remove(site)
+        del entry.taken[site]
         self.inputs.append(own)
         self.input_of[site] = own
         self._release(entry)

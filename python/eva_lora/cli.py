@@ -29,6 +29,14 @@ def demo(output: Path, max_batches: int, steps: int) -> None:
 @main.command()
 def doctor() -> None:
     """Say what is built and what is not, why, and what to do about it."""
-    from eva_kernels._build import describe
+    from eva_kernels._build import build_info
 
-    click.echo(describe())
+    from .report import versions
+
+    info = build_info()
+    remedies = info.pop("remedies")
+    for name, value in {**versions(), **info}.items():
+        shown = ", ".join(value) if isinstance(value, list) else value
+        click.echo(f"{name:<14} {shown or '-'}")
+    for remedy in remedies:
+        click.echo(f"-> {remedy}")

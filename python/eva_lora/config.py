@@ -6,6 +6,10 @@ from typing import Any, Literal
 Convergence = Literal["component", "subspace", "captured"]
 StatisticKind = Literal["auto", "gram", "subspace"]
 
+DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run that would never converge
+DEFAULT_OVERSAMPLING = 3.0
+GRAM_MAX_FEATURES = 1024
+
 #: Values that are planned but not built yet, by field: refused with the values that work today.
 _BUILT = {
     "convergence": ("component", "subspace"),
@@ -68,7 +72,7 @@ class EvaConfig:
     statistic: StatisticKind = "auto"
     oversampling: float | None = None
     memory_budget: int | None = None
-    equal_data: bool = False
+    equal_data: bool = True
     early_stop: Literal["auto"] | bool = "auto"
     share_inputs: bool = True
     nonfinite: Literal["error", "skip"] = "error"

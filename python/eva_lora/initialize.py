@@ -7,7 +7,7 @@ from torch import nn
 
 from .adapters import find_adapter
 from .batches import ForwardFn, RowMaskFn
-from .collect import collect
+from .collecting import collect
 from .planning import EvaPlan, plan
 from .report import EvaReport
 

