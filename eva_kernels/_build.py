@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,8 @@ def _import_core() -> tuple[ModuleType | None, str]:
     try:
         return import_module("eva_kernels._core"), ""
     except ModuleNotFoundError:
-        return None, str(_record().get("core", "not built"))
+        reason = str(_record().get("core", "not built"))
+        return None, f"built, but not for {sys.implementation.cache_tag}" if reason == "built" else reason
     except ImportError as error:  # built, but for another interpreter or C++ library
         return None, f"built, but cannot be loaded: {error}"
 

@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._build import use_core
-from .demands import Demands, group_labels, integers, matrix
-from .reference import ReferenceAllocator
+from .demands import Demands, group_labels, integer, integers, matrix
+from .reference import ReferenceAllocator, most_of_group, site_multiples, whole_blocks
 
 __all__ = ["allocate_ranks", "candidate_components"]
 
@@ -64,11 +64,16 @@ def candidate_components(
     rho: float,
     widths: ArrayLike | None = None,  # (sites,) int
     groups: ArrayLike | None = None,  # (sites,) int
+    *,
+    rank_multiple: int = 1,
+    divisors: ArrayLike | None = None,  # (sites,) int
 ) -> NDArray[np.int64]:  # (sites,)
     """How many components of each site enter the allocation: round(rank · rho), halves to even.
 
     Never more than the input's width (``widths``), and, where ``groups`` marks sites that share one input,
-    the maximum of the group (arXiv 2410.07170, section 3).
+    the maximum of the group (arXiv 2410.07170, section 3). Under ``rank_multiple`` and ``divisors`` (as in
+    :func:`allocate_ranks`) whole blocks: rounded down, but to one block at least where the width has room.
+    The result is what a collector must keep of each site.
 
     Raises:
         ValueError: ``rho`` below 1 or not finite, a negative rank, shapes that do not fit.
@@ -77,13 +82,17 @@ def candidate_components(
     if not 1.0 <= rho < np.inf:
         raise ValueError(f"rho: expected a finite number of at least 1, got {rho}")
     configured = integers("ranks", ranks, at_least=0)
-    candidates = np.rint(configured * float(rho))
-    if widths is not None:
-        candidates = np.minimum(candidates, integers("widths", widths, at_least=0, size=configured.size))
-    result = candidates.astype(np.int64)
+    sites = configured.size
+    candidates = np.rint(configured * float(rho)).astype(np.int64)
+    width = None if widths is None else integers("widths", widths, at_least=0, size=sites)
+    if width is not None:
+        candidates = np.minimum(candidates, width)
     if groups is not None:
-        labels = group_labels(groups, configured.size)
-        most_of_group = np.zeros(configured.size, np.int64)
-        np.maximum.at(most_of_group, labels, result)
-        result = most_of_group[labels]
-    return result
+        candidates = most_of_group(candidates, group_labels(groups, sites))
+    multiple = site_multiples(
+        integer("rank_multiple", rank_multiple, at_least=1),
+        None if divisors is None else integers("divisors", divisors, at_least=1, size=sites),
+        sites,
+    )
+    candidates = whole_blocks(candidates, multiple)
+    return candidates if width is None else np.minimum(candidates, width // multiple * multiple)

@@ -1,7 +1,7 @@
 """Rank allocation in NumPy: the specification that the compiled module must equal, integer for integer."""
 
 from dataclasses import dataclass
-from math import gcd, lcm
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,20 +29,17 @@ class ReferenceAllocator:
     """
 
     def __init__(self, demands: Demands) -> None:
-        candidates = demands.candidates.copy()
+        candidates = demands.candidates
         sites = candidates.size
         if demands.groups is not None:
-            most_of_group = np.zeros(sites, np.int64)
-            np.maximum.at(most_of_group, demands.groups, candidates)
-            candidates = most_of_group[demands.groups]
+            candidates = most_of_group(candidates, demands.groups)
         minimum, maximum, budget = demands.min_rank, demands.max_rank, demands.budget
         if maximum is not None and minimum > maximum:
             raise ValueError(f"max_rank: expected at least min_rank {minimum}, got {maximum}")
 
-        divisors = np.ones(sites, np.int64) if demands.divisors is None else demands.divisors
-        self.multiple = np.array([lcm(demands.rank_multiple, int(d)) for d in divisors], np.int64)
+        self.multiple = site_multiples(demands.rank_multiple, demands.divisors, sites)
         self.lower = -(-minimum // self.multiple) * self.multiple
-        self.upper = np.maximum(candidates // self.multiple, candidates > 0) * self.multiple
+        self.upper = whole_blocks(candidates, self.multiple)
         if maximum is not None:
             self.upper = np.minimum(self.upper, maximum // self.multiple * self.multiple)
         for i in range(sites):
@@ -108,6 +105,25 @@ class ReferenceAllocator:
         site, value = np.concatenate(sites), np.concatenate(values)
         best_first = np.lexsort((site, np.concatenate(indices), -value))
         return Blocks(multiple, site[best_first], value[best_first])
+
+
+def most_of_group(candidates: Integers, groups: Integers) -> Integers:
+    """Each site's candidates raised to the maximum of its group."""
+    most = np.zeros(candidates.size, np.int64)
+    np.maximum.at(most, groups, candidates)
+    return most[groups]
+
+
+def site_multiples(rank_multiple: int, divisors: Integers | None, sites: int) -> Integers:
+    """What each site's rank must be a multiple of."""
+    if divisors is None:
+        return np.full(sites, rank_multiple)
+    return np.lcm(rank_multiple, divisors)
+
+
+def whole_blocks(candidates: Integers, multiple: Integers) -> Integers:
+    """Candidates rounded down to the multiple, but to one block at least where there are any."""
+    return np.maximum(candidates // multiple, candidates > 0) * multiple
 
 
 def split_between(classes: list[Blocks], unit: int, free_units: int) -> list[int]:

@@ -318,6 +318,8 @@ def test_candidates_are_rounded_half_to_even_and_bounded() -> None:
     assert candidate_components([1, 3, 5, 16], 1.5).tolist() == [2, 4, 8, 24]
     assert candidate_components([1, 3, 5, 16], 1.5, widths=[9, 9, 6, 20]).tolist() == [2, 4, 6, 20]
     assert candidate_components([4, 8, 8], 2.0, groups=[3, 3, 9]).tolist() == [16, 16, 16]
+    assert candidate_components([4, 8, 8], 1.0, [4, 6, 64], rank_multiple=3, divisors=[1, 2, 4]).tolist() == [3, 6, 12]
+    assert candidate_components([4, 4], 1.0, [4, 16], rank_multiple=8).tolist() == [0, 8]
     ranks = np.arange(200)
     for rho in (1.0, 1.2, 1.25, 2.5, 3.0):
         assert candidate_components(ranks, rho).tolist() == [round(int(r) * rho) for r in ranks]

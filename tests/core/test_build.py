@@ -109,6 +109,27 @@ def test_build_info_is_complete_and_consistent() -> None:
     assert f"cuda:          {info['cuda']}" in shown.stdout
 
 
+def test_without_the_module_auto_says_so_once_and_core_is_an_error() -> None:
+    program = """
+import sys, warnings
+sys.modules["eva_kernels._core"] = None  # as if it were not there
+from eva_kernels.allocation import allocate_ranks
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        assert allocate_ranks([[0.5, 0.2], [0.4, 0.3]], [2, 2], 3).tolist() == [1, 2]
+assert ["without its compiled module" in str(warning.message) for warning in told] == [True], told
+assert told[0].filename == "<string>", told[0]
+try:
+    allocate_ranks([[0.5]], [1], 1, impl="core")
+except RuntimeError as error:
+    assert "impl='core': expected the compiled module, but it is" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_neither_torch_nor_triton_is_imported() -> None:
     names = "eva_kernels.allocation, eva_kernels.convergence, eva_kernels._build"
     check = f"import sys, {names}; assert not {{'torch', 'triton', 'peft', 'eva_lora'}} & set(sys.modules)"
