@@ -1,14 +1,40 @@
 """One rule for every op's ``impl`` argument."""
 
+import os
+from importlib.util import find_spec
 
-def choose_impl(impl: str, available: tuple[str, ...] = ("reference",)) -> str:
-    """Resolve ``impl``; "auto" takes the first available, an explicit name never falls back.
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "reference")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose_impl(impl: str, x: Tensor, accumulator: Tensor) -> str:
+    """Resolve ``impl`` to "triton" or "reference"; an explicit name never falls back.
+
+    "auto" takes Triton for CUDA and HIP tensors it has kernels for, and the reference elsewhere. With
+    ``TRITON_INTERPRET=1`` an explicit "triton" works on CPU tensors too.
 
     Raises:
-        ValueError: ``impl`` is not "auto" nor one of ``available``.
+        ValueError: ``impl`` is unknown, or "triton" and Triton is missing or the tensors are not on a GPU.
+        TypeError: ``impl`` is "triton" and there is no kernel for these dtypes.
     """
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
+    if impl == "reference":
+        return impl
+    has_dtypes = x.dtype in TRITON_DTYPES and accumulator.dtype == torch.float32
+    has_triton = find_spec("triton") is not None
     if impl == "auto":
-        return available[0]
-    if impl not in available:
-        raise ValueError(f"impl: expected 'auto' or one of {available}, got {impl!r}")
+        return "triton" if x.is_cuda and has_dtypes and has_triton else "reference"
+    if not has_triton:
+        raise ValueError("impl: expected Triton to be installed for 'triton', and it is not")
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"impl: expected CUDA or HIP tensors for 'triton', got device {str(x.device)!r}")
+    if not has_dtypes:
+        raise TypeError(
+            f"impl: expected float32, bfloat16 or float16 rows and float32 accumulators for 'triton', "
+            f"got {x.dtype} and {accumulator.dtype}"
+        )
     return impl

@@ -27,12 +27,16 @@ def gram_accumulate_(
     again that were folded in before.
 
     Raises:
-        TypeError: ``x`` is not floating point or ``row_mask`` not bool.
-        ValueError: shapes do not fit, or ``impl`` is unknown.
+        TypeError: ``x`` is not floating point, ``row_mask`` not bool, or ``impl`` has no kernel for a dtype.
+        ValueError: shapes do not fit, or ``impl`` is unknown or cannot run here.
     """
     validate_rows(x, shift, row_mask)
     d = x.shape[-1]
     if gram.shape != (d, d):
         raise ValueError(f"gram: expected shape {(d, d)}, got {tuple(gram.shape)}")
-    choose_impl(impl)
-    gram_reference(gram, column_sum, square_sum, x, shift, row_mask, sign)
+    if choose_impl(impl, x, gram) == "triton":
+        from .triton import gram_triton
+
+        gram_triton(gram, column_sum, square_sum, x, shift, row_mask, sign)
+    else:
+        gram_reference(gram, column_sum, square_sum, x, shift, row_mask, sign)

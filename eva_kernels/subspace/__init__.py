@@ -36,5 +36,5 @@ def subspace_accumulate_(
         raise ValueError(f"basis: expected shape ({x.shape[-1]}, q), got {tuple(basis.shape)}")
     if product.shape != basis.shape:
         raise ValueError(f"product: expected shape {tuple(basis.shape)}, got {tuple(product.shape)}")
-    choose_impl(impl)
+    choose_impl(impl, x, product)
     subspace_reference(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
