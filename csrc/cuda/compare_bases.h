@@ -9,7 +9,7 @@
 namespace eva {
 
 struct ComparisonResult {
-  std::vector<double> cosines, overlaps, norms;                        // (sites, width)
+  std::vector<double> cosines, overlaps, norms;                   // (sites, width)
   std::vector<int32_t> components_converged, subspace_converged;  // (sites)
 };
 

@@ -22,8 +22,8 @@
 namespace eva {
 
 constexpr int kTile = 32;
-constexpr int kRowsAtOnce = 32;   // rows of both tiles in shared memory
-constexpr int kPerThread = 4;     // each thread sums kPerThread × kPerThread entries of the tile
+constexpr int kRowsAtOnce = 32;  // rows of both tiles in shared memory
+constexpr int kPerThread = 4;    // each thread sums kPerThread × kPerThread entries of the tile
 constexpr int kThreadsAcross = kTile / kPerThread;
 constexpr int kThreads = kThreadsAcross * kThreadsAcross;
 constexpr int kMaxColumns = 512;  // what the shared memory of the tiles holds in the last step
@@ -49,30 +49,34 @@ struct Partial {
 };
 
 struct ComparisonArguments {
-  const BasisPair* pairs;     // (sites)
-  const ComparedSite* sites;  // (sites)
-  const int32_t* task_site;   // (tasks)
-  Partial* partials;          // (tasks)
-  uint32_t* arrived;          // (sites) zero between launches
+  const BasisPair* pairs;         // (sites)
+  const ComparedSite* sites;      // (sites)
+  const int32_t* task_site;       // (tasks)
+  Partial* partials;              // (tasks)
+  uint32_t* arrived;              // (sites) zero between launches
   double tau;
-  int32_t width;              // columns of the results; entries beyond a site's own are 0
-  double* cosines;            // (sites, width)
-  double* overlaps;           // (sites, width)
-  double* norms;              // (sites, width) of the columns of Q'
+  int32_t width;                  // columns of the results; entries beyond a site's own are 0
+  double* cosines;                // (sites, width)
+  double* overlaps;               // (sites, width)
+  double* norms;                  // (sites, width) of the columns of Q'
   int32_t* components_converged;  // (sites) length of the leading run of cosines ≥ tau
   int32_t* subspace_converged;    // (sites) largest i with overlap_i / i ≥ tau
 };
 
+struct RowTiles {
+  float previous[kRowsAtOnce][kTile];
+  float current[kRowsAtOnce][kTile];
+};
+
+struct ColumnResults {
+  double cosines[kMaxColumns];
+  double overlaps[kMaxColumns];
+};
+
 struct ComparisonShared {
   union {
-    struct {
-      float previous[kRowsAtOnce][kTile];
-      float current[kRowsAtOnce][kTile];
-    } rows;
-    struct {
-      double cosines[kMaxColumns];
-      double overlaps[kMaxColumns];
-    } columns;
+    RowTiles rows;
+    ColumnResults columns;
   };
   bool last;
 };

@@ -268,12 +268,15 @@ def test_the_gil_is_released_during_an_update() -> None:
         np.full(sites, columns), sites * 16, None, 0, None, 1, None, tau=0.99, criterion="component"
     )
     numbers, everywhere = np.ones((sites, columns)), np.ones(sites, np.bool_)
-    entered, returned = threading.Event(), False
+    entered, seen, returned = threading.Event(), False, False
 
     def work() -> None:
         nonlocal returned
         entered.set()
-        tracker.update(numbers, numbers, everywhere)
+        for _ in range(300):  # however late the system wakes the other thread, one of them meets it
+            tracker.update(numbers, numbers, everywhere)
+            if seen:
+                break
         returned = True
 
     interval = sys.getswitchinterval()
@@ -282,7 +285,7 @@ def test_the_gil_is_released_during_an_update() -> None:
         worker = threading.Thread(target=work)
         worker.start()
         entered.wait()
-        ran_beside = not returned
+        ran_beside, seen = not returned, True
         worker.join()
     finally:
         sys.setswitchinterval(interval)
