@@ -79,6 +79,13 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def l2_bytes(device: torch.device) -> int:
+    """Size of the L2 cache; the interpreter is given a small one, so that it walks several chunks."""
+    if device.type == "cpu":
+        return 16_384
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
 def dot_precision() -> str:
     """How products of float32 rows are taken: as PyTorch's own switch for CUDA matrix products says."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -200,16 +207,29 @@ def add_totals_(
     sums = x.new_empty(layers, chunks, d, dtype=torch.float32)
     squares = sums.new_empty(layers, chunks, blocks)
     counts = sums.new_empty(layers, chunks)
-    batch_sums, batch_counts = sums.new_empty(layers, d), sums.new_empty(layers)
-    grouped = layers > 1
     _totals_kernel[(chunks, blocks, layers)](
         *rows.pointers, sums, squares, counts, n, d, *x.stride(),
         ROWS=TOTALS_ROWS, COLUMNS=TOTALS_COLUMNS, STEP=32,
-        ALIGNED=rows.aligned, MASKED=rows.masks is not None, GROUPED=grouped,
+        ALIGNED=rows.aligned, MASKED=rows.masks is not None, GROUPED=layers > 1,
     )  # fmt: skip
-    table = address_table(column_sums, square_sums) if grouped else None
-    _add_totals_kernel[(blocks, layers)](
+    return finish_totals_(column_sums, square_sums, sums, squares, counts, TOTALS_COLUMNS, sign)
+
+
+def finish_totals_(
+    column_sums: list[Tensor],  # (d,) float64 each
+    square_sums: list[Tensor],  # () float64 each
+    sums: Tensor,  # (layers, chunks, d) float32
+    squares: Tensor,  # (layers, chunks, column blocks) float32
+    counts: Tensor,  # (layers, chunks) float32
+    columns: int,  # in a block
+    sign: float,
+) -> tuple[Tensor, Tensor]:  # (layers, d) float32, (layers,) float32
+    """Add the totals of chunks of rows to those of every layer; return the batch's own Σ z and number of rows."""
+    layers, chunks, d = sums.shape
+    batch_sums, batch_counts = sums.new_empty(layers, d), sums.new_empty(layers)
+    table = address_table(column_sums, square_sums) if layers > 1 else None
+    _add_totals_kernel[(squares.shape[2], layers)](
         sums, squares, counts, column_sums[0], square_sums[0], table, batch_sums, batch_counts,
-        d, chunks, sign, COLUMNS=TOTALS_COLUMNS, GROUPED=grouped,
+        d, chunks, sign, COLUMNS=columns, GROUPED=layers > 1,
     )  # fmt: skip
     return batch_sums, batch_counts

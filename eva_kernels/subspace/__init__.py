@@ -28,13 +28,17 @@ def subspace_accumulate_(
     out again that were folded in before.
 
     Raises:
-        TypeError: ``x`` is not floating point or ``row_mask`` not bool.
-        ValueError: shapes do not fit, or ``impl`` is unknown.
+        TypeError: ``x`` is not floating point, ``row_mask`` not bool, or ``impl`` has no kernel for a dtype.
+        ValueError: shapes do not fit, or ``impl`` is unknown or cannot run here.
     """
     validate_rows(x, shift, row_mask)
     if basis.ndim != 2 or basis.shape[0] != x.shape[-1]:
         raise ValueError(f"basis: expected shape ({x.shape[-1]}, q), got {tuple(basis.shape)}")
     if product.shape != basis.shape:
         raise ValueError(f"product: expected shape {tuple(basis.shape)}, got {tuple(product.shape)}")
-    choose_impl(impl, x, product)
-    subspace_reference(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
+    if choose_impl(impl, x, product) == "triton":
+        from .triton import subspace_triton
+
+        subspace_triton(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
+    else:
+        subspace_reference(product, column_sum, square_sum, x, basis, shift, row_mask, sign)

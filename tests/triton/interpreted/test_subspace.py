@@ -1,0 +1,179 @@
+"""The subspace kernels in Triton's interpreter, against float64."""
+
+import importlib.util
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eva_kernels.subspace.triton as subspace_triton
+from eva_kernels import subspace_accumulate_
+from eva_kernels.subspace.triton import SubspaceTile, accumulate_products_, plan_subspace
+
+EPS = np.finfo(np.float32).eps
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def zeros(d, q):
+    return torch.zeros(d, q), torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+
+
+def run(x, basis, shift, mask=None, sign=1.0):
+    state = zeros(*basis.shape)
+    subspace_accumulate_(*state, x, basis, shift, mask, sign=sign, impl="triton")
+    return state
+
+
+def check(state, x, basis, shift, mask=None):
+    """Float32 accumulation in any order: eps times the sum of the magnitudes that were added, entry by entry."""
+    product, column_sum, square_sum = (t.double().numpy() for t in state)
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is not None:
+        rows = rows[mask.reshape(-1)]
+    raw, s, q = rows.double().numpy(), shift.double().numpy(), basis.double().numpy()
+    z = raw - s
+    size = np.abs(raw) + np.abs(s)  # of one entry of z before the shift cancels
+    steps = max(len(z), 1) ** 0.5 + len(s) ** 0.5 + 8
+    assert np.all(np.abs(product - z.T @ (z @ q)) <= EPS * steps * (size.T @ (size @ np.abs(q))))
+    assert np.all(np.abs(column_sum - z.sum(0)) <= EPS * steps * size.sum(0))
+    assert abs(square_sum - (z**2).sum()) <= EPS * steps * (size**2).sum()
+
+
+def rows_like(n, d, q, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(n, d, generator=generator) + 1).to(dtype)
+    basis = torch.randn(d, q, generator=generator)
+    shift = 1 + torch.randn(d, generator=generator) / 8
+    return x, basis, shift, torch.rand(n, generator=generator) < 0.6
+
+
+@pytest.mark.usefixtures("nan_workspaces")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "q"),
+    [(0, 8, 2), (1, 1, 1), (1, 8, 8), (17, 7, 3), (16, 40, 16), (300, 33, 5), (257, 72, 17), (130, 24, 24)],
+)
+def test_matches_float64(n, d, q, dtype, masked):
+    x, basis, shift, mask = rows_like(n, d, q, dtype)
+    mask = mask if masked else None
+    check(run(x, basis, shift, mask), x, basis, shift, mask)
+
+
+@pytest.mark.parametrize("q", [128, 256, 300])
+def test_wide_bases(q):
+    x, basis, shift, mask = rows_like(40, 320, q, torch.bfloat16)
+    check(run(x, basis, shift, mask), x, basis, shift, mask)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("d", [16, 17])
+def test_masked_rows_enter_nothing(d, poison):
+    x, basis, shift, mask = rows_like(40, d, 4, torch.bfloat16)
+    poisoned = torch.where(mask[:, None], x, poison)
+    for clean, dirty in zip(run(x, basis, shift, mask), run(poisoned, basis, shift, mask), strict=True):
+        assert torch.equal(clean, dirty)
+        assert dirty.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: torch.empty(6, 7, 32, dtype=x.dtype)[..., :24].copy_(x),
+        lambda x: torch.empty(6, 7, 48, dtype=x.dtype)[..., ::2].copy_(x),
+        lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x),
+    ],
+    ids=["wide rows", "every other column", "columns first", "batch second", "odd base"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_strides(layout, dtype):
+    x, basis, shift, mask = rows_like(42, 24, 6, dtype)
+    x, mask = x.view(6, 7, 24), mask.view(6, 7)
+    basis = torch.empty(6, 24).T.copy_(basis)
+    laid = layout(x)
+    assert torch.equal(laid, x)
+    check(run(laid, basis, shift, mask), x, basis, shift, mask)
+
+
+def test_rows_can_be_taken_out_again():
+    x, basis, shift, mask = rows_like(90, 24, 6, torch.float16)
+    state = run(x, basis, shift)
+    subspace_accumulate_(*state, x, basis, shift, mask, sign=-1, impl="triton")
+    scale = (x.double() - shift).square().sum() * basis.norm()
+    for left, direct in zip(state, run(x, basis, shift, ~mask), strict=True):
+        assert (left - direct).abs().max() <= 64 * EPS * scale
+
+
+def test_two_runs_are_bit_equal():
+    x, basis, shift, mask = rows_like(600, 72, 20, torch.bfloat16)
+    for first, second in zip(run(x, basis, shift, mask), run(x, basis, shift, mask), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("d", [24, 33])
+def test_a_group_of_layers_equals_one_by_one(d, masked):
+    members = [rows_like(70, d, 5, torch.bfloat16, seed) for seed in range(4)]
+    states = [zeros(d, 5) for _ in members]
+    products, column_sums, square_sums = (list(part) for part in zip(*states, strict=True))
+    x, bases, shifts, masks = (list(part) for part in zip(*members, strict=True))
+    accumulate_products_(products, column_sums, square_sums, x, bases, shifts, masks if masked else None)
+    for state, (rows, basis, shift, mask) in zip(states, members, strict=True):
+        check(state, rows, basis, shift, mask if masked else None)
+
+
+def test_error_at_large_means_grows_no_faster_than_the_mean():
+    """Folding costs here one factor of mean / sigma, not two: the shift cancels in a sum, not in its square."""
+    d, n, q = 16, 400, 4
+    generator = torch.Generator().manual_seed(1)
+    unit = torch.randn(n, d, generator=generator).mul(16).round() / 16  # exact in float16 at both means
+    basis = torch.linalg.qr(torch.randn(d, q, generator=generator)).Q
+    errors = []
+    for mean in (1.0, 64.0):
+        x, shift = (unit + mean).half(), torch.full((d,), mean)
+        z = x.double() - shift
+        exact = z.T @ (z @ basis.double())
+        errors.append(float((run(x, basis, shift)[0] - exact).abs().max() / exact.abs().max()))
+    assert errors[1] <= 8 * EPS * 64 * d**0.5
+    assert errors[1] > errors[0]
+
+
+@pytest.mark.parametrize("processors", [4, 108, 132, 148])
+@pytest.mark.parametrize("d", [8, 384, 896, 4096, 28672])
+@pytest.mark.parametrize(("n", "layers"), [(1, 1), (2048, 1), (16384, 1), (2048, 9)])
+def test_plan_covers_all_rows_and_columns_from_the_cache(n, d, layers, processors):
+    tile, cache = SubspaceTile(64, 64, 64, 8, 3), 40 * 2**20
+    plan = plan_subspace(n, d, layers, 2, tile, processors, cache)
+    assert plan.chunk % tile.rows == plan.split_rows % tile.rows == plan.split_columns % tile.columns == 0
+    assert plan.split_rows * (plan.row_splits - 1) < plan.chunk <= plan.split_rows * plan.row_splits
+    assert plan.split_columns * (plan.column_splits - 1) < d <= plan.split_columns * plan.column_splits
+    assert plan.chunk == tile.rows or plan.chunk * d * 2 * layers <= cache // 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves address space the Linux way (MAP_NORESERVE)")
+def test_offsets_beyond_31_bits_and_the_same_kernels_narrowed_fail(tmp_path):
+    d, stride, offset = 16, 2**30 + 8, 2**31
+    memory = mmap.mmap(-1, 2 * (offset + 2 * stride + d), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    x, basis, shift, _ = rows_like(3, d, 4, torch.float16)
+    far = torch.frombuffer(memory, dtype=torch.float16).as_strided((3, d), (stride, 1), offset).copy_(x)
+    check(run(far, basis, shift), x, basis, shift)
+
+    source = Path(subspace_triton.__file__).read_text()
+    path = tmp_path / "narrow.py"
+    path.write_text(source.replace(".to(tl.int64)", "").replace("tl.full((), ROWS, tl.int64)", "ROWS"))
+    spec = importlib.util.spec_from_file_location("eva_kernels.subspace.narrow", path)
+    narrow = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = narrow
+    try:
+        spec.loader.exec_module(narrow)
+        state = zeros(d, 4)
+        narrow.subspace_triton(*state, far, basis, shift, None, 1.0)
+    finally:
+        del sys.modules[spec.name]
+    with pytest.raises(AssertionError):
+        check(state, x, basis, shift)
