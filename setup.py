@@ -19,7 +19,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 RECORD = Path("eva_kernels") / "_build_record.json"
-SOURCES = ["csrc/allocation.cpp", "csrc/tracker.cpp", "csrc/bindings.cpp"]
+SOURCES = [
+    "csrc/allocation.cpp",
+    "csrc/tracker.cpp",
+    "csrc/bindings.cpp",
+    "csrc/cpu/subspace.cpp",
+    "csrc/cpu/bindings.cpp",
+]
 CUDA_SOURCES = ["csrc/cuda/compare_bases.cu", "csrc/cuda/bindings.cpp"]
 # Contraction to fused multiply-adds would make results depend on the processor.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]

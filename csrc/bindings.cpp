@@ -10,6 +10,7 @@
 #include "arrays.h"
 #include "tracker.h"
 
+void bind_cpu(py::module_& module);
 #ifdef EVA_CUDA
 void bind_cuda(py::module_& module);
 #endif
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_core, module) {
   using namespace pybind11::literals;
   module.doc() = "Rank allocation and convergence tracking over all sites, in C++.";
   module.attr("cplusplus") = static_cast<int64_t>(__cplusplus);
+  bind_cpu(module);
 #ifdef EVA_CUDA
   bind_cuda(module);
 #endif

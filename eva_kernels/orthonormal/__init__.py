@@ -4,9 +4,7 @@ from torch import Tensor
 
 from .reference import cholesky_qr, householder_qr
 
-__all__ = ["ORTHONORMALITY", "orthonormalize"]
-
-ORTHONORMALITY = 1e-5  # largest |QᵀQ − I| accepted from Cholesky QR before Householder QR is used instead
+__all__ = ["orthonormalize"]
 
 
 def orthonormalize(
@@ -14,9 +12,9 @@ def orthonormalize(
 ) -> Tensor:  # (..., d, q)
     """Orthonormal columns whose leading i span the leading i columns of ``y``, for every i.
 
-    Columns are scaled to unit norm, then CholeskyQR2 (Yamamoto et al. 2015) with its q × q algebra in
-    float64; matrices for which that fails (numerically dependent columns) take Householder QR, which
-    completes a deficient span by directions of its own.
+    Cholesky QR of unit columns with its q × q algebra in float64, twice where once is not enough
+    (Yamamoto et al. 2015); matrices for which that fails (numerically dependent columns) take Householder
+    QR, which completes a deficient span by directions of its own.
 
     Raises:
         ValueError: fewer rows than columns.
@@ -24,8 +22,10 @@ def orthonormalize(
     if y.ndim < 2 or y.shape[-2] < y.shape[-1]:
         raise ValueError(f"y: expected shape (..., d, q) with d ≥ q, got {tuple(y.shape)}")
     flat = y.reshape(-1, *y.shape[-2:])
-    q, error = cholesky_qr(flat)
-    failed = ~(error < ORTHONORMALITY)  # NaN counts as failed
-    if bool(failed.any()):
+    q, enough = cholesky_qr(flat)
+    again = ~enough
+    if bool(again.any()):
+        q[again], enough[again] = cholesky_qr(q[again])
+        failed = ~enough
         q[failed] = householder_qr(flat[failed])
     return q.reshape(y.shape)

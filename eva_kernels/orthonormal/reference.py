@@ -3,29 +3,32 @@
 import torch
 from torch import Tensor
 
-
-def _unit_columns(y: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
-    return y / norm.where(norm > 0, 1)
+NEARLY_ORTHOGONAL = 0.1  # |cosine| between columns up to which one pass leaves only rounding
 
 
 def cholesky_qr(
     y: Tensor,  # (b, d, q)
-) -> tuple[Tensor, Tensor]:  # (b, d, q), (b,) largest |QᵀQ − I|
-    """CholeskyQR2 on unit columns; a matrix it cannot handle comes back with a large or NaN error."""
-    q = _unit_columns(y)
+) -> tuple[Tensor, Tensor]:  # (b, d, q), (b,) bool
+    """One pass of Cholesky QR, and whether it was enough: the columns were nearly orthogonal before it.
+
+    Columns are scaled to unit norm inside the q × q matrix, not in the data. A matrix whose Cholesky
+    factorisation fails comes back as it was.
+    """
+    gram = (y.mT @ y).double()
+    norms = gram.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(norms > 0, norms.where(norms > 0, 1).rsqrt(), 1)
+    gram = scale[:, :, None] * gram * scale[:, None, :]
     eye = torch.eye(y.shape[-1], dtype=torch.float64, device=y.device)
-    for _ in range(2):
-        factor, info = torch.linalg.cholesky_ex((q.mT @ q).double(), upper=True)
-        factor = torch.where((info == 0)[:, None, None], factor, eye)
-        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
-        q = q @ inverse.to(q.dtype)
-    error = (q.mT @ q - eye.to(q.dtype)).abs().flatten(1).amax(1) if y.shape[-1] else q.new_zeros(len(q))
-    return q, error
+    enough = ((gram - eye).abs() <= NEARLY_ORTHOGONAL).flatten(1).all(1)  # NaN is not enough
+    factor, info = torch.linalg.cholesky_ex(gram, upper=True)
+    factor = torch.where((info == 0)[:, None, None], factor, eye)
+    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
+    return y @ (scale[:, :, None] * inverse).to(y.dtype), enough
 
 
 def householder_qr(
     y: Tensor,  # (b, d, q)
 ) -> Tensor:  # (b, d, q)
     """Householder QR: orthonormal for any finite input, zero and repeated columns included."""
-    return torch.linalg.qr(_unit_columns(y)).Q
+    norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
+    return torch.linalg.qr(y / norm.where(norm > 0, 1)).Q

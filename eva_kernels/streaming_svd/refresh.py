@@ -12,7 +12,10 @@ from torch import Tensor
 from ..orthonormal import orthonormalize
 from .statistics import Statistic
 
-RELATIVE_JITTER = 1e-6  # of the unit diagonal of the scaled QᵀY: the rounding of a float32 product
+RELATIVE_JITTER = 1e-6  # of the unit diagonal of the scaled ΩᵀY: the rounding of a float32 product
+RELATIVE_ALIGNMENT = 5e-4  # ωᵀCω below this fraction of ‖Cω‖ is rounding: no direction is that far from its image
+RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis too far from orthonormal
+CPU_CACHE_BYTES = 2**21  # bases refreshed at a time on a CPU: about what its second-level cache holds
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
 
 
@@ -44,17 +47,18 @@ def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
         groups[(statistic.basis.device, statistic.basis.dtype, statistic.basis.shape)].append(index)
     results: dict[int, Refreshed] = {}
     for indices in groups.values():
-        members = [statistics[i] for i in indices]
-        results.update(zip(indices, _refresh_group_(members), strict=True))
+        first = statistics[indices[0]].basis
+        size = max(1, CPU_CACHE_BYTES // first.nbytes) if first.device.type == "cpu" else len(indices)
+        for start in range(0, len(indices), size):
+            some = indices[start : start + size]
+            results.update(zip(some, _refresh_group_([statistics[i] for i in some]), strict=True))
     return [results[i] for i in range(len(statistics))]
 
 
 def _refresh_group_(members: list[Statistic]) -> list[Refreshed]:
     old = torch.stack([s.basis for s in members])
-    product = torch.stack([s.product() for s in members])
-    finite = product.isfinite().flatten(1).all(1)
-    product = torch.where(finite[:, None, None], product, 0)
-    basis, eigenvalues = nystrom(old, product)
+    sample = torch.stack([s.sample for s in members])
+    basis, eigenvalues, finite = nystrom(sample, torch.stack([s.product() for s in members]))
     for i, ok in enumerate(finite.tolist()):
         if ok:
             members[i].adopt_(basis[i].clone(), eigenvalues[i].clone())
@@ -68,19 +72,24 @@ def _refresh_group_(members: list[Statistic]) -> list[Refreshed]:
 
 
 def nystrom(
-    basis: Tensor,  # (b, d, q), orthonormal columns
-    product: Tensor,  # (b, d, q): a positive semidefinite matrix times basis
-) -> tuple[Tensor, Tensor]:  # (b, d, q), (b, q) float64, descending
-    """Eigenpairs of the Nyström approximation Y (QᵀY)⁻¹ Yᵀ (Tropp et al. 2017, arXiv 1706.05736, alg. 3).
+    sample: Tensor,  # (b, d, q), independent columns
+    product: Tensor,  # (b, d, q): a positive semidefinite matrix times sample
+) -> tuple[Tensor, Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending, (b,) bool
+    """Eigenpairs of the Nyström approximation Y (ΩᵀY)⁻¹ Yᵀ (Tropp et al. 2017, arXiv 1706.05736, alg. 3).
 
-    QᵀY is scaled to a unit diagonal before it is factored, so that outlier directions of any size cost the
-    small ones nothing; the q × q algebra is float64. Directions without variance keep earlier ones.
+    ΩᵀY is scaled to about a unit diagonal before it is factored, so that outlier directions of any size
+    cost the small ones nothing; the q × q algebra is float64. Directions without variance keep the
+    sample's. The third result is False where NaN or Inf is in the product; the others then mean nothing.
     """
-    eye = torch.eye(basis.shape[-1], dtype=torch.float64, device=basis.device)
-    core = (basis.mT @ product).double()
+    eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=sample.device)
+    core = (sample.mT @ product).double()
+    finite = core.isfinite().flatten(1).all(1)  # what is not finite in Y is not finite in ΩᵀY
+    if not bool(finite.all()):
+        core, product = (torch.where(finite[:, None, None], x, 0) for x in (core, product))
     core = (core + core.mT) / 2
-    diagonal = core.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0)
+    image = torch.linalg.vector_norm(product, dim=-2).double()
+    diagonal = torch.maximum(core.diagonal(dim1=-2, dim2=-1), RELATIVE_ALIGNMENT * image)
+    scale = torch.where(diagonal > 0, diagonal.where(diagonal > 0, 1).rsqrt(), 0)
     scaled = scale[:, :, None] * core * scale[:, None, :] + RELATIVE_JITTER * eye
     factor, info = torch.linalg.cholesky_ex(scaled, upper=True)
     if bool((info != 0).any()):  # rounding made it indefinite: the same inverse root through eigenvalues
@@ -93,9 +102,10 @@ def nystrom(
     values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
     alive = values > RELATIVE_RANK * values[:, :1]
     inverse = torch.where(alive, values.where(alive, 1).rsqrt(), 0)
-    rotated = sketch @ (vectors * inverse[:, None, :]).to(sketch.dtype)
-    rotated = torch.where(alive[:, None, :], rotated, basis)
-    return orthonormalize(rotated), values
+    basis = sketch @ (vectors * inverse[:, None, :]).to(sketch.dtype)
+    if not bool((values > RELATIVE_ORTHOGONAL * values[:, :1]).all()):
+        basis = orthonormalize(torch.where(alive[:, None, :], basis, sample))
+    return basis, values, finite
 
 
 def compare(

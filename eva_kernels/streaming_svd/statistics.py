@@ -96,9 +96,13 @@ class Statistic(ABC):
         return (self.square_sum - self.column_sum.square().sum() / self.num_rows).clamp_min(0)
 
     def explained_variance_ratio(self) -> Tensor:  # (q,) float64
-        """Each kept eigenvalue over the total scatter; 0 where there is no variance."""
-        total = self.total_scatter()
-        return torch.where(total > 0, self.eigenvalues / total.where(total > 0, 1), 0).clamp(0, 1)
+        """Each kept eigenvalue over the total scatter; 0 where there is no variance.
+
+        Where rounding makes the kept eigenvalues sum to more than the total (a stream of hardly any
+        variance about its mean), they are taken over their sum.
+        """
+        total = torch.maximum(self.total_scatter(), self.eigenvalues.sum())
+        return torch.where(total > 0, self.eigenvalues / total.where(total > 0, 1), 0)
 
     def clone(self: S) -> S:
         """An independent copy; no tensor is shared."""
@@ -117,9 +121,14 @@ class Statistic(ABC):
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
         """Bytes a float32 state of this size holds, known before it is made."""
 
+    @property
+    def sample(self) -> Tensor:  # (d, q)
+        """What :meth:`product` multiplies the scatter with; spans what the basis spans, or nearly."""
+        return self.basis
+
     @abstractmethod
     def product(self) -> Tensor:  # (d, q)
-        """The centred scatter of all rows so far, times the basis."""
+        """The centred scatter of all rows so far, times :attr:`sample`."""
 
     def adopt_(
         self,
@@ -130,6 +139,10 @@ class Statistic(ABC):
         self.basis, self.eigenvalues = basis, eigenvalues
         self.pending_rows = 0
         self.num_refreshes += 1
+
+    def finish_(self) -> None:
+        """After the last refresh: the basis in its final form, its columns orthonormal to rounding."""
+        self.basis = orthonormalize(self.basis)
 
     @abstractmethod
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None: ...
@@ -168,8 +181,8 @@ class GramStatistic(Statistic):
         mean = (self.column_sum / max(self.num_rows, 1)).to(self.gram.dtype)
         return self.gram @ self.basis - torch.outer(self.num_rows * mean, mean @ self.basis)
 
-    def solve_(self) -> None:
-        """Replace basis and eigenvalues by the exact leading ones: one eigensolve in float64."""
+    def finish_(self) -> None:
+        """Basis and eigenvalues become the exact leading ones: one eigensolve in float64."""
         if self.num_rows == 0:
             return
         scatter = self.gram.double() - torch.outer(self.column_sum, self.column_sum / self.num_rows)
@@ -180,37 +193,45 @@ class GramStatistic(Statistic):
 
 
 class SubspaceStatistic(Statistic):
-    """History PCA: a rank-q summary of the past, and the product of the pending rows with the basis.
+    """History PCA: a rank-q summary of the past, and the product of the pending rows with a sample of it.
 
-    One product with X per batch; the derivation and its sources are in this folder's README.
+    One product with X per batch; the derivation and its sources are in this folder's README. The sample is
+    the basis rounded to bfloat16, so that every kernel multiplies by exactly the matrix that the extraction
+    assumes: rounding inside a kernel would turn up as variance in directions that have none.
     """
 
     kind = "subspace"
 
     def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
         super().__init__(num_features, num_components, **options)
-        self.pending = torch.zeros_like(self.basis)  # (d, q): Σ z (zᵀ Q) over the pending rows
+        self._sample = _rounded(self.basis)  # (d, q)
+        self.pending = torch.zeros_like(self.basis)  # (d, q): Σ z (zᵀ sample) over the pending rows
         self.past_rows = 0  # rows summarised by basis and eigenvalues
         self.past_sum = torch.zeros_like(self.column_sum)  # (d,): Σ z over those rows
 
     @classmethod
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
-        return 4 * num_features * (2 * num_components + 5)
+        return 4 * num_features * (3 * num_components + 5)
+
+    @property
+    def sample(self) -> Tensor:
+        return self._sample
 
     def _start_(self, x: Tensor, row_mask: Tensor | None) -> None:
         # A random basis wastes the first product, so the first rows are multiplied twice: one power step.
         assert self.shift is not None
         pending, sums = torch.zeros_like(self.basis), torch.zeros_like(self.column_sum)
         subspace_accumulate_(
-            pending, sums, self.square_sum.clone(), x, self.basis, self.shift, row_mask, impl=self.impl
+            pending, sums, self.square_sum.clone(), x, self._sample, self.shift, row_mask, impl=self.impl
         )
         if bool(pending.isfinite().all()):
             self.basis = orthonormalize(pending)
+            self._sample = _rounded(self.basis)
 
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
         assert self.shift is not None
         subspace_accumulate_(
-            self.pending, self.column_sum, self.square_sum, x, self.basis, self.shift, row_mask,
+            self.pending, self.column_sum, self.square_sum, x, self._sample, self.shift, row_mask,
             sign=sign, impl=self.impl,
         )  # fmt: skip
 
@@ -218,19 +239,19 @@ class SubspaceStatistic(Statistic):
         n, m = self.past_rows, self.num_rows - self.past_rows
         past_mean = self.past_sum / max(n, 1)
         mean = (self.column_sum - self.past_sum) / max(m, 1)
-        delta = mean - past_mean
-        dtype = self.basis.dtype
-        history = self.basis * self.eigenvalues.to(dtype)
-        correction = n * m / max(n + m, 1)
-
-        def rank_one(weight: float, vector: Tensor) -> Tensor:
-            vector = vector.to(dtype)
-            return torch.outer(weight * vector, vector @ self.basis)
-
-        return self.pending + history - rank_one(m, mean) + rank_one(correction, delta)
+        directions = torch.stack([mean, mean - past_mean]).to(self.basis.dtype)  # (2, d)
+        weights = directions.new_tensor([[-m], [n * m / max(n + m, 1)]])
+        overlap = self.basis.T @ self._sample
+        history = torch.addmm(self.pending, self.basis, self.eigenvalues.to(overlap.dtype)[:, None] * overlap)
+        return history.addmm_((weights * directions).T, directions @ self._sample)
 
     def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
         super().adopt_(basis, eigenvalues)
+        self._sample = _rounded(basis)
         self.pending.zero_()
         self.past_rows = self.num_rows
         self.past_sum = self.column_sum.clone()
+
+
+def _rounded(basis: Tensor) -> Tensor:
+    return basis.to(torch.bfloat16).to(basis.dtype)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .._dispatch import choose_impl
 from .._rows import validate_rows
+from .core import core_runs, subspace_core
 from .reference import subspace_reference
 
 __all__ = ["subspace_accumulate_"]
@@ -36,9 +37,12 @@ def subspace_accumulate_(
         raise ValueError(f"basis: expected shape ({x.shape[-1]}, q), got {tuple(basis.shape)}")
     if product.shape != basis.shape:
         raise ValueError(f"product: expected shape {tuple(basis.shape)}, got {tuple(product.shape)}")
-    if choose_impl(impl, x, product) == "triton":
+    chosen = choose_impl(impl, x, product)
+    if chosen == "triton":
         from .triton import subspace_triton
 
         subspace_triton(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
+    elif impl == "auto" and core_runs(x, product):
+        subspace_core(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
     else:
         subspace_reference(product, column_sum, square_sum, x, basis, shift, row_mask, sign)

@@ -42,6 +42,7 @@ class Input:
     calls: list[Call] = field(default_factory=list)
     taken: dict[int, int] = field(default_factory=dict)  # site -> how many of the calls it has made
     is_new: bool = True  # made in the current batch: others may still join it
+    pending_batches: int = 0  # batches folded in since the last refresh
 
 
 class Capture:
@@ -106,6 +107,7 @@ class Capture:
                 self._split(entry, site)
         for entry in self.inputs:
             entry.is_new = False
+            entry.pending_batches += bool(entry.calls)
             entry.calls.clear()
             entry.taken = dict.fromkeys(entry.sites, 0)
 
@@ -184,7 +186,10 @@ class Capture:
     def _split(self, entry: Input, site: int) -> Input:
         """Give ``site`` a statistic of its own, without the calls it did not share."""
         taken = entry.taken[site]
-        own = Input(entry.statistic.clone(), entry.reason, [site], entry.calls[:taken], {site: taken}, entry.is_new)
+        own = Input(
+            entry.statistic.clone(), entry.reason, [site], entry.calls[:taken], {site: taken}, entry.is_new,
+            entry.pending_batches,
+        )  # fmt: skip
         for call in entry.calls[taken:]:
             if call.held is None or call.version != _version(call.held):
                 other = next(s for s in entry.sites if s != site)

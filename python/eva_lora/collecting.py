@@ -18,7 +18,7 @@ from eva_kernels.streaming_svd import GramStatistic, Refreshed, Statistic, Subsp
 from .adapters import LoraAdapter, find_adapter
 from .batches import ForwardFn, RowMaskFn, default_forward, endless, first_batch, row_mask, to_device
 from .capture import Capture, Input
-from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_FEATURES, EvaConfig
+from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, REFRESH_PERIOD, EvaConfig
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
 __all__ = ["collect"]
@@ -90,7 +90,9 @@ class _Run:
         self.config, self.sites = config, adapter.sites
         widths = [site.in_features for site in self.sites]
         self.ranks = [site.rank for site in self.sites]
-        self.candidates = candidate_components(self.ranks, config.rho, widths=widths)
+        self.candidates = candidate_components(
+            self.ranks, config.rho, widths=widths, rank_multiple=config.rank_multiple
+        )
         self.capture = Capture(self.sites, self._make_statistic, share=config.share_inputs)
         self.tracker: ConvergenceTracker | None = None
         self.decision: Decision | None = None
@@ -110,12 +112,12 @@ class _Run:
         kind: type[GramStatistic] | type[SubspaceStatistic] = SubspaceStatistic
         if config.statistic != "auto":
             kind, reason = (GramStatistic if config.statistic == "gram" else SubspaceStatistic), "asked for"
-        elif width > GRAM_MAX_FEATURES:
-            reason = f"wider than {GRAM_MAX_FEATURES}"
+        elif width > GRAM_MAX_WIDENING * columns:
+            reason = f"wider than {GRAM_MAX_WIDENING} times its {columns} columns"
         elif config.memory_budget is not None and self.gram_bytes + gram_bytes > config.memory_budget:
             reason = f"memory_budget of {config.memory_budget} bytes is spent"
         else:
-            kind, reason = GramStatistic, f"at most {GRAM_MAX_FEATURES} wide"
+            kind, reason = GramStatistic, f"at most {GRAM_MAX_WIDENING} times as wide as its {columns} columns"
         if kind is GramStatistic:
             self.gram_bytes += gram_bytes
         device = next(site.module.parameters()).device
@@ -128,8 +130,7 @@ class _Run:
         self.capture.rows_in_batch = 0
         if self.num_rows:
             self._check_called()
-            # A step from fewer rows than columns would pass the convergence test for being small.
-            self._refresh([e for e in self.capture.inputs if e.statistic.pending_rows >= e.statistic.num_components])
+            self._refresh([entry for entry in self.capture.inputs if self._is_due(entry)])
         self.history.append(int(self.decision.done.sum()) if self.decision else 0)
         limit = self.config.max_batches or DEFAULT_MAX_BATCHES
         if self.decision and self.decision.all_done:
@@ -138,6 +139,19 @@ class _Run:
             self.stop_reason = f"max_batches ({limit})"
         elif self.config.max_rows is not None and self.num_rows >= self.config.max_rows:
             self.stop_reason = f"max_rows ({self.config.max_rows})"
+
+    def _is_due(self, entry: Input) -> bool:
+        """Whether an input has enough new data for a refresh.
+
+        A step from fewer rows than columns would pass the convergence test for being small. The paper's
+        criterion is defined batch by batch; otherwise refreshes come after 1, 2, 4, 8 batches and every
+        ``REFRESH_PERIOD`` from then on, which is as accurate and costs a fraction.
+        """
+        statistic = entry.statistic
+        if statistic.pending_rows < statistic.num_components:
+            return False
+        period = 1 if self.config.convergence == "component" else REFRESH_PERIOD
+        return entry.pending_batches >= min(2 ** max(statistic.num_refreshes - 1, 0), period)
 
     def _check_called(self) -> None:
         silent = [site.name for site, entry in zip(self.sites, self.capture.input_of, strict=True) if entry is None]
@@ -153,6 +167,7 @@ class _Run:
         tick = time.perf_counter()
         refreshed = refresh_([entry.statistic for entry in inputs])
         for entry, result in zip(inputs, refreshed, strict=True):
+            entry.pending_batches = 0
             if not result.finite:
                 names = ", ".join(self.sites[s].name for s in entry.sites)
                 raise ValueError(f"batch {self.num_batches}: NaN or Inf reached the input of {names}")
@@ -185,7 +200,9 @@ class _Run:
 
     def tracker_candidates(self) -> np.ndarray[Any, Any]:
         widths = [site.in_features for site in self.sites]
-        return candidate_components(self.ranks, self.config.rho, widths=widths, groups=self.groups())
+        return candidate_components(
+            self.ranks, self.config.rho, widths=widths, groups=self.groups(), rank_multiple=self.config.rank_multiple
+        )
 
     def _make_tracker(self) -> ConvergenceTracker:
         config = self.config
@@ -202,11 +219,10 @@ class _Run:
                 f"loader: {self.num_batches} batches held no unmasked row; check attention_mask, and labels "
                 f"against label_mask_value ({self.config.label_mask_value}) or set use_label_mask=False"
             )
-        tick = time.perf_counter()
         self._refresh([e for e in self.capture.inputs if e.statistic.pending_rows])
+        tick = time.perf_counter()
         for entry in self.capture.inputs:
-            if isinstance(entry.statistic, GramStatistic):
-                entry.statistic.solve_()
+            entry.statistic.finish_()
         self.seconds["refresh"] += time.perf_counter() - tick
         assert self.decision is not None
         pending = int((~self.decision.done).sum())

@@ -8,7 +8,8 @@ StatisticKind = Literal["auto", "gram", "subspace"]
 
 DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run that would never converge
 DEFAULT_OVERSAMPLING = 3.0
-GRAM_MAX_FEATURES = 1024
+GRAM_MAX_WIDENING = 4  # d / q up to which the exact Gram costs at most twice what the subspace product does
+REFRESH_PERIOD = 4
 
 #: Values that are planned but not built yet, by field: refused with the values that work today.
 _BUILT = {
@@ -38,7 +39,8 @@ class EvaConfig:
         max_rank: Largest rank any layer may get. None: rho alone bounds it.
         rank_multiple: Every rank is a multiple of this.
         statistic: "gram" is exact, "subspace" needs d × q memory instead of d × d; "auto" takes "gram" for
-            inputs up to ``GRAM_MAX_FEATURES`` wide while ``memory_budget`` lasts.
+            inputs up to ``GRAM_MAX_WIDENING`` times as wide as q while ``memory_budget`` lasts, where it costs
+            at most twice as much.
         oversampling: Columns kept per candidate component, ≥ 1. None: ``DEFAULT_OVERSAMPLING``.
         memory_budget: Bytes all "gram" states together may take under "auto". None: no bound.
         equal_data: Keep all layers accumulating until all have converged, so that their ratios come from

@@ -114,7 +114,9 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
         raise ValueError(f"budget: expected at least 1, got {budget}")
     groups = [site.input for site in statistics.sites]
     widths = [site.in_features for site in statistics.sites]
-    candidates = candidate_components(ranks, config.rho, widths=widths, groups=groups)
+    candidates = candidate_components(
+        ranks, config.rho, widths=widths, groups=groups, rank_multiple=config.rank_multiple
+    )
     ratios = np.zeros((len(ranks), int(candidates.max())))
     for i, site in enumerate(statistics.sites):
         kept = statistics.inputs[site.input].explained_variance_ratio().numpy()

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import storage
@@ -55,9 +56,8 @@ class InputStatistics:
 
     def explained_variance_ratio(self) -> Tensor:  # (q,) float64
         """Eigenvalues over the total scatter of all directions, kept or not (PEFT's ratio, not eq. 6)."""
-        if self.total_scatter <= 0:
-            return self.eigenvalues.new_zeros(self.eigenvalues.shape)
-        return (self.eigenvalues / self.total_scatter).clamp(0, 1)
+        total = max(self.total_scatter, float(self.eigenvalues.sum()))
+        return self.eigenvalues / total if total > 0 else torch.zeros_like(self.eigenvalues)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import pytest
+
 from support.models import load_minilm, minilm_text_batches
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from eva_lora.adapters import LoraSite
-from eva_lora.batches import RowMask
-from eva_lora.capture import Capture
 from torch import nn
 
 from eva_kernels import GramStatistic
+from eva_lora.adapters import LoraSite
+from eva_lora.batches import RowMask
+from eva_lora.capture import Capture
 
 D = 4
 

@@ -3,9 +3,10 @@
 import peft
 import pytest
 import torch
+from torch import nn
+
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, apply, collect, eva_initialize, plan
 from support.models import lora, tiny_llama, token_batches
-from torch import nn
 
 
 class Unreachable:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import peft
 import pytest
 import torch
+
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, apply, collect, eva_initialize, plan
 from support.models import (
     LINEARS,

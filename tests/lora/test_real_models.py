@@ -6,10 +6,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from eva_lora import EvaConfig, eva_initialize
-from eva_lora.demo import load_smollm2, packed_text
 from peft import LoraConfig, get_peft_model
 from sklearn.decomposition import PCA
+
+from eva_lora import EvaConfig, eva_initialize
+from eva_lora.demo import load_smollm2, packed_text
 from support.models import captured_share, layer_inputs, load_minilm, lora_a_of, scatter
 
 ENCODER_LINEARS = r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*\.dense)"
@@ -147,13 +148,10 @@ def test_smollm2_end_to_end(smollm2, tmp_path):
         report = eva_initialize(model, batches, EvaConfig(max_batches=5, equal_data=True), progress=False)
     assert sum(report.ranks.values()) == 210 * 8
     assert report.num_rows == 5 * 256
-    kinds = {name: state["kind"] for name, state in report.statistic.items()}
-    assert {kinds[n] for n in kinds if "down_proj" in n} == {"subspace"}
-    assert {kinds[n] for n in kinds if "down_proj" not in n} == {"gram"}
+    assert {state["kind"] for state in report.statistic.values()} == {"subspace"}  # 24 columns for 576 and 1536
     shares = {n: captured_share(a, scatter(rows[n])) for n, a in lora_a_of(model).items() if ".1." in n or ".17." in n}
     assert len(shares) == 14
-    assert min(share for n, share in shares.items() if kinds[n] == "gram") >= 0.9999
-    assert min(shares.values()) >= 0.995
+    assert min(shares.values()) >= 0.99
     with torch.no_grad():
         assert torch.equal(model.eval()(input_ids=sample).logits, expected)
     model.save_pretrained(tmp_path)

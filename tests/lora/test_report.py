@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from support.models import lora, tiny_llama, token_batches
 from torch import nn
 
 from eva_lora import EvaConfig, eva_initialize
 from eva_lora.layout import Grid
 from eva_lora.page import plot_convergence, plot_ranks, plot_spectra
+from support.models import lora, tiny_llama, token_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 

@@ -1,0 +1,30 @@
+// Y += sign · (X − s)ᵀ diag(m) ((X − s) Q) for rows in bfloat16 or float32, by the processor's bfloat16 dot products.
+#pragma once
+
+#include <cstdint>
+
+namespace eva {
+
+// Whether this build has the kernel and this processor its instructions (AVX-512 BF16).
+bool has_bf16_subspace();
+
+// What the rows are folded into, and how; all arrays dense and row-major.
+struct SubspaceTask {
+  const void* x;             // (n, d) bfloat16 or float32, rows `row_stride` elements apart
+  bool is_float32;
+  int64_t n, d, row_stride;
+  const uint8_t* mask;       // (n) 0 or 1, or null: all rows
+  const float* shift;        // (d)
+  const float* basis;        // (d, q)
+  int64_t q;
+  float sign;
+  float* product;            // (d, q), added to
+  double* column_sum;        // (d), added to
+  double* square_sum;        // (), added to
+};
+
+// x − s and Q are rounded to bfloat16 for the products, which accumulate in float32; totals are those of float32
+// x − s. The same result for the same number of threads. Requires has_bf16_subspace().
+void subspace_accumulate(const SubspaceTask& task, int threads);
+
+}  // namespace eva

@@ -1,0 +1,129 @@
+"""The compiled subspace product against float64, where this processor has its instructions."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eva_kernels import subspace_accumulate_
+from eva_kernels._build import use_core
+from eva_kernels.subspace import core
+
+pytestmark = pytest.mark.skipif(
+    use_core("auto") is None or not use_core("core").has_bf16_subspace(),
+    reason="the compiled module is missing or this processor has no AVX-512 BF16",
+)
+
+BF16 = 2.0**-8  # unit roundoff of bfloat16
+
+
+def problem(n, d, q, dtype, seed, masked=True):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(n, d, generator=generator) + 3).to(dtype)
+    shift = 3 + 0.1 * torch.randn(d, generator=generator)
+    basis = torch.randn(d, q, generator=generator)
+    mask = torch.rand(n, generator=generator) < 0.7 if masked else None
+    return x, shift, basis, mask
+
+
+def results(d, q):
+    return torch.zeros(d, q), torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+
+
+@given(
+    n=st.sampled_from([0, 1, 2, 63, 64, 65, 300]),
+    d=st.sampled_from([1, 2, 15, 16, 17, 130]),
+    q=st.sampled_from([1, 15, 16, 17, 96, 100]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=80)
+def test_matches_float64_within_the_rounding_of_its_operands(n, d, q, dtype, masked, seed):
+    x, shift, basis, mask = problem(n, d, q, dtype, seed, masked)
+    product, sums, squares = results(d, q)
+    assert core.core_runs(x, product)
+    core.subspace_core(product, sums, squares, x, basis, shift, mask, 1.0)
+    keep = slice(None) if mask is None else mask
+    z = (x.double() - shift.double())[keep].numpy()
+    b = basis.double().numpy()
+    # Four roundings to bfloat16: z twice, the basis, and the projection.
+    bound = (4 + 6 * BF16) * BF16 * (np.abs(z).T @ (np.abs(z) @ np.abs(b))) + 1e-6
+    assert np.all(np.abs(product.numpy() - z.T @ (z @ b)) <= bound)
+    eps = np.finfo(np.float32).eps
+    assert np.all(np.abs(sums.numpy() - z.sum(0)) <= 64 * eps * np.abs(z).sum(0) + 1e-12)
+    assert abs(float(squares) - (z**2).sum()) <= 64 * eps * (z**2).sum()
+
+
+def test_operands_that_bfloat16_holds_exactly_give_the_float32_result():
+    generator = torch.Generator().manual_seed(0)
+    x, basis = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((200, 40), (40, 24)))
+    product, sums, squares = results(40, 24)
+    core.subspace_core(product, sums, squares, x, basis, torch.zeros(40), None, 1.0)
+    projected = (x.double() @ basis.double()).to(torch.bfloat16).double()
+    assert torch.equal(product.double(), x.double().T @ projected)
+    assert torch.equal(sums, x.double().sum(0))
+    assert squares == x.double().square().sum()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_masked_rows_enter_nothing_and_others_are_not_hidden(poison):
+    x, shift, basis, mask = problem(150, 20, 16, torch.bfloat16, 1)
+    clean, dirty = results(20, 16), results(20, 16)
+    core.subspace_core(*clean, x, basis, shift, mask, 1.0)
+    core.subspace_core(*dirty, torch.where(mask[:, None], x, poison), basis, shift, mask, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    core.subspace_core(*dirty, torch.full_like(x, poison), basis, shift, mask, 1.0)
+    assert not dirty[0].isfinite().any()
+
+
+def test_strides_views_and_offsets_are_read_as_they_are():
+    x, shift, basis, _ = problem(120, 32, 16, torch.bfloat16, 2, masked=False)
+    wide = torch.randn(120, 100).to(torch.bfloat16)
+    wide[:, 7:39] = x
+    cube = x.reshape(4, 30, 32).transpose(0, 1).contiguous().transpose(0, 1)
+    expected = results(32, 16)
+    core.subspace_core(*expected, x, basis, shift, None, 1.0)
+    for layout in (wide[:, 7:39], cube, x.T.contiguous().T):
+        got = results(32, 16)
+        core.subspace_core(*got, layout, basis, shift, None, 1.0)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(got[2], expected[2])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing_but_rounding_and_reruns_nothing_at_all(threads):
+    x, shift, basis, mask = problem(1000, 48, 40, torch.bfloat16, 3)
+    before = torch.get_num_threads()
+    outcomes = []
+    try:
+        for count in (1, threads, threads):
+            torch.set_num_threads(count)
+            outcomes.append(results(48, 40))
+            core.subspace_core(*outcomes[-1], x, basis, shift, mask, 1.0)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(outcomes[1], outcomes[2], strict=True))
+    torch.testing.assert_close(outcomes[1][0], outcomes[0][0], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(outcomes[1][1], outcomes[0][1], rtol=1e-6, atol=1e-5)
+
+
+def test_rows_can_be_taken_out_again():
+    x, shift, basis, mask = problem(100, 20, 16, torch.float32, 4)
+    product, sums, squares = results(20, 16)
+    core.subspace_core(product, sums, squares, x, basis, shift, mask, 1.0)
+    size = product.abs().max()
+    core.subspace_core(product, sums, squares, x, basis, shift, mask, -1.0)
+    assert product.abs().max() <= 1e-6 * size
+    assert squares.abs() <= 1e-9
+
+
+def test_auto_takes_it_and_reference_does_not(monkeypatch):
+    x, shift, basis, mask = problem(50, 20, 16, torch.bfloat16, 5)
+    taken = []
+    monkeypatch.setattr("eva_kernels.subspace.subspace_core", lambda *arguments: taken.append(arguments))
+    subspace_accumulate_(*results(20, 16), x, basis, shift, mask, impl="reference")
+    assert not taken
+    subspace_accumulate_(*results(20, 16), x, basis, shift, mask)
+    assert len(taken) == 1
