@@ -135,9 +135,8 @@ def main(
     print(f"E  {step:7.3f} s   collect and plan, per batch             E/F = {step / forward:.2f}")
     for part in ("forward", "refresh"):
         print(f"   {collected.seconds[part] / count:7.3f} s   of it {part}")
-    print(
-        f"   states {sum(entry.nbytes for entry in collected.inputs) / 2**20:.0f} MiB, ranks {sum(eva_plan.ranks.values())}"
-    )
+    megabytes = sum(entry.nbytes for entry in collected.inputs) / 2**20
+    print(f"   states {megabytes:.0f} MiB, ranks {sum(eva_plan.ranks.values())}")
 
     if with_peft:
         recorder = PeftPass(layers)

@@ -61,8 +61,8 @@ class Statistic(ABC):
         self.column_sum = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.square_sum = torch.zeros((), dtype=torch.float64, device=device)
         generator = torch.Generator().manual_seed(seed)
-        basis = torch.randn(num_features, num_components, generator=generator, dtype=torch.float64)
-        self.basis = orthonormalize(basis).to(device, dtype)  # (d, q)
+        start = torch.randn(num_features, num_components, generator=generator) / num_features**0.5
+        self.basis = start.to(device, dtype)  # (d, q), orthonormal from the first refresh on
         self.eigenvalues = torch.zeros(num_components, dtype=torch.float64, device=device)  # (q,) of the scatter
 
     def accumulate_(

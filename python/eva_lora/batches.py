@@ -68,10 +68,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     """Call the model as the batch's type suggests: keywords, positions, or one argument."""
     fields = _fields(batch)
     if fields is not None:
-        keywords = dict(fields)
-        if "use_cache" not in keywords and _accepts_use_cache(model):
-            keywords["use_cache"] = False  # nobody reads the cache
-        return model(**keywords)
+        return model(**{**fields, **_savings(model, fields)})
     if isinstance(batch, (tuple, list)):
         return model(*batch)
     return model(batch)
@@ -85,10 +82,19 @@ def _fields(batch: Any) -> Mapping[str, Any] | None:
     return None
 
 
-def _accepts_use_cache(model: nn.Module) -> bool:
+def _savings(model: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords that spare a transformers model what nobody reads: its cache, its logits and its loss."""
     wrapper: Any = model
     base = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
-    return "use_cache" in inspect.signature(base.forward).parameters
+    accepted = inspect.signature(base.forward).parameters
+    savings: dict[str, Any] = {}
+    if "use_cache" in accepted and "use_cache" not in fields:
+        savings["use_cache"] = False
+    if "logits_to_keep" in accepted and "logits_to_keep" not in fields:  # a decoder: labels serve its loss alone
+        savings["logits_to_keep"] = 1
+        if "labels" in fields:
+            savings["labels"] = None
+    return savings
 
 
 @dataclass(frozen=True)

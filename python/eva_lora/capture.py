@@ -54,12 +54,13 @@ class Capture:
 
     Args:
         sites: The LoRA layers.
-        make: Makes the statistic of a site's input when it is first called.
+        columns: Columns that each layer needs its statistic's basis to have.
+        make: Makes the statistic of a layer's input when it is first called.
         share: Whether layers may share.
     """
 
-    def __init__(self, sites: list[LoraSite], make: MakeStatistic, *, share: bool = True) -> None:
-        self.sites, self._make, self._share = sites, make, share
+    def __init__(self, sites: list[LoraSite], columns: list[int], make: MakeStatistic, *, share: bool = True) -> None:
+        self.sites, self._columns, self._make, self._share = sites, columns, make, share
         self.inputs: list[Input] = []
         self.input_of: list[Input | None] = [None] * len(sites)
         self.wanted = set(range(len(sites)))  # sites still accumulating; the others' hooks do nothing
@@ -167,9 +168,8 @@ class Capture:
 
     def _widen(self, entry: Input, site: int, x: Tensor) -> None:
         """A layer that joins with more candidates needs a wider basis; the one call so far is made again."""
-        statistic, reason = self._make(site)
-        if statistic.num_components > entry.statistic.num_components:
-            entry.statistic, entry.reason = statistic, reason
+        if self._columns[site] > entry.statistic.num_components:
+            entry.statistic, entry.reason = self._make(site)
             self._accumulate(entry, site, x)
 
     def _accumulate(self, entry: Input, site: int, x: Tensor, *, sign: int = 1) -> None:

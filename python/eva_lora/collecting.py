@@ -1,5 +1,6 @@
 """The pass over the data: forward passes of the frozen model, statistics folded in as they run."""
 
+import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -93,7 +94,11 @@ class _Run:
         self.candidates = candidate_components(
             self.ranks, config.rho, widths=widths, rank_multiple=config.rank_multiple
         )
-        self.capture = Capture(self.sites, self._make_statistic, share=config.share_inputs)
+        oversampling = config.oversampling or DEFAULT_OVERSAMPLING
+        self.columns = [
+            min(width, math.ceil(k * oversampling)) for width, k in zip(widths, self.candidates.tolist(), strict=True)
+        ]
+        self.capture = Capture(self.sites, self.columns, self._make_statistic, share=config.share_inputs)
         self.tracker: ConvergenceTracker | None = None
         self.decision: Decision | None = None
         self.gram_bytes = 0
@@ -105,9 +110,7 @@ class _Run:
 
     def _make_statistic(self, index: int) -> tuple[Statistic, str]:
         site, config = self.sites[index], self.config
-        width = site.in_features
-        oversampling = config.oversampling or DEFAULT_OVERSAMPLING
-        columns = min(width, int(np.ceil(self.candidates[index] * oversampling)))
+        width, columns = site.in_features, self.columns[index]
         gram_bytes = GramStatistic.predict_nbytes(width, columns)
         kind: type[GramStatistic] | type[SubspaceStatistic] = SubspaceStatistic
         if config.statistic != "auto":

@@ -33,7 +33,8 @@ def net():
 
 def capture(net, *, share=True):
     sites = [LoraSite(name, module, D, 2) for name, module in net.named_children()]
-    return Capture(sites, lambda i: (GramStatistic(D, 2, dtype=torch.float64), "test"), share=share)
+    make = lambda i: (GramStatistic(D, 2, dtype=torch.float64), "test")  # noqa: E731
+    return Capture(sites, [2] * len(sites), make, share=share)
 
 
 def forward(capture, net, *calls, early_stop=False):
@@ -189,7 +190,7 @@ def test_the_forward_stops_when_all_wanted_layers_were_called(net):
 def test_a_wider_layer_that_joins_widens_the_basis(net):
     sites = [LoraSite(name, module, D, 1) for name, module in net.named_children()]
     widths = [1, 3, 2]
-    c = Capture(sites, lambda i: (GramStatistic(D, widths[i], dtype=torch.float64), "test"))
+    c = Capture(sites, widths, lambda i: (GramStatistic(D, widths[i], dtype=torch.float64), "test"))
     x = rows()
     forward(c, net, ("a", x), ("b", x), ("c", x))
     assert len(c.inputs) == 1

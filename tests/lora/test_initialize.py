@@ -480,3 +480,25 @@ def test_peft_config_is_accepted_and_honoured():
     assert report.num_batches == 2
     report = eva_initialize(lora(tiny_llama()), token_batches(), peft.EvaConfig(rho=1.5, tau=0.0), progress=False)
     assert report.config["rho"] == 1.5
+
+
+def test_decoders_are_spared_cache_logits_and_loss():
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x, labels=None, use_cache=True, logits_to_keep=0):
+            seen.append((labels, use_cache, logits_to_keep))
+            return self.inner(x)
+
+    model = peft.get_peft_model(Recorder(), peft.LoraConfig(r=2, target_modules=["inner"]))
+    labels = torch.ones(3, 10, dtype=torch.long)
+    initialise(model, [{"x": torch.randn(3, 10, 4), "labels": labels}], max_batches=1)
+    assert seen == [(None, False, 1)]
+    seen.clear()
+    asked = {"x": torch.randn(3, 10, 4), "labels": labels, "use_cache": True, "logits_to_keep": 5}
+    initialise(model, [asked], max_batches=1)
+    assert seen == [(labels, True, 5)]  # what the caller asks for is left as it is
