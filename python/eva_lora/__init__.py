@@ -5,9 +5,20 @@ This package knows models, loaders and LoRA libraries; the numerics are in :mod:
 
 from .collecting import collect
 from .config import EvaConfig
+from .export import export_uniform
 from .initialize import apply, eva_initialize
 from .planning import EvaPlan, plan
 from .report import EvaReport
 from .statistics import EvaStatistics
 
-__all__ = ["EvaConfig", "EvaPlan", "EvaReport", "EvaStatistics", "apply", "collect", "eva_initialize", "plan"]
+__all__ = [
+    "EvaConfig",
+    "EvaPlan",
+    "EvaReport",
+    "EvaStatistics",
+    "apply",
+    "collect",
+    "eva_initialize",
+    "export_uniform",
+    "plan",
+]

@@ -94,6 +94,7 @@ class _Run:
         self.candidates = candidate_components(
             self.ranks, config.rho, widths=widths, rank_multiple=config.rank_multiple
         )
+        self._make_tracker(groups=[0] * len(self.sites))  # the widest sharing there can be: demands fail here or never
         oversampling = config.oversampling or DEFAULT_OVERSAMPLING
         self.columns = [
             min(width, math.ceil(k * oversampling)) for width, k in zip(widths, self.candidates.tolist(), strict=True)
@@ -180,7 +181,7 @@ class _Run:
 
     def _decide(self, updated: set[int]) -> None:
         if self.tracker is None:  # which layers share an input is known only after the first batch
-            self.tracker = self._make_tracker()
+            self.tracker = self._make_tracker(self.groups())
         rows = len(self.sites), int(self.tracker_candidates().max())
         cosines, overlaps, ratios = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         for site, result in self._latest.items():
@@ -207,10 +208,10 @@ class _Run:
             self.ranks, self.config.rho, widths=widths, groups=self.groups(), rank_multiple=self.config.rank_multiple
         )
 
-    def _make_tracker(self) -> ConvergenceTracker:
+    def _make_tracker(self, groups: list[int]) -> ConvergenceTracker:
         config = self.config
         return ConvergenceTracker(
-            self.candidates, groups=self.groups(), budget=sum(self.ranks), tau=config.tau,
+            self.candidates, groups=groups, budget=sum(self.ranks), tau=config.tau,
             criterion=config.convergence, min_rank=config.min_rank, max_rank=config.max_rank,
             rank_multiple=config.rank_multiple,
         )  # fmt: skip

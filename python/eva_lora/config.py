@@ -27,8 +27,9 @@ class EvaConfig:
     Attributes:
         rho: Candidate components per layer, as a multiple of its rank; ≥ 1. 1 keeps ranks uniform. Paper, §3.3.
         tau: Convergence threshold in [0, 1] of the criterion below. Paper, §3.2.
-        convergence: "component" compares each component with itself one refresh earlier, whatever its sign
-            (the paper's criterion); "subspace" compares the leading subspaces, blind to rotations inside.
+        convergence: "subspace" compares the leading subspaces of two refreshes, blind to rotations inside;
+            "component" compares each component with itself one batch earlier, whatever its sign (the
+            paper's criterion, which waits for the eigengaps and may never be met where they are small).
         use_label_mask: Leave out rows whose label is ``label_mask_value``, where labels are per token.
         label_mask_value: The label that marks a row to leave out.
         whiten: Divide each row of A by the square root of its singular value. Paper, appendix on vision.
@@ -61,7 +62,7 @@ class EvaConfig:
 
     rho: float = 2.0
     tau: float = 0.99
-    convergence: Convergence = "component"
+    convergence: Convergence = "subspace"
     use_label_mask: bool = True
     label_mask_value: int = -100
     whiten: bool = False

@@ -60,6 +60,12 @@ def test_arguments_of_later_versions_are_refused(name):
         eva_initialize(guarded(lora(tiny_llama())), token_batches(), **{name: 1})
 
 
+@pytest.mark.parametrize(("options", "name"), [({"min_rank": 5}, "budget"), ({"min_rank": 9}, "min_rank")])
+def test_rank_bounds_that_cannot_be_met_are_refused_before_any_forward(options, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        eva_initialize(guarded(lora(tiny_llama())), token_batches(), EvaConfig(**options))
+
+
 @pytest.mark.parametrize("empty", [[], iter([]), torch.utils.data.DataLoader([])])
 def test_an_empty_loader_is_refused_before_any_forward(empty):
     with pytest.raises(ValueError, match=r"^loader: expected at least one batch, it is empty"):
