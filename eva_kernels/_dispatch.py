@@ -10,7 +10,14 @@ IMPLS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def choose_impl(impl: str, x: Tensor, accumulator: Tensor) -> str:
+def choose_impl(
+    impl: str,
+    x: Tensor,
+    accumulator: Tensor,
+    *,
+    dtypes: tuple[torch.dtype, ...] = TRITON_DTYPES,
+    accumulators: tuple[torch.dtype, ...] = (torch.float32,),
+) -> str:
     """Resolve ``impl`` to "triton" or "reference"; an explicit name never falls back.
 
     "auto" takes Triton for CUDA and HIP tensors it has kernels for, and the reference elsewhere. With
@@ -24,7 +31,7 @@ def choose_impl(impl: str, x: Tensor, accumulator: Tensor) -> str:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if impl == "reference":
         return impl
-    has_dtypes = x.dtype in TRITON_DTYPES and accumulator.dtype == torch.float32
+    has_dtypes = x.dtype in dtypes and accumulator.dtype in accumulators
     has_triton = find_spec("triton") is not None
     if impl == "auto":
         return "triton" if x.is_cuda and has_dtypes and has_triton else "reference"
@@ -34,7 +41,7 @@ def choose_impl(impl: str, x: Tensor, accumulator: Tensor) -> str:
         raise ValueError(f"impl: expected CUDA or HIP tensors for 'triton', got device {str(x.device)!r}")
     if not has_dtypes:
         raise TypeError(
-            f"impl: expected float32, bfloat16 or float16 rows and float32 accumulators for 'triton', "
+            f"impl: expected dtypes {dtypes} and accumulators {accumulators} for 'triton', "
             f"got {x.dtype} and {accumulator.dtype}"
         )
     return impl

@@ -11,7 +11,12 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 VECTOR = 8  # elements: 16 bytes of a 16-bit dtype, the widest asynchronous copy
-TOTALS_ROWS, TOTALS_COLUMNS = 256, 128  # rows and columns of one program's float32 sums
+# Tensors that come from outside and may start anywhere: one compiled variant serves them all. (Rows are the
+# exception: where they start decides which kernel reads them.)
+FOREIGN = [
+    "shift_ptr", "mask_ptr", "g_ptr", "basis_ptr", "column_sum_ptr", "square_sum_ptr", "target_ptr",
+]  # fmt: skip
+TOTALS_ROWS, TOTALS_COLUMNS, TOTALS_STEP = 256, 128, 16  # of one program's float32 sums, and rows a pass
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,9 @@ def l2_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
-def dot_precision() -> str:
+def dot_precision(dtype: torch.dtype) -> str:
     """How products of float32 rows are taken: as PyTorch's own switch for CUDA matrix products says."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit
@@ -101,7 +106,7 @@ def row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED: 
     return x_ptr, shift_ptr, mask_ptr
 
 
-@triton.jit(do_not_specialize=["n", "d", "stride_xm", "stride_xd"])
+@triton.jit(do_not_specialize=["n", "d", "stride_xm", "stride_xd"], do_not_specialize_on_alignment=FOREIGN)
 def _totals_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
@@ -152,7 +157,7 @@ def _totals_kernel(
         tl.store(counts_ptr + index, tl.sum(count))
 
 
-@triton.jit(do_not_specialize=["d", "chunks", "sign"])
+@triton.jit(do_not_specialize=["d", "chunks", "sign"], do_not_specialize_on_alignment=FOREIGN)
 def _add_totals_kernel(
     sums_ptr,  # (layers, chunks, d) float32
     squares_ptr,  # (layers, chunks, column blocks) float32
@@ -209,7 +214,7 @@ def add_totals_(
     counts = sums.new_empty(layers, chunks)
     _totals_kernel[(chunks, blocks, layers)](
         *rows.pointers, sums, squares, counts, n, d, *x.stride(),
-        ROWS=TOTALS_ROWS, COLUMNS=TOTALS_COLUMNS, STEP=32,
+        ROWS=TOTALS_ROWS, COLUMNS=TOTALS_COLUMNS, STEP=TOTALS_STEP,
         ALIGNED=rows.aligned, MASKED=rows.masks is not None, GROUPED=layers > 1,
     )  # fmt: skip
     return finish_totals_(column_sums, square_sums, sums, squares, counts, TOTALS_COLUMNS, sign)

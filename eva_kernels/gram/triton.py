@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._rows import row_views
 from .._triton import (
+    FOREIGN,
     INTERPRETED,
     add_totals_,
     address_table,
@@ -24,9 +25,11 @@ from .._triton import (
 )
 
 FLUSH_COLUMNS = 32  # columns of a tile flushed at a time: more of them spill
-REDUCE_ROWS = 16  # rows of a tile one program of the reduction adds up
+REDUCE_ROWS = 8  # rows of a tile one program of the reduction adds up
 MIRROR_BLOCK = 64
 MIN_SPLIT_ROWS = 256  # a shorter share of the rows costs more in its flush than it gains in its loop
+SPLIT_COST = 256  # rows' worth of loop that writing and reducing one share takes
+MAX_SPLITS = 8  # of tiles that fill more than half a wave
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class GramPlan:
 
     Whole waves of tiles walk all rows and are flushed by the tile itself. The tiles of the last, partial wave
     are split over the rows, so that they too occupy every multiprocessor, and are reduced in fixed order.
+    Everything is whole where splitting would not pay.
     """
 
     tile: GramTile
@@ -94,7 +98,12 @@ def plan_gram(n: int, d: int, layers: int, tile: GramTile, processors: int) -> G
     squares = triton.cdiv(d, tile.block_n)
     tiles = squares * (squares + 1) // 2 * (tile.block_n // tile.block_m)
     rest = tiles * layers % processors
-    splits = min(processors // rest, triton.cdiv(n, MIN_SPLIT_ROWS)) if rest else 1
+
+    def cost(splits: int) -> int:
+        return triton.cdiv(rest * splits, processors) * (n if splits == 1 else triton.cdiv(n, splits) + SPLIT_COST)
+
+    choices = range(1, max(processors // rest, MAX_SPLITS) + 1) if rest else range(1, 2)
+    splits = min((s for s in choices if s == 1 or n >= s * MIN_SPLIT_ROWS), key=cost)
     if splits == 1:
         return GramPlan(tile, tiles, tiles * layers, 0, 1, n)
     split_rows = triton.cdiv(triton.cdiv(n, splits), tile.block_k) * tile.block_k
@@ -171,7 +180,8 @@ def _flush(
 @triton.jit(
     do_not_specialize=[
         "n", "d", "stride_xm", "stride_xd", "stride_gm", "sign", "layers", "tiles", "whole", "split", "split_rows",
-    ]
+    ],
+    do_not_specialize_on_alignment=FOREIGN,
 )  # fmt: skip
 def _gram_kernel(
     x_ptr,  # (n, d)
@@ -258,12 +268,13 @@ def _gram_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["d", "stride_gm", "sign", "layers", "tiles", "whole", "split", "splits"])
+@triton.jit(
+    do_not_specialize=["d", "stride_gm", "sign", "layers", "tiles", "whole", "split", "splits"],
+    do_not_specialize_on_alignment=FOREIGN,
+)
 def _reduce_kernel(
-    x_ptr,
     shift_ptr,  # (d,) float32
-    mask_ptr,
-    table_ptr,  # (3, layers) int64: addresses of the three above
+    table_ptr,  # (3, layers) int64: addresses of x, shift and mask
     g_ptr,  # (d, d) float32, lower triangle
     g_table_ptr,  # (1, layers) int64
     sum_ptr,  # (layers, d) float32
@@ -287,8 +298,8 @@ def _reduce_kernel(
     """G += sign · Σ of a tile's shares, added in order; one program for a few rows of a tile."""
     tile, inner = tl.program_id(0), tl.program_id(1) * ROWS
     layer = (whole + tile) // tiles
-    _, shift_ptr, _ = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
     if GROUPED:
+        shift_ptr = tl.load(table_ptr + layers + layer).to(shift_ptr.dtype)
         g_ptr = tl.load(g_table_ptr + layer).to(g_ptr.dtype)
     row, column = _tile_origin((whole + tile) % tiles, d, BLOCK_M, BLOCK_N, BAND)
     offset = (inner + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -304,7 +315,7 @@ def _reduce_kernel(
     tl.store(address, tl.load(address, mask=inside) + sign * acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["d", "stride_gm"])
+@triton.jit(do_not_specialize=["d", "stride_gm"], do_not_specialize_on_alignment=FOREIGN)
 def _mirror_kernel(
     g_ptr,  # (d, d) float32
     d,
@@ -340,28 +351,35 @@ def accumulate_triangles_(
 ) -> None:
     """Fold rows into the lower triangles of one or more layers' Gram matrices, in one launch.
 
-    Entries above the diagonal are left in any state; :func:`mirror_triangle_` restores them.
+    Entries above the diagonal are left in any state; :func:`mirror_triangle_` restores them. Rows that are not
+    aligned 16-bit rows go one layer at a time.
     """
     (n, d), layers, device = x[0].shape, len(x), x[0].device
     rows = make_rows(x, shifts, row_masks)
+    fold = rows.aligned and x[0].dtype != torch.float32
+    if layers > 1 and not fold:
+        for i in range(layers):
+            mask = None if row_masks is None else row_masks[i : i + 1]
+            one = slice(i, i + 1)
+            accumulate_triangles_(grams[one], column_sums[one], square_sums[one], x[one], shifts[one], mask, sign)
+        return
     sums, counts = add_totals_(column_sums, square_sums, rows, sign)
     tile = choose_tile(architecture(device), x[0].dtype, rows.aligned, d)
     plan = plan_gram(n, d, layers, tile, multiprocessors(device))
     partial = sums.new_empty(plan.splits * plan.split, tile.block_m, tile.block_n)
     g_table = address_table(grams) if layers > 1 else None
-    fold = rows.aligned and x[0].dtype != torch.float32
     stride_gm = grams[0].stride(0)
     _gram_kernel[(plan.programs,)](
         *rows.pointers, grams[0], g_table, sums, counts, partial, n, d, *x[0].stride(), stride_gm, sign,
         layers, plan.tiles, plan.whole, plan.split, plan.split_rows,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BAND=tile.band, COLUMNS=FLUSH_COLUMNS,
         ALIGNED=rows.aligned, FOLD=fold, MASKED=rows.masks is not None, GROUPED=layers > 1,
-        PRECISION=dot_precision(), UPCAST=INTERPRETED,
+        PRECISION=dot_precision(x[0].dtype), UPCAST=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if plan.split:
         _reduce_kernel[(plan.split, tile.block_m // REDUCE_ROWS)](
-            *rows.pointers, grams[0], g_table, sums, counts, partial, d, stride_gm, sign,
+            rows.shifts[0], rows.table, grams[0], g_table, sums, counts, partial, d, stride_gm, sign,
             layers, plan.tiles, plan.whole, plan.split, plan.splits,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BAND=tile.band, ROWS=REDUCE_ROWS,
             FOLD=fold, GROUPED=layers > 1,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .._rows import row_views
 from .._triton import (
+    FOREIGN,
     INTERPRETED,
     address_table,
-    dot_precision,
     finish_totals_,
     l2_bytes,
     make_rows,
@@ -24,9 +24,11 @@ from .._triton import (
     row_pointers,
 )
 
-PREPARE_ROWS = 128  # rows of Q one program converts
+PREPARE_ROWS = 32  # rows of Q one program converts
 SETTLE_ROWS = 32  # rows of P one program settles
-MAX_COLUMNS = 256  # of Q: more need a tile that does not fit in registers
+FINISH_ROWS = 16  # rows of Y one program adds up
+MIN_COLUMNS, MAX_COLUMNS = 32, 256  # of Q in one pass, padded to a power of two; more do not fit in registers
+GENERIC_COLUMNS = 64  # the same for rows that are not aligned 16-bit rows: one variant for all bases
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ def plan_subspace(
     return SubspacePlan(chunk, triton.cdiv(d, split_columns), split_columns, triton.cdiv(chunk, split_rows), split_rows)
 
 
-@triton.jit(do_not_specialize=["d", "q", "stride_qm", "stride_qk"])
+@triton.jit(
+    do_not_specialize=["d", "q", "stride_qm", "stride_qk"],
+    do_not_specialize_on_alignment=FOREIGN,
+)
 def _prepare_kernel(
     basis_ptr,  # (d, q) float32
     shift_ptr,  # (d,) float32
@@ -121,7 +126,10 @@ def _prepare_kernel(
     tl.store(shift_product_ptr + (layer * tl.num_programs(0) + block) * PADDED + columns, share)
 
 
-@triton.jit(do_not_specialize=["start", "stop", "d", "stride_xm", "stride_xd", "chunk", "split_columns"])
+@triton.jit(
+    do_not_specialize=["start", "stop", "d", "stride_xm", "stride_xd", "chunk", "split_columns"],
+    do_not_specialize_on_alignment=FOREIGN,
+)
 def _project_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
@@ -143,7 +151,6 @@ def _project_kernel(
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Partial P = X Q (or Z Q unless FOLD) over one share of the columns, for the rows start … stop."""
     share, block, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -170,19 +177,19 @@ def _project_kernel(
         if not FOLD:
             shift = tl.load(shift_ptr + column + k, mask=inside, other=0.0)
             x = tl.where(keep[:, None], x.to(tl.float32) - shift[None, :], 0.0)
-        acc = tl.dot(x.to(q.dtype), q, acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(q.dtype), q, acc, input_precision="ieee")
         x_ptrs += tl.full((), COLUMNS, tl.int64) * stride_xd
         q_ptrs += COLUMNS * PADDED
     target = ((layer * tl.num_programs(0) + share).to(tl.int64) * chunk + local)[:, None] * PADDED
     tl.store(partial_ptr + target + padded[None, :], acc, mask=(local < chunk)[:, None])
 
 
-@triton.jit(do_not_specialize=["start", "stop", "chunk", "splits", "index", "blocks"])
+@triton.jit(
+    do_not_specialize=["start", "stop", "chunk", "splits", "index", "blocks"], do_not_specialize_on_alignment=FOREIGN
+)
 def _settle_kernel(
-    x_ptr,
-    shift_ptr,
     mask_ptr,  # (n,) bool
-    table_ptr,  # (3, layers) int64
+    table_ptr,  # (3, layers) int64: addresses of x, shift and mask
     partial_ptr,  # (layers, splits, chunk, PADDED) float32
     shift_product_ptr,  # (layers, PADDED) float32
     product_ptr,  # (layers, chunk, PADDED) in the dtype of the products
@@ -201,8 +208,8 @@ def _settle_kernel(
 ):
     """P = Σ of its shares, in order, minus sᵀQ if FOLD; zero for rows left out. Also Σ P over these rows."""
     block, layer = tl.program_id(0), tl.program_id(1)
-    layers = tl.num_programs(1)
-    _, _, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
+    if GROUPED and MASKED:
+        mask_ptr = tl.load(table_ptr + 2 * tl.num_programs(1) + layer).to(mask_ptr.dtype)
     local, padded = block * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     keep = (start + local < stop) & (local < chunk)
     if MASKED:
@@ -220,7 +227,10 @@ def _settle_kernel(
     tl.store(product_sum_ptr + (layer.to(tl.int64) * blocks + index + block) * PADDED + padded, total)
 
 
-@triton.jit(do_not_specialize=["start", "stop", "d", "stride_xm", "stride_xd", "chunk", "split_rows", "index", "parts"])
+@triton.jit(
+    do_not_specialize=["start", "stop", "d", "stride_xm", "stride_xd", "chunk", "split_rows", "index", "parts"],
+    do_not_specialize_on_alignment=FOREIGN,
+)
 def _lift_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
@@ -247,7 +257,6 @@ def _lift_kernel(
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Y += Xᵀ P (or Zᵀ P unless FOLD) and Σ z, Σ z², for one block of columns and one share of the rows."""
     block, share, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -279,7 +288,7 @@ def _lift_kernel(
         count += keep.to(tl.float32)
         if not FOLD:
             x = z
-        acc = tl.dot(x.to(p.dtype), p, acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(p.dtype), p, acc, input_precision="ieee")
         x_ptrs += tl.full((), ROWS, tl.int64) * stride_xm
         p_ptrs += ROWS * PADDED
     target = ((layer * tl.num_programs(1) + share).to(tl.int64) * d + columns)[:, None] * PADDED + padded[None, :]
@@ -293,9 +302,11 @@ def _lift_kernel(
         tl.store(count_ptr + part, tl.sum(count))
 
 
-@triton.jit(do_not_specialize=["d", "q", "splits", "stride_ym", "stride_yq", "sign"])
+@triton.jit(
+    do_not_specialize=["d", "q", "splits", "stride_ym", "stride_yq", "sign"], do_not_specialize_on_alignment=FOREIGN
+)
 def _finish_kernel(
-    product_ptr,  # (d, q) float32
+    target_ptr,  # (d, q) float32
     shift_ptr,  # (d,) float32
     table_ptr,  # (2, layers) int64: addresses of the two above
     y_ptr,  # (layers, splits, d, PADDED) float32
@@ -311,10 +322,10 @@ def _finish_kernel(
     FOLD: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    """product += sign · (Σ of the shares, in order, minus s (Σ P)ᵀ if FOLD)."""
+    """target += sign · (Σ of the shares, in order, minus s (Σ P)ᵀ if FOLD)."""
     block, layer = tl.program_id(0), tl.program_id(1)
     if GROUPED:
-        product_ptr = tl.load(table_ptr + layer).to(product_ptr.dtype)
+        target_ptr = tl.load(table_ptr + layer).to(target_ptr.dtype)
         shift_ptr = tl.load(table_ptr + tl.num_programs(1) + layer).to(shift_ptr.dtype)
     rows, padded = block * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     inside = (rows < d)[:, None] & (padded < q)[None, :]
@@ -325,8 +336,8 @@ def _finish_kernel(
     if FOLD:
         shift = tl.load(shift_ptr + rows, mask=rows < d, other=0.0)
         acc -= shift[:, None] * tl.load(product_sum_ptr + layer * PADDED + padded)[None, :]
-    target = product_ptr + rows.to(tl.int64)[:, None] * stride_ym + padded.to(tl.int64)[None, :] * stride_yq
-    tl.store(target, tl.load(target, mask=inside) + sign * acc, mask=inside)
+    address = target_ptr + rows.to(tl.int64)[:, None] * stride_ym + padded.to(tl.int64)[None, :] * stride_yq
+    tl.store(address, tl.load(address, mask=inside) + sign * acc, mask=inside)
 
 
 def accumulate_products_(
@@ -339,11 +350,22 @@ def accumulate_products_(
     row_masks: list[Tensor] | None,  # (n,) bool each
     sign: float = 1.0,
 ) -> None:
-    """Fold rows into the products of one or more layers, with one launch of each kernel a chunk."""
+    """Fold rows into the products of one or more layers, with one launch of each kernel a chunk.
+
+    Rows that are not aligned 16-bit rows go one layer at a time.
+    """
     (n, d), q, layers, grouped = x[0].shape, bases[0].shape[1], len(x), len(x) > 1
     rows = make_rows(x, shifts, row_masks)
-    padded = max(16, triton.next_power_of_2(q))
     fold = rows.aligned and x[0].dtype != torch.float32
+    if grouped and not fold:
+        for i in range(layers):
+            one = slice(i, i + 1)
+            mask = None if row_masks is None else row_masks[one]
+            accumulate_products_(
+                products[one], column_sums[one], square_sums[one], x[one], bases[one], shifts[one], mask, sign
+            )
+        return
+    padded = max(MIN_COLUMNS, triton.next_power_of_2(q)) if fold or INTERPRETED else GENERIC_COLUMNS
     tile = choose_tile(x[0].dtype, rows.aligned, padded)
     plan = plan_subspace(n, d, layers, x[0].element_size(), tile, multiprocessors(x[0].device), l2_bytes(x[0].device))
     chunks, settle_blocks = triton.cdiv(n, plan.chunk), triton.cdiv(plan.chunk, SETTLE_ROWS)
@@ -366,7 +388,7 @@ def accumulate_products_(
     totals = workspace(layers, parts, d), workspace(layers, parts, column_blocks), workspace(layers, parts)
     kind = {"FOLD": fold, "MASKED": rows.masks is not None, "GROUPED": grouped}
     options = {
-        "COLUMNS": tile.columns, "PADDED": padded, "ALIGNED": rows.aligned, "PRECISION": dot_precision(),
+        "COLUMNS": tile.columns, "PADDED": padded, "ALIGNED": rows.aligned,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     for index in range(chunks):
@@ -376,8 +398,8 @@ def accumulate_products_(
             ROWS=tile.rows, **kind, **options,
         )  # fmt: skip
         _settle_kernel[(settle_blocks, layers)](
-            *rows.pointers, partial, shift_product, product, product_sum, start, stop,
-            plan.chunk, plan.column_splits, index * settle_blocks, chunks * settle_blocks,
+            rows.masks[0] if rows.masks else None, rows.table, partial, shift_product, product, product_sum,
+            start, stop, plan.chunk, plan.column_splits, index * settle_blocks, chunks * settle_blocks,
             ROWS=SETTLE_ROWS, PADDED=padded, **kind,
         )  # fmt: skip
         _lift_kernel[(column_blocks, plan.row_splits, layers)](
@@ -385,10 +407,10 @@ def accumulate_products_(
             plan.chunk, plan.split_rows, index * plan.row_splits, parts,
             ROWS=tile.lift_rows, **kind, **options,
         )  # fmt: skip
-    _finish_kernel[(triton.cdiv(d, tile.columns), layers)](
+    _finish_kernel[(triton.cdiv(d, FINISH_ROWS), layers)](
         products[0], rows.shifts[0], address_table(products, rows.shifts) if grouped else None, y,
         product_sum.sum(1), d, q, plan.row_splits, *products[0].stride(), sign,
-        ROWS=tile.columns, PADDED=padded, FOLD=fold, GROUPED=grouped,
+        ROWS=FINISH_ROWS, PADDED=padded, FOLD=fold, GROUPED=grouped,
     )  # fmt: skip
     finish_totals_(column_sums, square_sums, *totals, tile.columns, sign)
 
@@ -405,12 +427,14 @@ def subspace_triton(
 ) -> None:
     if x.numel() == 0:
         return
-    totals = column_sum, square_sum
-    for first in range(0, max(basis.shape[1], 1), MAX_COLUMNS):
-        part = slice(first, first + MAX_COLUMNS)
-        for rows, mask in row_views(x, row_mask):
-            masks = None if mask is None else [mask]
+    for rows, mask in row_views(x, row_mask):
+        masks = None if mask is None else [mask]
+        aligned = make_rows([rows], [shift], masks).aligned and x.dtype != torch.float32
+        width = MAX_COLUMNS if aligned else GENERIC_COLUMNS
+        totals = column_sum, square_sum
+        for first in range(0, max(basis.shape[1], 1), width):
+            part = slice(first, first + width)
             accumulate_products_(
                 [product[:, part]], [totals[0]], [totals[1]], [rows], [basis[:, part]], [shift], masks, sign
             )
-        totals = torch.zeros_like(column_sum), torch.zeros_like(square_sum)  # the first part has added them
+            totals = torch.zeros_like(column_sum), torch.zeros_like(square_sum)  # the first part has added them

@@ -1,0 +1,42 @@
+"""Eigenvalues and eigenvectors of many small symmetric positive semidefinite matrices at once."""
+
+import torch
+from torch import Tensor
+
+from .._dispatch import choose_impl
+from .reference import symmetric_eigen_reference
+
+__all__ = ["symmetric_eigen"]
+
+MAX_SIZE = 256  # of a matrix the kernel takes
+_DTYPES = (torch.float32, torch.float64)
+
+
+def symmetric_eigen(
+    matrix: Tensor,  # (..., k, k) float32 or float64, symmetric positive semidefinite
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # (..., k) descending, (..., k, k)
+    """Eigenpairs of every matrix of a batch: ``matrix @ vectors`` = ``vectors * values``.
+
+    An eigenvalue that rounding has made negative comes back as its magnitude from the kernel and as it is
+    from the reference; both are of the size of the rounding. "auto" takes the kernel on a GPU for k up to 256.
+
+    Raises:
+        TypeError: ``matrix`` is neither float32 nor float64.
+        ValueError: ``matrix`` is not square, ``impl`` is unknown or cannot run here, or an explicit "triton"
+            meets k beyond 256.
+    """
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"matrix: expected shape (..., k, k), got {tuple(matrix.shape)}")
+    if matrix.dtype not in _DTYPES:
+        raise TypeError(f"matrix: expected dtype float32 or float64, got {matrix.dtype}")
+    chosen = choose_impl(impl, matrix, matrix, dtypes=_DTYPES, accumulators=_DTYPES)
+    fits = matrix.shape[-1] <= MAX_SIZE
+    if impl == "triton" and not fits:
+        raise ValueError(f"matrix: expected k up to {MAX_SIZE} for impl='triton', got {matrix.shape[-1]}")
+    if chosen == "triton" and fits:
+        from .triton import symmetric_eigen_triton
+
+        return symmetric_eigen_triton(matrix)
+    return symmetric_eigen_reference(matrix)

@@ -1,0 +1,107 @@
+"""The gate on kernels passes a few of ours, and fails the kernel one would write first."""
+
+import pytest
+import triton
+import triton.language as tl
+
+from eva_kernels.gram.triton import GramTile, plan_gram
+from tools.kernel_gate.bars import GRAM_FRACTION, failures, fraction
+from tools.kernel_gate.machine_code import innermost_tensor_loop
+from tools.kernel_gate.model import CHIPS, Pass, gram_update
+from tools.kernel_gate.variants import Variant, all_variants
+
+INTERPRETED = triton.knobs.runtime.interpret
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+@triton.jit
+def _gram_kernel(
+    x_ptr, g_ptr, n, d, stride_xm, stride_xd, BLOCK: tl.constexpr, DEPTH: tl.constexpr, FOLD: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of XᵀX by the book: run-time strides, no hint on alignment, the full square of tiles."""
+    m, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, n, DEPTH):
+        rows = k + tl.arange(0, DEPTH)
+        a = tl.load(x_ptr + m[:, None] * stride_xd + rows[None, :] * stride_xm, mask=(rows < n)[None, :], other=0.0)
+        b = tl.load(x_ptr + rows[:, None] * stride_xm + c[None, :] * stride_xd, mask=(rows < n)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc)
+    tl.store(g_ptr + m[:, None] * d + c[None, :], acc)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_a_naive_kernel_fails(architecture, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tile = GramTile(128, 128, 64, 8, 3)
+    flags = {"BLOCK": tile.block_m, "DEPTH": tile.block_k, "FOLD": True, "MASKED": False}
+    naive = Variant(_gram_kernel, architecture, "bf16", tuple(flags.items()), warps=8, stages=3, tile=tile)
+    code = naive.compile()
+    why = " ".join(failures(naive, code))
+    assert "operand loads in the loop not all asynchronous and 16 bytes wide" in why
+    assert fraction(naive, code) < GRAM_FRACTION[architecture]
+
+
+def test_spills_and_a_foreign_instruction_fail(monkeypatch, tmp_path):
+    """Too few warps for a tile spill; on sm_90 a tile of half a warp group falls back to the older instruction."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (good,) = [v for v in all_variants(("sm_80",)) if _is_plain_gram(v)]
+    code = Variant(good.kernel, "sm_80", "bf16", good.constants, warps=4, stages=3, tile=good.tile).compile()
+    assert any(reason.endswith("spills") for reason in failures(good, code))
+
+    (good,) = [v for v in all_variants(("sm_90",)) if _is_plain_gram(v) and v.flags["BLOCK_N"] == 128]
+    small = tuple(({**good.flags, "BLOCK_M": 32, "BLOCK_N": 32}).items())
+    other = Variant(good.kernel, "sm_90", "bf16", small, warps=4, stages=3, tile=good.tile)
+    assert any("expected HGMMA" in reason for reason in failures(other, other.compile()))
+
+
+def _is_plain_gram(variant):
+    return (
+        variant.name == "gram"
+        and variant.barred
+        and variant.dtype == "bf16"
+        and not variant.flags["MASKED"]
+        and not variant.flags["GROUPED"]
+    )
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_main_variants_pass(architecture, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    chosen = [v for v in all_variants((architecture,)) if _is_plain_gram(v)]
+    chosen += [
+        v
+        for v in all_variants((architecture,))
+        if v.name in ("project", "lift") and v.dtype == "bf16" and v.barred and v.flags["PADDED"] == 64
+        if v.flags["MASKED"] and not v.flags["GROUPED"]
+    ]
+    assert {v.name for v in chosen} == {"gram", "project", "lift"}
+    found = {v.describe(): failures(v, v.compile()) for v in chosen}
+    assert not any(found.values()), found
+
+
+def test_a_launch_that_idles_fails():
+    """Tiles far too large for the width leave most of the chip idle, and the model must say so."""
+    chip, tile = CHIPS["sm_80"], GramTile(512, 512, 64, 8, 3)
+    one = Pass(tensor=16384.0, shared=0.0, issue=0.0, l2=0.0)
+    assert plan_gram(2048, 384, 1, tile, chip.processors).tiles == 1
+    update = gram_update(2048, 384, 1, tile, one, chip)
+    assert update.seconds > 1.25 * update.ideal
+
+
+def test_the_innermost_loop_is_found():
+    listing = """
+        .L_x_1:
+        /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
+        .L_x_2:
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R8, R8, R12, R8 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/               @P2 BRA `(.L_x_1) ;
+        .L_x_3:
+        /*0060*/                   BRA `(.L_x_3);
+    """
+    instructions, loop = innermost_tensor_loop(listing)
+    assert len(instructions) == 6
+    assert [i.kind for i in loop] == ["LDGSTS", "HMMA", "BRA"]
+    assert loop[0].width == 16

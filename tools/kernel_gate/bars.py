@@ -1,0 +1,105 @@
+"""What a variant must be to pass, and what fails it."""
+
+from dataclasses import dataclass
+
+from eva_kernels.gram.triton import ALIGNED_TILES, GramTile
+from eva_kernels.subspace.triton import SubspaceTile
+
+from .machine_code import TENSOR_INSTRUCTION, Code
+from .model import CHIPS, SCHEDULERS, SHARED_BYTES, Chip, Pass, Update, gram_pass, gram_update, layers_to_fill
+from .variants import Variant
+
+# The masked loop of sm_80 issues 6.5 instructions per product, 2.8 without a mask: selects for the predicates of
+# its copies. At 8 warps that is 0.81 of the issue slots, so the tensor cores still set the modelled pace.
+GRAM_FRACTION = {"sm_80": 0.95, "sm_90": 0.80}
+UPDATE_RATIO = 1.25
+ROWS = (2048, 16384)
+# Hidden sizes and MLP widths of current models. 576 is reported without a bar: its last tiles are half empty,
+# which costs 1.48 times the arithmetic whatever the launch does.
+WIDTHS = (384, 768, 896, 1024, 1152, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 8192, 11008, 14336, 18944, 28672)
+UNBARRED_WIDTHS = (576,)
+
+
+def fraction(variant: Variant, code: Code) -> float | None:
+    """Modelled fraction of the tensor peak (gram), of the memory's (project) or L2's bandwidth (lift)."""
+    chip = CHIPS.get(variant.architecture)
+    if chip is None or not code.loop or not variant.barred:
+        return None
+    if isinstance(variant.tile, GramTile):
+        return gram_pass(code, variant.tile, chip).fraction
+    assert isinstance(variant.tile, SubspaceTile)
+    return product_fraction(variant, code, chip)
+
+
+def product_fraction(variant: Variant, code: Code, chip: Chip) -> float:
+    """Clocks the limiting memory needs for one pass of a thin product, over those of the slowest resource."""
+    flags = variant.flags
+    rows, columns, padded = int(flags["ROWS"]), int(flags["COLUMNS"]), int(flags["PADDED"])
+    own = chip.l2_bytes / chip.processors
+    x_bytes, inner = 2 * rows * columns, columns if variant.name == "project" else rows
+    l2 = (x_bytes + 2 * inner * padded) / own
+    memory = x_bytes / (chip.memory / chip.clock / chip.processors) if variant.name == "project" else l2
+    others = (
+        rows * columns * padded / chip.multiply_adds,
+        code.shared_bytes(variant.warps) / SHARED_BYTES,
+        len(code.loop) * variant.warps / SCHEDULERS,
+    )
+    return memory / max(memory, l2, *others)
+
+
+def failures(variant: Variant, code: Code) -> list[str]:
+    """Why this variant fails, one line each; empty if it passes."""
+    found = []
+    if code.spills:
+        found.append(f"{code.spills} spills")
+    if not variant.barred:
+        return found
+    own = TENSOR_INSTRUCTION[variant.architecture]
+    if not code.tensor or any(not name.startswith(own) for name in code.tensor):
+        found.append(f"products by {', '.join(sorted(code.tensor)) or 'no tensor instruction'}, expected {own}")
+    if variant.architecture == "gfx942":
+        return found
+    if not code.asynchronous:
+        loads = ", ".join(f"{count} {kind} of {width} bytes" for (kind, width), count in sorted(code.loads.items()))
+        found.append(f"operand loads in the loop not all asynchronous and 16 bytes wide: {loads or 'none found'}")
+    bar = GRAM_FRACTION.get(variant.architecture)
+    value = fraction(variant, code)
+    if variant.name == "gram" and bar and value is not None and value < bar and _is_largest_tile(variant):
+        found.append(f"modelled fraction of the tensor peak {value:.2f}, expected {bar:.2f}")
+    return found
+
+
+def _is_largest_tile(variant: Variant) -> bool:
+    return variant.architecture not in ALIGNED_TILES or variant.tile == ALIGNED_TILES[variant.architecture][-1][1]
+
+
+@dataclass(frozen=True)
+class UpdateLine:
+    """One modelled update, for the table."""
+
+    chip: Chip
+    n: int
+    d: int
+    update: Update
+
+    @property
+    def ratio(self) -> float:
+        return self.update.seconds / self.update.ideal
+
+    def describe(self) -> str:
+        return f"{self.chip.name}: {self.n} rows of {self.d}: {self.ratio:.2f} times the ideal, expected {UPDATE_RATIO}"
+
+    @property
+    def failed(self) -> bool:
+        return self.ratio > UPDATE_RATIO and self.d not in UNBARRED_WIDTHS
+
+
+def updates(architecture: str, passes: dict[GramTile, Pass]) -> list[UpdateLine]:
+    """Modelled updates at every width, with the tile the launcher takes there."""
+    chip, lines = CHIPS[architecture], []
+    for n in ROWS:
+        for d in sorted(WIDTHS + UNBARRED_WIDTHS):
+            tile = max((entry for entry in ALIGNED_TILES[architecture] if entry[0] <= d), key=lambda entry: entry[0])[1]
+            layers = layers_to_fill(d, tile, chip)
+            lines.append(UpdateLine(chip, n, d, gram_update(n, d, layers, tile, passes[tile], chip)))
+    return lines

@@ -1,0 +1,174 @@
+"""Every variant of every kernel that can be chosen at run time, as the launchers would ask for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from eva_kernels import _triton
+from eva_kernels.gram import triton as gram
+from eva_kernels.subspace import triton as subspace
+from eva_kernels.symmetric_eigen import triton as symmetric_eigen
+
+from .machine_code import ARCHITECTURES, Code, compile_variant
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PADDED = (32, 64, 128, 256)
+TYPED = {"x_ptr", "operand_ptr", "product_ptr", "work_ptr", "vectors_ptr"}  # pointers to what has the rows' dtype
+WARPS, STAGES = 4, 3  # Triton's own defaults, where a launcher names none
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel, one architecture, one set of compile-time constants.
+
+    ``base16`` says that x starts at a multiple of 16 bytes. Generic variants are compiled without: where strides
+    are known only at run time, the base alone lets no load be any wider.
+    """
+
+    kernel: Any
+    architecture: str
+    dtype: str
+    constants: tuple[tuple[str, Any], ...]
+    base16: bool = True
+    warps: int = WARPS
+    stages: int = STAGES
+    tile: gram.GramTile | subspace.SubspaceTile | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__).strip("_").removesuffix("_kernel")
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        return dict(self.constants)
+
+    @property
+    def barred(self) -> bool:
+        """Whether the bars for aligned 16-bit products hold: not the slower generic variants."""
+        return bool(self.flags.get("FOLD")) and self.name in ("gram", "project", "lift")
+
+    def describe(self) -> str:
+        flags = self.flags
+        block = [f"{flags[k]}" for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "COLUMNS", "PADDED") if k in flags]
+        names = [k.lower() for k in ("ALIGNED", "FOLD", "MASKED", "GROUPED") if flags.get(k)]
+        names += ["tf32"] if flags.get("PRECISION") == "tf32" else []
+        names += [] if self.base16 else ["odd base"]
+        return f"{self.name} {self.dtype} {'x'.join(block)} {' '.join(names)}".strip()
+
+    def compile(self) -> Code:
+        constants, signature, aligned = self.flags, {}, set()
+        for name in self.kernel.arg_names:
+            if name in constants:
+                signature[name] = "constexpr"
+            elif self._is_none(name):
+                signature[name] = "constexpr"
+                constants[name] = None
+            elif name.endswith("_ptr"):
+                signature[name] = "*" + self._element(name)
+                if name not in _triton.FOREIGN and (name != "x_ptr" or self.base16):
+                    aligned.add(name)
+            elif name in ("sign", "tolerance", "floor"):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i64" if name.startswith("stride") else "i32"
+        return compile_variant(
+            self.kernel, self.architecture, signature, constants, frozenset(aligned), self.warps, self.stages
+        )
+
+    def _is_none(self, name: str) -> bool:
+        if name == "mask_ptr":
+            return self.name == "settle" and not self.flags["MASKED"]
+        return name.endswith("table_ptr") and not self.flags.get("GROUPED")
+
+    def _element(self, name: str) -> str:
+        if name.endswith("table_ptr"):
+            return "i64"
+        if name in ("column_sum_ptr", "square_sum_ptr"):
+            return "fp64"
+        if name == "mask_ptr":
+            return "i1" if self.flags.get("MASKED") else self.dtype
+        return self.dtype if name in TYPED else "fp32"
+
+
+def row_kinds() -> Iterator[tuple[str, dict[str, bool], bool]]:
+    """Dtype, flags and base of every kind of rows: only aligned 16-bit rows fold and are grouped."""
+    for dtype, masked in product(DTYPES, (False, True)):
+        common = {"MASKED": masked, "GROUPED": False}
+        if dtype != "fp32":
+            for grouped in (False, True):
+                yield dtype, {"ALIGNED": True, "FOLD": True, "MASKED": masked, "GROUPED": grouped}, True
+        else:
+            yield dtype, {"ALIGNED": True, "FOLD": False, **common}, True
+        yield dtype, {"ALIGNED": False, "FOLD": False, **common}, False
+
+
+def make(kernel: Any, architecture: str, dtype: str, constants: dict[str, Any], **rest: Any) -> Variant:
+    """A variant with only those constants that the kernel has."""
+    return Variant(
+        kernel, architecture, dtype, tuple((k, v) for k, v in constants.items() if k in kernel.arg_names), **rest
+    )
+
+
+def gram_variants(architecture: str) -> Iterator[Variant]:
+    for dtype, flags, base16 in row_kinds():
+        fold = flags["FOLD"]
+        tiles = [tile for _, tile in gram.ALIGNED_TILES[architecture]] if fold else [gram.GENERIC_TILE]
+        for tile, precision in product(tiles, ("ieee", "tf32") if dtype == "fp32" else ("ieee",)):
+            blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BAND": tile.band}
+            constants = {**blocks, **flags, "COLUMNS": gram.FLUSH_COLUMNS, "PRECISION": precision, "UPCAST": False}
+            shape = {"base16": base16, "warps": tile.warps, "stages": tile.stages, "tile": tile}
+            yield make(gram._gram_kernel, architecture, dtype, constants, **shape)
+            if precision == "ieee":
+                yield make(
+                    gram._reduce_kernel, architecture, dtype, {**blocks, **flags, "ROWS": gram.REDUCE_ROWS}
+                )  # fmt: skip
+    yield make(gram._mirror_kernel, architecture, "fp32", {"BLOCK": gram.MIRROR_BLOCK})
+
+
+def subspace_variants(architecture: str) -> Iterator[Variant]:
+    for dtype, flags, base16 in row_kinds():
+        for padded in PADDED if flags["FOLD"] else (subspace.GENERIC_COLUMNS,):
+            tile = subspace.choose_tile(DTYPES[dtype], flags["ALIGNED"], padded)
+            shape = {"base16": base16, "warps": tile.warps, "stages": tile.stages, "tile": tile}
+            constants = {**flags, "COLUMNS": tile.columns, "PADDED": padded}
+            small = {**flags, "PADDED": padded}
+            yield make(subspace._project_kernel, architecture, dtype, {**constants, "ROWS": tile.rows}, **shape)
+            yield make(subspace._lift_kernel, architecture, dtype, {**constants, "ROWS": tile.lift_rows}, **shape)
+            yield make(subspace._settle_kernel, architecture, dtype, {**small, "ROWS": subspace.SETTLE_ROWS})
+            yield make(subspace._finish_kernel, architecture, dtype, {**small, "ROWS": subspace.FINISH_ROWS})
+            if not flags["MASKED"]:
+                yield make(subspace._prepare_kernel, architecture, dtype, {**small, "ROWS": subspace.PREPARE_ROWS})
+
+
+def totals_variants(architecture: str) -> Iterator[Variant]:
+    for dtype, flags, base16 in row_kinds():
+        block = {"ROWS": _triton.TOTALS_ROWS, "COLUMNS": _triton.TOTALS_COLUMNS, "STEP": _triton.TOTALS_STEP}
+        yield make(_triton._totals_kernel, architecture, dtype, {**block, **flags}, base16=base16)
+    tiles = [subspace.GENERIC_TILE, *(subspace.choose_tile(torch.bfloat16, True, padded) for padded in PADDED)]
+    columns = {_triton.TOTALS_COLUMNS, *(tile.columns for tile in tiles)}
+    for grouped, column in product((False, True), sorted(columns)):
+        yield make(_triton._add_totals_kernel, architecture, "fp32", {"COLUMNS": column, "GROUPED": grouped})
+
+
+def eigen_variants(architecture: str) -> Iterator[Variant]:
+    for dtype, padded in product(("fp32", "fp64"), (64, 128, 256)):
+        pairs = symmetric_eigen.pairs_at_once(padded, 4 if dtype == "fp32" else 8)
+        constants = {"PADDED": padded, "PAIRS": pairs, "MAX_SWEEPS": symmetric_eigen.MAX_SWEEPS}
+        yield make(
+            symmetric_eigen._jacobi_kernel, architecture, dtype, constants, warps=symmetric_eigen.WARPS
+        )  # fmt: skip
+
+
+def all_variants(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Variant]:
+    """Each distinct variant once; what does not depend on the rows' dtype is listed for one."""
+    unique: dict[Variant, None] = {}
+    for architecture in architectures:
+        for variants in (gram_variants, subspace_variants, totals_variants, eigen_variants):
+            for variant in variants(architecture):
+                if not TYPED & set(variant.kernel.arg_names):
+                    variant = replace(variant, dtype="fp32")
+                unique.setdefault(variant, None)
+    return list(unique)
