@@ -14,8 +14,8 @@ def main() -> None:
 @main.command()
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=".", show_default=True,
               help="Folder that eva_report/ and eva_adapter/ are written to.")  # fmt: skip
-@click.option("--max-batches", type=click.IntRange(2), default=40, show_default=True, help="Batches EVA may see.")
-@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Training steps of each run.")
+@click.option("--max-batches", type=click.IntRange(2), default=24, show_default=True, help="Batches EVA may see.")
+@click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Training steps of each run.")
 def demo(output: Path, max_batches: int, steps: int) -> None:
     """Run EVA on SmolLM2-135M and real text, reload the adapter, train a little."""
     from . import demo as module

@@ -57,13 +57,12 @@ def collect(
         if value is not None:
             raise ValueError(f"{name}: not available yet; supported values: None")
     adapter = find_adapter(model)
-    first, rest = first_batch(loader)
     run = _Run(adapter, config)
+    first, rest = first_batch(loader)
     early_stop = _may_stop_early(model, config, forward_fn)
     forward = forward_fn or default_forward
     device = _input_device(model)
     bar = tqdm(total=None, desc="EVA", unit="batch", disable=None if progress else True)
-    started = time.perf_counter()
     with bar, _frozen(model), adapter.disabled(), run.capture.hooks():
         for batch in endless(first, rest, loader):
             batch = to_device(batch, device)
@@ -80,7 +79,6 @@ def collect(
                 break
         else:
             run.stop_reason = "end of the data"
-    run.seconds["total"] = time.perf_counter() - started
     return run.result()
 
 
@@ -105,6 +103,7 @@ class _Run:
         self.gram_bytes = 0
         self.num_batches = self.num_rows = 0
         self.history: list[int] = []
+        self.started = time.perf_counter()
         self.seconds = {"total": 0.0, "forward": 0.0, "refresh": 0.0}
         self.stop_reason = ""
         self._latest: dict[int, Refreshed] = {}  # per site
@@ -228,6 +227,7 @@ class _Run:
         for entry in self.capture.inputs:
             entry.statistic.finish_()
         self.seconds["refresh"] += time.perf_counter() - tick
+        self.seconds["total"] = time.perf_counter() - self.started
         assert self.decision is not None
         pending = int((~self.decision.done).sum())
         if pending:

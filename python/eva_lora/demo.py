@@ -4,6 +4,7 @@ import importlib.util
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,10 @@ def run(folder: Path, *, max_batches: int, steps: int, rank: int = 16, echo: Cal
         RuntimeError: the saved adapter does not load back to a model that computes what the base computes.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")  # about their own versions and options
     base, tokenizer = load_smollm2(echo)
     batches = packed_text(tokenizer, sequences=4, tokens=256)
     held_out, batches = batches[-2:], batches[:-2]
@@ -100,7 +104,7 @@ def run(folder: Path, *, max_batches: int, steps: int, rank: int = 16, echo: Cal
         r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="eva"
     )
     model = get_peft_model(base, lora)
-    report = eva_initialize(model, batches, EvaConfig(convergence="subspace", max_batches=max_batches))
+    report = eva_initialize(model, batches, EvaConfig(max_batches=max_batches))
     echo(str(report))
     report.save(folder / "eva_report")
     model.save_pretrained(folder / "eva_adapter")

@@ -62,8 +62,10 @@ def test_arguments_of_later_versions_are_refused(name):
 
 @pytest.mark.parametrize(("options", "name"), [({"min_rank": 5}, "budget"), ({"min_rank": 9}, "min_rank")])
 def test_rank_bounds_that_cannot_be_met_are_refused_before_any_forward(options, name):
+    loader = iter(token_batches(2))
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        eva_initialize(guarded(lora(tiny_llama())), token_batches(), EvaConfig(**options))
+        eva_initialize(guarded(lora(tiny_llama())), loader, EvaConfig(**options))
+    assert len(list(loader)) == 2  # not a batch was taken
 
 
 @pytest.mark.parametrize("empty", [[], iter([]), torch.utils.data.DataLoader([])])
