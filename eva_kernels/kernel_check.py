@@ -1,0 +1,99 @@
+"""Every kernel against its reference on the user's own device, in well under a minute."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .gram import gram_accumulate_
+from .subspace import subspace_accumulate_
+from .symmetric_eigen import symmetric_eigen
+
+_SHAPES = ((1000, 384), (777, 130), (2048, 1024))
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_EIGEN_SIZES = (16, 48, 128)
+ALLOWANCE = 2.0  # times the error of plain PyTorch at the same precision
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One kernel on one input.
+
+    Attributes:
+        name: of the kernel, with dtype and shape.
+        error: largest error against float64, relative to the largest entry of the result.
+        allowed: twice the error plain PyTorch makes with this dtype on this device, or a few roundings of the
+            accumulator where that is smaller.
+    """
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+def check_kernels(device: torch.device | str) -> list[KernelCheck]:
+    """Run every kernel, on aligned, odd, masked and poisoned rows, and compare with float64.
+
+    Raises:
+        ValueError: Triton does not run on ``device``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    checks: list[KernelCheck] = []
+    for n, d in _SHAPES:
+        for dtype in _DTYPES:
+            x = (torch.randn(n, d, generator=generator) + 1).to(device, dtype)
+            shift = torch.full((d,), 1.0, device=device)
+            mask = (torch.rand(n, generator=generator) < 0.7).to(device)
+            basis = torch.linalg.qr(torch.randn(d, min(d, 48), generator=generator)).Q.to(device)
+            x[~mask] = torch.nan  # must never be seen
+            label = f"{str(dtype).removeprefix('torch.')} {n} x {d}"
+            checks.append(_check_rows(f"gram {label}", x, shift, mask, None))
+            checks.append(_check_rows(f"subspace {label}", x, shift, mask, basis))
+    checks += [_check_eigen(k, device, generator) for k in _EIGEN_SIZES]
+    return checks
+
+
+def _check_rows(name: str, x: Tensor, shift: Tensor, mask: Tensor, basis: Tensor | None) -> KernelCheck:
+    d = x.shape[1]
+    result = shift.new_zeros(d, d if basis is None else basis.shape[1])
+    totals = shift.new_zeros(d, dtype=torch.float64), shift.new_zeros((), dtype=torch.float64)
+    if basis is None:
+        gram_accumulate_(result, *totals, x, shift, mask, impl="triton")
+    else:
+        subspace_accumulate_(result, *totals, x, basis, shift, mask, impl="triton")
+
+    def product(z: Tensor, basis: Tensor | None) -> Tensor:
+        return z.mT @ z if basis is None else z.mT @ (z @ basis.to(z.dtype))
+
+    z = x[mask].double() - shift
+    exact = product(z, None if basis is None else basis.double())
+    plain = product(x[mask] - shift.to(x.dtype), basis).double()
+    error = max(_relative(result, exact), _relative(totals[0], z.sum(0)), _relative(totals[1], z.square().sum()))
+    rounding = 8 * len(z) ** 0.5 * torch.finfo(torch.float32).eps
+    return KernelCheck(name, error, max(ALLOWANCE * _relative(plain, exact), rounding))
+
+
+def _check_eigen(k: int, device: torch.device | str, generator: torch.Generator) -> KernelCheck:
+    root = torch.randn(8, k, k, generator=generator).to(device)
+    matrix = root @ root.mT
+    values, vectors = symmetric_eigen(matrix, impl="triton")
+    plain = torch.linalg.eigh(matrix)
+
+    def residual(values: Tensor, vectors: Tensor) -> float:
+        left = matrix.double() @ vectors.double()
+        return _relative(left, vectors.double() * values.double()[:, None, :])
+
+    rounding = 8 * k * torch.finfo(torch.float32).eps
+    return KernelCheck(
+        f"symmetric_eigen float32 8 x {k} x {k}",
+        residual(values, vectors),
+        max(ALLOWANCE * residual(plain.eigenvalues, plain.eigenvectors), rounding),
+    )
+
+
+def _relative(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).abs().max() / exact.abs().max())

@@ -1,0 +1,26 @@
+"""The check users run on their own device, here in the interpreter; and that it can fail."""
+
+import pytest
+
+from eva_kernels import kernel_check
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(kernel_check, "_SHAPES", ((100, 40), (77, 13)))
+    monkeypatch.setattr(kernel_check, "_EIGEN_SIZES", (6,))
+
+
+def test_every_kernel_passes():
+    checks = kernel_check.check_kernels("cpu")
+    assert len(checks) == 2 * 2 * 3 + 1
+    assert all(check.passed for check in checks), checks
+
+
+def test_a_kernel_that_forgets_the_shift_fails(monkeypatch):
+    def forgetful(gram, column_sum, square_sum, x, shift, row_mask, *, impl):
+        right(gram, column_sum, square_sum, x, shift * 0, row_mask, impl=impl)
+
+    right = kernel_check.gram_accumulate_
+    monkeypatch.setattr(kernel_check, "gram_accumulate_", forgetful)
+    assert {check.passed for check in kernel_check.check_kernels("cpu") if check.name.startswith("gram")} == {False}
