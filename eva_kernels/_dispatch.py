@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "reference")
+HAS_TRITON = find_spec("triton") is not None  # looked for, not imported
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,10 +33,9 @@ def choose_impl(
     if impl == "reference":
         return impl
     has_dtypes = x.dtype in dtypes and accumulator.dtype in accumulators
-    has_triton = find_spec("triton") is not None
     if impl == "auto":
-        return "triton" if x.is_cuda and has_dtypes and has_triton else "reference"
-    if not has_triton:
+        return "triton" if x.is_cuda and has_dtypes and HAS_TRITON else "reference"
+    if not HAS_TRITON:
         raise ValueError("impl: expected Triton to be installed for 'triton', and it is not")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"impl: expected CUDA or HIP tensors for 'triton', got device {str(x.device)!r}")

@@ -1,5 +1,6 @@
 """G += (X − s)ᵀ (X − s) over the unmasked rows of X, with their column sums and sum of squares."""
 
+import torch
 from torch import Tensor
 
 from .._dispatch import choose_impl
@@ -35,8 +36,27 @@ def gram_accumulate_(
     if gram.shape != (d, d):
         raise ValueError(f"gram: expected shape {(d, d)}, got {tuple(gram.shape)}")
     if choose_impl(impl, x, gram) == "triton":
-        from .triton import gram_triton
-
-        gram_triton(gram, column_sum, square_sum, x, shift, row_mask, sign)
+        _gram_op(gram, column_sum, square_sum, x, shift, row_mask, sign)
     else:
         gram_reference(gram, column_sum, square_sum, x, shift, row_mask, sign)
+
+
+@torch.library.custom_op("eva_kernels::gram_accumulate_", mutates_args=("gram", "column_sum", "square_sum"))
+def _gram_op(
+    gram: Tensor,
+    column_sum: Tensor,
+    square_sum: Tensor,
+    x: Tensor,
+    shift: Tensor,
+    row_mask: Tensor | None,
+    sign: float,
+) -> None:
+    """The kernel as ``torch.compile`` and fake tensors see it; Triton is imported when it runs."""
+    from .triton import gram_triton
+
+    gram_triton(gram, column_sum, square_sum, x, shift, row_mask, sign)
+
+
+@_gram_op.register_fake
+def _(*_arguments: object) -> None:
+    """Nothing is returned, and what is mutated keeps its shape."""

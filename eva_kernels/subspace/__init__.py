@@ -1,5 +1,6 @@
 """Y += (X − s)ᵀ ((X − s) Q) over the unmasked rows of X, with their column sums and sum of squares."""
 
+import torch
 from torch import Tensor
 
 from .._dispatch import choose_impl
@@ -39,10 +40,30 @@ def subspace_accumulate_(
         raise ValueError(f"product: expected shape {tuple(basis.shape)}, got {tuple(product.shape)}")
     chosen = choose_impl(impl, x, product)
     if chosen == "triton":
-        from .triton import subspace_triton
-
-        subspace_triton(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
+        _subspace_op(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
     elif impl == "auto" and core_runs(x, product):
         subspace_core(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
     else:
         subspace_reference(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
+
+
+@torch.library.custom_op("eva_kernels::subspace_accumulate_", mutates_args=("product", "column_sum", "square_sum"))
+def _subspace_op(
+    product: Tensor,
+    column_sum: Tensor,
+    square_sum: Tensor,
+    x: Tensor,
+    basis: Tensor,
+    shift: Tensor,
+    row_mask: Tensor | None,
+    sign: float,
+) -> None:
+    """The kernel as ``torch.compile`` and fake tensors see it; Triton is imported when it runs."""
+    from .triton import subspace_triton
+
+    subspace_triton(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
+
+
+@_subspace_op.register_fake
+def _(*_arguments: object) -> None:
+    """Nothing is returned, and what is mutated keeps its shape."""
