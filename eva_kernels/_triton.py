@@ -72,11 +72,11 @@ def address_table(*kinds: list[Tensor]) -> Tensor:  # (kinds, layers) int64
 
 
 def architecture(device: torch.device) -> str:
-    """The name tile tables are keyed by: that of the newest architecture we tune for and the device runs."""
+    """The name tile tables are keyed by. What is tuned for none of them gets the tiles of sm_80, the smallest."""
     if device.type == "cpu" or torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def multiprocessors(device: torch.device) -> int:

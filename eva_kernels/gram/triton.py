@@ -2,7 +2,7 @@
 
 The derivation, the tile order and the error of either way to subtract the shift are in this folder's README.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from dataclasses import dataclass
 
@@ -352,7 +352,7 @@ def accumulate_triangles_(
     """Fold rows into the lower triangles of one or more layers' Gram matrices, in one launch.
 
     Entries above the diagonal are left in any state; :func:`mirror_triangle_` restores them. Rows that are not
-    aligned 16-bit rows go one layer at a time.
+    aligned 16-bit rows go one layer at a time. All tensors are on the current device.
     """
     (n, d), layers, device = x[0].shape, len(x), x[0].device
     rows = make_rows(x, shifts, row_masks)
@@ -397,7 +397,8 @@ def gram_triton(
 ) -> None:
     if x.numel() == 0:
         return
-    for rows, mask in row_views(x, row_mask):
-        masks = None if mask is None else [mask]
-        accumulate_triangles_([gram], [column_sum], [square_sum], [rows], [shift], masks, sign)
-    mirror_triangle_(gram)
+    with torch.cuda.device_of(x):  # kernels are launched on the current device
+        for rows, mask in row_views(x, row_mask):
+            masks = None if mask is None else [mask]
+            accumulate_triangles_([gram], [column_sum], [square_sum], [rows], [shift], masks, sign)
+        mirror_triangle_(gram)

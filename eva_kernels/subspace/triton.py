@@ -3,7 +3,7 @@
 For each chunk: P = Z Q (:func:`_project_kernel`, split over columns, then :func:`_settle_kernel`) and
 Y += Zᵀ P with the totals of Z (:func:`_lift_kernel`). The derivation is in this folder's README.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from dataclasses import dataclass
 
@@ -352,7 +352,7 @@ def accumulate_products_(
 ) -> None:
     """Fold rows into the products of one or more layers, with one launch of each kernel a chunk.
 
-    Rows that are not aligned 16-bit rows go one layer at a time.
+    Rows that are not aligned 16-bit rows go one layer at a time. All tensors are on the current device.
     """
     (n, d), q, layers, grouped = x[0].shape, bases[0].shape[1], len(x), len(x) > 1
     rows = make_rows(x, shifts, row_masks)
@@ -427,14 +427,15 @@ def subspace_triton(
 ) -> None:
     if x.numel() == 0:
         return
-    for rows, mask in row_views(x, row_mask):
-        masks = None if mask is None else [mask]
-        aligned = make_rows([rows], [shift], masks).aligned and x.dtype != torch.float32
-        width = MAX_COLUMNS if aligned else GENERIC_COLUMNS
-        totals = column_sum, square_sum
-        for first in range(0, max(basis.shape[1], 1), width):
-            part = slice(first, first + width)
-            accumulate_products_(
-                [product[:, part]], [totals[0]], [totals[1]], [rows], [basis[:, part]], [shift], masks, sign
-            )
-            totals = torch.zeros_like(column_sum), torch.zeros_like(square_sum)  # the first part has added them
+    with torch.cuda.device_of(x):  # kernels are launched on the current device
+        for rows, mask in row_views(x, row_mask):
+            masks = None if mask is None else [mask]
+            aligned = make_rows([rows], [shift], masks).aligned and x.dtype != torch.float32
+            width = MAX_COLUMNS if aligned else GENERIC_COLUMNS
+            totals = column_sum, square_sum
+            for first in range(0, max(basis.shape[1], 1), width):
+                part = slice(first, first + width)
+                accumulate_products_(
+                    [product[:, part]], [totals[0]], [totals[1]], [rows], [basis[:, part]], [shift], masks, sign
+                )
+                totals = torch.zeros_like(column_sum), torch.zeros_like(square_sum)  # the first part has added them

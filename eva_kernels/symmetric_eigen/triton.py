@@ -2,7 +2,7 @@
 
 Why this method, and what it costs, is in this folder's README.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import torch
 import triton
@@ -84,10 +84,11 @@ def symmetric_eigen_triton(
     vectors = torch.eye(k, dtype=matrix.dtype, device=matrix.device).repeat(len(flat), 1, 1)
     padded = max(MIN_PADDED, triton.next_power_of_2(k))
     eps = torch.finfo(matrix.dtype).eps
-    _jacobi_kernel[(len(flat),)](
-        work, vectors, k, eps * k**0.5, eps**2,
-        PADDED=padded, PAIRS=pairs_at_once(padded, matrix.element_size()), MAX_SWEEPS=MAX_SWEEPS, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(matrix):  # kernels are launched on the current device
+        _jacobi_kernel[(len(flat),)](
+            work, vectors, k, eps * k**0.5, eps**2,
+            PADDED=padded, PAIRS=pairs_at_once(padded, matrix.element_size()), MAX_SWEEPS=MAX_SWEEPS, num_warps=WARPS,
+        )  # fmt: skip
     values, order = torch.linalg.vector_norm(work, dim=-1).sort(dim=-1, descending=True)
     vectors = vectors.gather(1, order[:, :, None].expand_as(vectors)).mT
     return (values * scale[:, None]).reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
