@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .allocation import allocate_ranks, candidate_components
     from .convergence import ConvergenceTracker, Decision
     from .gram import gram_accumulate_
+    from .kernel_check import check_kernels
     from .orthonormal import orthonormalize
     from .streaming_svd import GramStatistic, Statistic, SubspaceStatistic, refresh_
     from .subspace import subspace_accumulate_
@@ -26,6 +27,7 @@ __all__ = [
     "SubspaceStatistic",
     "allocate_ranks",
     "candidate_components",
+    "check_kernels",
     "eva_initialize",
     "gram_accumulate_",
     "orthonormalize",
@@ -41,6 +43,7 @@ _HOME = {
     "SubspaceStatistic": "eva_kernels.streaming_svd",
     "allocate_ranks": "eva_kernels.allocation",
     "candidate_components": "eva_kernels.allocation",
+    "check_kernels": "eva_kernels.kernel_check",
     "eva_initialize": "eva_lora",  # lives one layer up; found here because that is where people look
     "gram_accumulate_": "eva_kernels.gram",
     "orthonormalize": "eva_kernels.orthonormal",

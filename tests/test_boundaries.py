@@ -5,9 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import eva_lora
-
 import eva_kernels
+import eva_lora
 
 KERNELS, LORA = Path(eva_kernels.__file__).parent, Path(eva_lora.__file__).parent
 

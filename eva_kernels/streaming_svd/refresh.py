@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..orthonormal import orthonormalize
+from ..symmetric_eigen import symmetric_eigen
 from .statistics import Statistic
 
 RELATIVE_JITTER = 1e-6  # of the unit diagonal of the scaled ΩᵀY: the rounding of a float32 product
@@ -98,8 +99,8 @@ def nystrom(
     else:
         root = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
     sketch = product @ (scale[:, :, None] * root).to(product.dtype)  # B: B Bᵀ is the approximation
-    values, vectors = torch.linalg.eigh((sketch.mT @ sketch).double())
-    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    values, vectors = symmetric_eigen((sketch.mT @ sketch).double())
+    values = values.clamp_min(0)
     alive = values > RELATIVE_RANK * values[:, :1]
     inverse = torch.where(alive, values.where(alive, 1).rsqrt(), 0)
     basis = sketch @ (vectors * inverse[:, None, :]).to(sketch.dtype)

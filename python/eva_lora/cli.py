@@ -27,7 +27,8 @@ def demo(output: Path, max_batches: int, steps: int) -> None:
 
 
 @main.command()
-def doctor() -> None:
+@click.option("--kernels", is_flag=True, help="Run every Triton kernel against its reference on this machine's GPU.")
+def doctor(kernels: bool) -> None:
     """Say what is built and what is not, why, and what to do about it."""
     from eva_kernels._build import build_info
 
@@ -40,3 +41,20 @@ def doctor() -> None:
         click.echo(f"{name:<14} {shown or '-'}")
     for remedy in remedies:
         click.echo(f"-> {remedy}")
+    if kernels:
+        _check_kernels()
+
+
+def _check_kernels() -> None:
+    import torch
+
+    from eva_kernels import check_kernels
+
+    if not torch.cuda.is_available():
+        raise click.ClickException("--kernels: expected a CUDA or HIP device, torch finds none")
+    checks = check_kernels("cuda")
+    for check in checks:
+        state = "ok" if check.passed else "WRONG"
+        click.echo(f"{state:<6} {check.name:<40} error {check.error:.1e}, allowed {check.allowed:.1e}")
+    if not all(check.passed for check in checks):
+        raise click.ClickException("--kernels: a kernel is wrong on this device; set impl='reference' and report it")

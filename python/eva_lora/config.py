@@ -16,7 +16,6 @@ _BUILT = {
     "convergence": ("component", "subspace"),
     "nonfinite": ("error",),
     "uncalled": ("error",),
-    "impl": ("auto", "reference"),
 }
 
 
@@ -51,7 +50,8 @@ class EvaConfig:
         share_inputs: Keep one statistic for layers that are fed the very same tensor (q, k and v, say).
         nonfinite: What NaN or Inf in an input does; "error" names the layer.
         uncalled: What a layer that the first batch does not reach does; "error" names it.
-        impl: Implementation of the accumulating ops.
+        impl: Implementation of the accumulating ops; "auto" takes Triton on a GPU, compiled code on a CPU that
+            has the instructions, and the reference elsewhere. A name never falls back.
         deterministic: Bit-equal reruns on one device.
         seed: Of the random start; the global generators are never touched.
 

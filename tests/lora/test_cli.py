@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftConfig
 
 EVA_LORA = Path(sys.executable).with_name("eva-lora")
@@ -31,6 +32,13 @@ def test_doctor_says_what_is_built():
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith("->"))
     assert {"eva-kernels", "torch", "core", "cuda"} <= lines.keys()
     assert lines["core"] == "built"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_doctor_cannot_check_kernels_without_a_gpu():
+    done = run("doctor", "--kernels")
+    assert done.returncode == 1
+    assert "expected a CUDA or HIP device" in done.stderr
 
 
 def test_unknown_commands_fail():
