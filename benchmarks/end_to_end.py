@@ -55,10 +55,11 @@ class PeftPass:
 
     def run(self, model: Any, batches: list[dict[str, Tensor]]) -> float:
         """Mean seconds per batch."""
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args, pca=self.pca[n]: pca.partial_fit(rows_of(args)))
-            for n, layer in self.layers.items()
-        ]
+
+        def hook(pca: IncrementalPCA) -> Any:
+            return lambda _, args: (pca.partial_fit(rows_of(args)), None)[1]
+
+        handles = [layer.register_forward_pre_hook(hook(self.pca[n])) for n, layer in self.layers.items()]
         seconds = full_forward(model, batches)
         for handle in handles:
             handle.remove()

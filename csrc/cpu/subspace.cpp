@@ -2,9 +2,11 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && (__GNUC__ >= 11 || defined(__clang__))
 
+#include <dlfcn.h>
 #include <immintrin.h>
 
 #include <algorithm>
+#include <functional>
 #include <thread>
 #include <vector>
 
@@ -172,6 +174,32 @@ EVA_BF16 std::vector<uint32_t> packed_basis(const SubspaceTask& task) {
   return packed;
 }
 
+// Runs work(0) … work(shares − 1), on the threads of the GNU OpenMP runtime where the process has one. PyTorch brings
+// one, whose idle threads spin for a while after its own work: threads of ours would compete with them for the cores.
+void run_in_parallel(int64_t shares, const std::function<void(int64_t)>& work) {
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  using Query = int (*)();
+  static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const auto thread_number = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  static const auto team_size = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+  if (shares == 1) return work(0);
+  if (parallel && thread_number && team_size) {
+    struct Task {
+      int64_t shares;
+      const std::function<void(int64_t)>& work;
+    } task{shares, work};
+    const auto member = [](void* data) {
+      const Task& task = *static_cast<Task*>(data);
+      for (int64_t share = thread_number(); share < task.shares; share += team_size()) task.work(share);
+    };
+    return parallel(member, &task, static_cast<unsigned>(shares), 0);
+  }
+  std::vector<std::thread> others;
+  for (int64_t share = 1; share < shares; ++share) others.emplace_back(work, share);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
 }  // namespace
 
 bool has_bf16_subspace() {
@@ -186,11 +214,9 @@ void subspace_accumulate(const SubspaceTask& task, int threads) {
   const int64_t shares = std::clamp<int64_t>(task.n / kThreadRows, 1, std::max(threads, 1));
   std::vector<Worker> workers(shares, Worker(task, basis, shift));
   const auto bound = [&](int64_t share) { return task.n * share / shares / 2 * 2; };
-  std::vector<std::thread> others;
-  for (int64_t share = 1; share < shares; ++share)
-    others.emplace_back([&, share] { workers[share].run(bound(share), share + 1 == shares ? task.n : bound(share + 1)); });
-  workers[0].run(0, shares == 1 ? task.n : bound(1));
-  for (std::thread& other : others) other.join();
+  run_in_parallel(shares, [&](int64_t share) {
+    workers[share].run(bound(share), share + 1 == shares ? task.n : bound(share + 1));
+  });
   for (const Worker& worker : workers) worker.add_to_task();
 }
 
