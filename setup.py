@@ -136,7 +136,7 @@ class BuildExtension(build_ext):
         compile_all(commands, Path(self.build_temp) / "build.ninja")
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        run([*link, *commands, "-o", str(output)])
+        run([*link, *commands, "-ldl", "-o", str(output)])  # dlsym is in libdl before glibc 2.34
 
         self.record["core"], self.record["compiler"] = "built", version
         if nvcc:
