@@ -27,8 +27,8 @@ def subspace_core(
 ) -> None:
     """x − shift and the basis are rounded to bfloat16 for the products, which accumulate in float32.
 
-    On real activations that changes the captured variance by 1e-6 of it (this folder's README); the totals are
-    those of float32 rows.
+    On real activations that changes the loss of captured variance in its third digit (README of
+    ``streaming_svd``); the totals are those of float32 rows.
     """
     core = use_core("core")
     basis, shift = basis.contiguous(), shift.contiguous()
