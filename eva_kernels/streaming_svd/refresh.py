@@ -1,7 +1,7 @@
 """Bring many statistics' bases up to date at once: Nyström extraction, batched by shape."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,10 @@ from .statistics import Statistic
 RELATIVE_JITTER = 1e-6  # of the unit diagonal of the scaled ΩᵀY: the rounding of a float32 product
 RELATIVE_ALIGNMENT = 5e-4  # ωᵀCω below this fraction of ‖Cω‖ is rounding: no direction is that far from its image
 RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis too far from orthonormal
-CPU_CACHE_BYTES = 2**21  # bases refreshed at a time on a CPU: about what its second-level cache holds
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
+CPU_CACHE_BYTES = 2**21  # bases refreshed at a time on a CPU: about what its second-level cache holds
+
+SOLVED, NOT_FINITE, HARD = range(3)  # what became of an extraction; a hard one is done again with care
 
 
 @dataclass(frozen=True)
@@ -37,84 +39,138 @@ class Refreshed:
     finite: bool
 
 
-def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
-    """Refresh every statistic's basis from the rows it has seen. Statistics of one shape go together.
+@dataclass
+class _Extraction:
+    """Statistics of one kind and shape, and what was taken out of them: all still on their device."""
 
-    Before the first refresh there is no earlier basis: cosines and overlaps then compare with the
-    random start and mean nothing.
+    indices: list[int]
+    members: list[Statistic]
+    sample: Tensor  # (b, d, q)
+    product: Tensor  # (b, d, q)
+    basis: Tensor  # (b, d, q)
+    eigenvalues: Tensor  # (b, q) float64
+    evidence: Tensor  # (b, 3, q) float64: cosines, overlaps, explained-variance ratios
+    status: Tensor  # (b,) int
+
+
+def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
+    """Refresh every statistic's basis from the rows it has seen. Statistics of one kind and shape go together.
+
+    The host waits once for all statistics of a device, and again for those few whose columns turn out to be
+    numerically dependent. Cosines and overlaps compare with the matrix that the rows were multiplied with: the basis
+    before, where it is a subspace statistic's rounded to bfloat16. Before the first refresh that is the start.
     """
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, statistic in enumerate(statistics):
-        groups[(statistic.basis.device, statistic.basis.dtype, statistic.basis.shape)].append(index)
     results: dict[int, Refreshed] = {}
-    for indices in groups.values():
-        first = statistics[indices[0]].basis
-        size = max(1, CPU_CACHE_BYTES // first.nbytes) if first.device.type == "cpu" else len(indices)
-        for start in range(0, len(indices), size):
-            some = indices[start : start + size]
-            results.update(zip(some, _refresh_group_([statistics[i] for i in some]), strict=True))
+    for group in _rounds(statistics):
+        extractions = [_extract(indices, [statistics[i] for i in indices]) for indices in group]
+        packed = [torch.cat([e.evidence.flatten(1), e.status[:, None].double()], 1).flatten() for e in extractions]
+        host = torch.cat(packed).cpu().numpy()
+        for extraction, length in zip(extractions, map(len, packed), strict=True):
+            mine, host = host[:length].reshape(len(extraction.indices), -1), host[length:]
+            results.update(zip(extraction.indices, _adopt_(extraction, mine), strict=True))
     return [results[i] for i in range(len(statistics))]
 
 
-def _refresh_group_(members: list[Statistic]) -> list[Refreshed]:
-    old = torch.stack([s.basis for s in members])
-    sample = torch.stack([s.sample for s in members])
-    basis, eigenvalues, finite = nystrom(sample, torch.stack([s.product() for s in members]))
-    for i, ok in enumerate(finite.tolist()):
-        if ok:
-            members[i].adopt_(basis[i].clone(), eigenvalues[i].clone())
-    cosines, overlaps = compare(old, basis)
-    ratios = torch.stack([s.explained_variance_ratio() for s in members])
-    host = torch.stack([cosines, overlaps, ratios], 1).cpu().numpy()
+def _rounds(statistics: Sequence[Statistic]) -> Iterator[list[list[int]]]:
+    """What to extract before the host waits: per device all statistics; on a CPU, where waiting is free, a cacheful."""
+    shapes: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, statistic in enumerate(statistics):
+        basis = statistic.basis
+        shapes[(basis.device, type(statistic), basis.dtype, basis.shape)].append(index)
+    devices: dict[torch.device, list[list[int]]] = defaultdict(list)
+    for indices in shapes.values():
+        basis = statistics[indices[0]].basis
+        if basis.device.type == "cpu":
+            size = max(1, CPU_CACHE_BYTES // basis.nbytes)
+            yield from ([indices[start : start + size]] for start in range(0, len(indices), size))
+        else:
+            devices[basis.device].append(indices)
+    yield from devices.values()
+
+
+def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
+    sample, product = members[0].products(members)
+    basis, eigenvalues, cross, status = nystrom(sample, product)
+    return _Extraction(indices, members, sample, product, basis, eigenvalues, _evidence(members, eigenvalues, cross),
+                       status)  # fmt: skip
+
+
+def _evidence(members: Sequence[Statistic], eigenvalues: Tensor, cross: Tensor) -> Tensor:  # (b, 3, q)
+    """Per component the \\|cosine\\|, per leading block the squared overlap, and the explained-variance ratios."""
+    cosines = cross.diagonal(dim1=-2, dim2=-1).abs().clamp_max(1)
+    overlaps = cross.square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    ratios = torch.stack([s.explained_variance_ratio(v) for s, v in zip(members, eigenvalues, strict=True)])
+    return torch.stack([cosines, overlaps, ratios], 1)
+
+
+def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refreshed]:
+    status = host[:, -1].astype(int)
+    evidence = host[:, :-1].reshape(len(host), 3, -1)
+    hard = np.flatnonzero(status == HARD)
+    if hard.size:
+        again = nystrom_with_care(extraction.sample[hard], extraction.product[hard])
+        extraction.basis[hard], extraction.eigenvalues[hard], cross = again
+        members = [extraction.members[i] for i in hard]
+        evidence[hard] = _evidence(members, extraction.eigenvalues[hard], cross).cpu().numpy()
+    for i, member in enumerate(extraction.members):
+        if status[i] != NOT_FINITE:
+            member.adopt_(extraction.basis[i].clone(), extraction.eigenvalues[i].clone())
     return [
-        Refreshed(cosines=c, overlaps=o, explained_variance_ratio=r, finite=bool(ok))
-        for (c, o, r), ok in zip(host, finite.tolist(), strict=True)
+        Refreshed(cosines=c, overlaps=o, explained_variance_ratio=r, finite=code != NOT_FINITE)
+        for (c, o, r), code in zip(evidence, status, strict=True)
     ]
 
 
 def nystrom(
     sample: Tensor,  # (b, d, q), independent columns
     product: Tensor,  # (b, d, q): a positive semidefinite matrix times sample
-) -> tuple[Tensor, Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending, (b,) bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending, (b, q, q) float64, (b,) int
     """Eigenpairs of the Nyström approximation Y (ΩᵀY)⁻¹ Yᵀ (Tropp et al. 2017, arXiv 1706.05736, alg. 3).
 
     ΩᵀY is scaled to about a unit diagonal before it is factored, so that outlier directions of any size
-    cost the small ones nothing; the q × q algebra is float64. Directions without variance keep the
-    sample's. The third result is False where NaN or Inf is in the product; the others then mean nothing.
+    cost the small ones nothing; the q × q algebra is float64. The third result is Ωᵀ times the eigenvectors, the
+    fourth says SOLVED, NOT_FINITE (NaN or Inf is in the product) or HARD (see :func:`nystrom_with_care`); the others
+    mean something only where it is SOLVED. Nothing here waits for the device.
     """
+    core, scale, scaled = _scaled_core(sample, product)
+    finite = scaled.isfinite().flatten(1).all(1)  # what is not finite in Y is not finite in ΩᵀY
     eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=sample.device)
-    core = (sample.mT @ product).double()
-    finite = core.isfinite().flatten(1).all(1)  # what is not finite in Y is not finite in ΩᵀY
-    if not bool(finite.all()):
-        core, product = (torch.where(finite[:, None, None], x, 0) for x in (core, product))
-    core = (core + core.mT) / 2
-    image = torch.linalg.vector_norm(product, dim=-2).double()
-    diagonal = torch.maximum(core.diagonal(dim1=-2, dim2=-1), RELATIVE_ALIGNMENT * image)
-    scale = torch.where(diagonal > 0, diagonal.where(diagonal > 0, 1).rsqrt(), 0)
-    scaled = scale[:, :, None] * core * scale[:, None, :] + RELATIVE_JITTER * eye
-    factor, info = torch.linalg.cholesky_ex(scaled, upper=True)
-    if bool((info != 0).any()):  # rounding made it indefinite: the same inverse root through eigenvalues
-        values, vectors = torch.linalg.eigh(scaled)
-        root = vectors * values.clamp_min(RELATIVE_JITTER).rsqrt()[:, None, :]
-    else:
-        root = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
-    sketch = product @ (scale[:, :, None] * root).to(product.dtype)  # B: B Bᵀ is the approximation
+    factor, info = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], scaled, eye), upper=True)
+    factor = torch.where((info == 0)[:, None, None], factor, eye)
+    root = scale[:, :, None] * torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
+    sketch = product @ root.to(product.dtype)  # B: B Bᵀ is the approximation
+    square = (sketch.mT @ sketch).double()
+    values, vectors = symmetric_eigen(torch.where(finite[:, None, None], square, eye))
+    alive = values > RELATIVE_ORTHOGONAL * values[:, :1]
+    turn = vectors * torch.where(alive, values.where(alive, 1).rsqrt(), 0)[:, None, :]
+    status = torch.where(finite, torch.where((info == 0) & alive.all(1), SOLVED, HARD), NOT_FINITE)
+    return sketch @ turn.to(sketch.dtype), values, core @ (root @ turn), status
+
+
+def nystrom_with_care(
+    sample: Tensor,  # (b, d, q)
+    product: Tensor,  # (b, d, q)
+) -> tuple[Tensor, Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending, (b, q, q) float64
+    """As :func:`nystrom` for finite products of any conditioning: eigenvalues in place of the Cholesky factor, and a
+    basis made orthonormal, in which directions without variance are the sample's."""
+    _, scale, scaled = _scaled_core(sample, product)
+    values, vectors = torch.linalg.eigh(scaled)
+    root = scale[:, :, None] * vectors * values.clamp_min(RELATIVE_JITTER).rsqrt()[:, None, :]
+    sketch = product @ root.to(product.dtype)
     values, vectors = symmetric_eigen((sketch.mT @ sketch).double())
     values = values.clamp_min(0)
     alive = values > RELATIVE_RANK * values[:, :1]
     inverse = torch.where(alive, values.where(alive, 1).rsqrt(), 0)
     basis = sketch @ (vectors * inverse[:, None, :]).to(sketch.dtype)
-    if not bool((values > RELATIVE_ORTHOGONAL * values[:, :1]).all()):
-        basis = orthonormalize(torch.where(alive[:, None, :], basis, sample))
-    return basis, values, finite
+    basis = orthonormalize(torch.where(alive[:, None, :], basis, sample))
+    return basis, values, (sample.mT @ basis).double()
 
 
-def compare(
-    old: Tensor,  # (b, d, q)
-    new: Tensor,  # (b, d, q)
-) -> tuple[Tensor, Tensor]:  # (b, q), (b, q) float64
-    """\\|Cosine\\| per component, and the squared overlap of the leading blocks, both in [0, i]."""
-    cross = (old.mT @ new).double()
-    cosines = cross.diagonal(dim1=-2, dim2=-1).abs().clamp_max(1)
-    overlaps = cross.square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
-    return cosines, overlaps
+def _scaled_core(sample: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (b, q, q), (b, q), (b, q, q)
+    """ΩᵀY in float64, the scale that brings its diagonal to about one, and its symmetric part scaled, with jitter."""
+    core = (sample.mT @ product).double()
+    image = torch.linalg.vector_norm(product, dim=-2).double()
+    diagonal = torch.maximum(core.diagonal(dim1=-2, dim2=-1), RELATIVE_ALIGNMENT * image)
+    scale = torch.where(diagonal > 0, diagonal.where(diagonal > 0, 1).rsqrt(), 0)
+    eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=sample.device)
+    return core, scale, scale[:, :, None] * ((core + core.mT) / 2) * scale[:, None, :] + RELATIVE_JITTER * eye

@@ -6,6 +6,7 @@ scatter of all rows so far, times my basis", so that one refresh (:mod:`.refresh
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 from .._rows import shifted_chunks
 from ..gram import gram_accumulate_
 from ..orthonormal import orthonormalize
+from ..orthonormal.reference import cholesky_qr
 from ..subspace import subspace_accumulate_
 
 S = TypeVar("S", bound="Statistic")
+
+START_SPREAD = 1e-2  # of the unit columns of a first basis: enough to complete the span of fewer rows than columns
 
 
 class Statistic(ABC):
@@ -30,7 +34,7 @@ class Statistic(ABC):
         num_components: q, the columns of the basis; at most d.
         dtype: of the accumulators, float32 or float64; totals are always float64.
         device: where rows come from and the state lives.
-        seed: of the first basis, drawn from a generator of its own.
+        seed: of the signs in the first basis, drawn from a generator of its own.
         impl: passed to the accumulating op.
 
     Raises:
@@ -53,16 +57,14 @@ class Statistic(ABC):
             raise ValueError(f"num_features: expected at least 1, got {num_features}")
         if not 1 <= num_components <= num_features:
             raise ValueError(f"num_components: expected 1 to {num_features} (num_features), got {num_components}")
-        self.num_features, self.num_components, self.impl = num_features, num_components, impl
+        self.num_features, self.num_components, self.impl, self.seed = num_features, num_components, impl, seed
         self.num_rows = 0
         self.pending_rows = 0  # rows folded in since the last refresh
         self.num_refreshes = 0
         self.shift: Tensor | None = None  # (d,), the first batch's mean
         self.column_sum = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.square_sum = torch.zeros((), dtype=torch.float64, device=device)
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(num_features, num_components, generator=generator) / num_features**0.5
-        self.basis = start.to(device, dtype)  # (d, q), orthonormal from the first refresh on
+        self.basis = torch.eye(num_features, num_components, dtype=dtype, device=device)  # (d, q)
         self.eigenvalues = torch.zeros(num_components, dtype=torch.float64, device=device)  # (q,) of the scatter
 
     def accumulate_(
@@ -83,8 +85,7 @@ class Statistic(ABC):
         if num_rows == 0:
             return
         if self.shift is None:
-            self.shift = self._mean_of(x, row_mask, num_rows)
-            self._start_(x, row_mask)
+            self._begin_(x, row_mask, num_rows)
         self._accumulate_(x, row_mask, float(sign))
         self.num_rows += sign * num_rows
         self.pending_rows += sign * num_rows
@@ -95,14 +96,18 @@ class Statistic(ABC):
             return torch.zeros_like(self.square_sum)
         return (self.square_sum - self.column_sum.square().sum() / self.num_rows).clamp_min(0)
 
-    def explained_variance_ratio(self) -> Tensor:  # (q,) float64
-        """Each kept eigenvalue over the total scatter; 0 where there is no variance.
+    def explained_variance_ratio(
+        self,
+        eigenvalues: Tensor | None = None,  # (q,) float64; None: the statistic's own
+    ) -> Tensor:  # (q,) float64
+        """Each eigenvalue over the total scatter; 0 where there is no variance.
 
         Where rounding makes the kept eigenvalues sum to more than the total (a stream of hardly any
         variance about its mean), they are taken over their sum.
         """
-        total = torch.maximum(self.total_scatter(), self.eigenvalues.sum())
-        return torch.where(total > 0, self.eigenvalues / total.where(total > 0, 1), 0)
+        values = self.eigenvalues if eigenvalues is None else eigenvalues
+        total = torch.maximum(self.total_scatter(), values.sum())
+        return torch.where(total > 0, values / total.where(total > 0, 1), 0)
 
     def clone(self: S) -> S:
         """An independent copy; no tensor is shared."""
@@ -121,14 +126,10 @@ class Statistic(ABC):
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
         """Bytes a float32 state of this size holds, known before it is made."""
 
-    @property
-    def sample(self) -> Tensor:  # (d, q)
-        """What :meth:`product` multiplies the scatter with; spans what the basis spans, or nearly."""
-        return self.basis
-
+    @classmethod
     @abstractmethod
-    def product(self) -> Tensor:  # (d, q)
-        """The centred scatter of all rows so far, times :attr:`sample`."""
+    def products(cls, members: "Sequence[Any]") -> tuple[Tensor, Tensor]:  # (b, d, q), (b, d, q)
+        """Each member's sample, which spans what its basis spans, and the centred scatter of its rows times it."""
 
     def adopt_(
         self,
@@ -147,15 +148,31 @@ class Statistic(ABC):
     @abstractmethod
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None: ...
 
-    def _start_(self, x: Tensor, row_mask: Tensor | None) -> None:  # noqa: B027 - most need no start
-        """Called once with the first rows, before they are folded in."""
+    def _begin_(self, x: Tensor, row_mask: Tensor | None, num_rows: int) -> None:
+        """From the first rows, the shift, and a basis to start from: a count sketch of them.
 
-    def _mean_of(self, x: Tensor, row_mask: Tensor | None, num_rows: int) -> Tensor:
-        zero = torch.zeros(self.num_features, dtype=self.basis.dtype, device=x.device)
+        Every row, with a random sign, is added to one of q sums (Clarkson & Woodruff 2013, arXiv 1207.6365).
+        Their span is half a power step ahead of a random one, for the price of reading the rows.
+        """
+        columns, d = self.num_components, self.num_features
+        signs = torch.randint(0, 2, (x.numel() // d, 1), generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
+        signs = signs.to(self.basis)
+        if row_mask is not None:
+            signs *= row_mask.reshape(-1, 1)
+        sums, tally, row = self.basis.new_zeros(columns, d), self.basis.new_zeros(columns, 1), 0
         total = torch.zeros_like(self.column_sum)
-        for chunk in shifted_chunks(x, zero, row_mask):
+        for chunk in shifted_chunks(x, self.basis.new_zeros(d), row_mask):
             total += chunk.sum(0)
-        return (total / num_rows).to(self.basis.dtype)
+            for part in torch.split(chunk, columns):
+                sign = signs[row : row + len(part)]
+                sums[: len(part)].addcmul_(part, sign)
+                tally[: len(part)] += sign
+                row += len(part)
+        self.shift = (total / num_rows).to(self.basis.dtype)
+        sums -= tally * self.shift
+        norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+        start = (sums / norms.where(norms > 0, 1)).T + START_SPREAD * self.basis
+        self.basis = cholesky_qr(torch.where(norms.isfinite().all(), start, self.basis)[None])[0][0]
 
 
 class GramStatistic(Statistic):
@@ -177,9 +194,13 @@ class GramStatistic(Statistic):
             self.gram, self.column_sum, self.square_sum, x, self.shift, row_mask, sign=sign, impl=self.impl
         )
 
-    def product(self) -> Tensor:
-        mean = (self.column_sum / max(self.num_rows, 1)).to(self.gram.dtype)
-        return self.gram @ self.basis - torch.outer(self.num_rows * mean, mean @ self.basis)
+    @classmethod
+    def products(cls, members: "Sequence[GramStatistic]") -> tuple[Tensor, Tensor]:
+        sample = torch.stack([s.basis for s in members])
+        product = torch.stack([s.gram @ s.basis for s in members])
+        mean = torch.stack([s.column_sum / max(s.num_rows, 1) for s in members]).to(sample)[:, None]  # (b, 1, d)
+        counts = sample.new_tensor([s.num_rows for s in members])[:, None, None]
+        return sample, product.baddbmm_((counts * mean).mT, mean @ sample, alpha=-1)
 
     def finish_(self) -> None:
         """Basis and eigenvalues become the exact leading ones: one eigensolve in float64."""
@@ -213,20 +234,22 @@ class SubspaceStatistic(Statistic):
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
         return 4 * num_features * (3 * num_components + 5)
 
-    @property
-    def sample(self) -> Tensor:
-        return self._sample
+    @classmethod
+    def products(cls, members: "Sequence[SubspaceStatistic]") -> tuple[Tensor, Tensor]:
+        sample = torch.stack([s._sample for s in members])
+        basis = torch.stack([s.basis for s in members])
+        weighted = torch.stack([s.eigenvalues for s in members]).to(basis)[:, :, None] * (basis.mT @ sample)
+        product = torch.stack([s.pending for s in members]).baddbmm_(basis, weighted)
+        rows = [(s.past_rows, s.num_rows - s.past_rows) for s in members]  # past n, pending m
+        past_mean = torch.stack([s.past_sum / max(n, 1) for s, (n, _) in zip(members, rows, strict=True)])
+        mean = torch.stack([(s.column_sum - s.past_sum) / max(m, 1) for s, (_, m) in zip(members, rows, strict=True)])
+        directions = torch.stack([mean, mean - past_mean], 1).to(basis)  # (b, 2, d)
+        weights = basis.new_tensor([[-m, n * m / max(n + m, 1)] for n, m in rows])
+        return sample, product.baddbmm_((weights[:, :, None] * directions).mT, directions @ sample)
 
-    def _start_(self, x: Tensor, row_mask: Tensor | None) -> None:
-        # A random basis wastes the first product, so the first rows are multiplied twice: one power step.
-        assert self.shift is not None
-        pending, sums = torch.zeros_like(self.basis), torch.zeros_like(self.column_sum)
-        subspace_accumulate_(
-            pending, sums, self.square_sum.clone(), x, self._sample, self.shift, row_mask, impl=self.impl
-        )
-        if bool(pending.isfinite().all()):
-            self.basis = orthonormalize(pending)
-            self._sample = _rounded(self.basis)
+    def _begin_(self, x: Tensor, row_mask: Tensor | None, num_rows: int) -> None:
+        super()._begin_(x, row_mask, num_rows)
+        self._sample = _rounded(self.basis)
 
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
         assert self.shift is not None
@@ -234,16 +257,6 @@ class SubspaceStatistic(Statistic):
             self.pending, self.column_sum, self.square_sum, x, self._sample, self.shift, row_mask,
             sign=sign, impl=self.impl,
         )  # fmt: skip
-
-    def product(self) -> Tensor:
-        n, m = self.past_rows, self.num_rows - self.past_rows
-        past_mean = self.past_sum / max(n, 1)
-        mean = (self.column_sum - self.past_sum) / max(m, 1)
-        directions = torch.stack([mean, mean - past_mean]).to(self.basis.dtype)  # (2, d)
-        weights = directions.new_tensor([[-m], [n * m / max(n + m, 1)]])
-        overlap = self.basis.T @ self._sample
-        history = torch.addmm(self.pending, self.basis, self.eigenvalues.to(overlap.dtype)[:, None] * overlap)
-        return history.addmm_((weights * directions).T, directions @ self._sample)
 
     def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
         super().adopt_(basis, eigenvalues)

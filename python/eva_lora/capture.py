@@ -57,10 +57,19 @@ class Capture:
         columns: Columns that each layer needs its statistic's basis to have.
         make: Makes the statistic of a layer's input when it is first called.
         share: Whether layers may share.
+        head: A module that is called after every layer, if there is one: where a first forward may end.
     """
 
-    def __init__(self, sites: list[LoraSite], columns: list[int], make: MakeStatistic, *, share: bool = True) -> None:
-        self.sites, self._columns, self._make, self._share = sites, columns, make, share
+    def __init__(
+        self,
+        sites: list[LoraSite],
+        columns: list[int],
+        make: MakeStatistic,
+        *,
+        share: bool = True,
+        head: nn.Module | None = None,
+    ) -> None:
+        self.sites, self._columns, self._make, self._share, self._head = sites, columns, make, share, head
         self.inputs: list[Input] = []
         self.input_of: list[Input | None] = [None] * len(sites)
         self.wanted = set(range(len(sites)))  # sites still accumulating; the others' hooks do nothing
@@ -77,6 +86,8 @@ class Capture:
         handles = [
             site.module.register_forward_pre_hook(self._hook(i), with_kwargs=True) for i, site in enumerate(self.sites)
         ]
+        if self._head is not None:
+            handles.append(self._head.register_forward_pre_hook(self._before_head))
         try:
             yield
         finally:
@@ -92,16 +103,13 @@ class Capture:
         """
         self._mask, self.rows_in_batch = mask, mask.num_rows or 0
         self._num_calls = [0] * len(self.sites)
-        self._may_stop = early_stop and self._expected is not None
-        complete = False
+        self._may_stop = early_stop
         try:
             yield
-            complete = True
+            self._expected = self._num_calls
         except ForwardComplete:
             pass
         finally:
-            if complete:
-                self._expected = self._num_calls
             self._live.clear()
         for entry in list(self.inputs):
             for site in [s for s in entry.sites if s in self.wanted and entry.taken[s] < len(entry.calls)]:
@@ -123,9 +131,13 @@ class Capture:
 
         return hook
 
+    def _before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._may_stop and None not in self.input_of:
+            self._expected = self._num_calls
+            raise ForwardComplete
+
     def _satisfied(self, site: int) -> bool:
-        assert self._expected is not None
-        if self._num_calls[site] < self._expected[site]:
+        if self._expected is None or self._num_calls[site] < self._expected[site]:
             return False
         return all(self._num_calls[s] >= self._expected[s] for s in self.wanted)
 

@@ -57,7 +57,7 @@ def collect(
         if value is not None:
             raise ValueError(f"{name}: not available yet; supported values: None")
     adapter = find_adapter(model)
-    run = _Run(adapter, config)
+    run = _Run(adapter, config, head=_head(model, adapter))
     first, rest = first_batch(loader)
     early_stop = _may_stop_early(model, config, forward_fn)
     forward = forward_fn or default_forward
@@ -85,7 +85,7 @@ def collect(
 class _Run:
     """The state of one pass: what the hooks fill, what the tracker decides, and when to stop."""
 
-    def __init__(self, adapter: LoraAdapter, config: EvaConfig) -> None:
+    def __init__(self, adapter: LoraAdapter, config: EvaConfig, head: nn.Module | None) -> None:
         self.config, self.sites = config, adapter.sites
         widths = [site.in_features for site in self.sites]
         self.ranks = [site.rank for site in self.sites]
@@ -97,7 +97,7 @@ class _Run:
         self.columns = [
             min(width, math.ceil(k * oversampling)) for width, k in zip(widths, self.candidates.tolist(), strict=True)
         ]
-        self.capture = Capture(self.sites, self.columns, self._make_statistic, share=config.share_inputs)
+        self.capture = Capture(self.sites, self.columns, self._make_statistic, share=config.share_inputs, head=head)
         self.tracker: ConvergenceTracker | None = None
         self.decision: Decision | None = None
         self.gram_bytes = 0
@@ -283,6 +283,15 @@ def _may_stop_early(model: nn.Module, config: EvaConfig, forward_fn: ForwardFn |
         hasattr(module, "_hf_hook") or type(module).__name__ in wrappers or hasattr(module, "_get_fsdp_state")
         for module in model.modules()
     )
+
+
+def _head(model: nn.Module, adapter: LoraAdapter) -> nn.Module | None:
+    """The LM head of a transformers model, unless a LoRA layer is in it."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if not isinstance(head, nn.Module) or {*head.modules()} & {site.module for site in adapter.sites}:
+        return None
+    return head
 
 
 def _input_device(model: nn.Module) -> torch.device:

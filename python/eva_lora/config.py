@@ -7,7 +7,7 @@ Convergence = Literal["component", "subspace", "captured"]
 StatisticKind = Literal["auto", "gram", "subspace"]
 
 DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run that would never converge
-DEFAULT_OVERSAMPLING = 3.0
+DEFAULT_OVERSAMPLING = 2.5
 GRAM_MAX_WIDENING = 4  # d / q up to which the exact Gram costs at most twice what the subspace product does
 REFRESH_PERIOD = 4
 
