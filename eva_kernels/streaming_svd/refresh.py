@@ -30,12 +30,15 @@ class Refreshed:
         cosines: (q,) float64, \\|cosine\\| of each component to the one before the refresh.
         overlaps: (q,) float64, ‖(QᵀQ′)₁..ᵢ‖²_F for every i.
         explained_variance_ratio: (q,) float64.
+        gains: (q,) float64, for every i what the refresh before this one gained in captured variance on the rows
+            since, relative; zeros where the statistic does not watch it.
         finite: False if NaN or Inf reached the statistic; its basis was then left as it was.
     """
 
     cosines: npt.NDArray[np.float64]
     overlaps: npt.NDArray[np.float64]
     explained_variance_ratio: npt.NDArray[np.float64]
+    gains: npt.NDArray[np.float64]
     finite: bool
 
 
@@ -49,7 +52,7 @@ class _Extraction:
     product: Tensor  # (b, d, q)
     basis: Tensor  # (b, d, q)
     eigenvalues: Tensor  # (b, q) float64
-    evidence: Tensor  # (b, 3, q) float64: cosines, overlaps, explained-variance ratios
+    evidence: Tensor  # (b, 4, q) float64: see _evidence
     status: Tensor  # (b,) int
 
 
@@ -95,17 +98,18 @@ def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
                        status)  # fmt: skip
 
 
-def _evidence(members: Sequence[Statistic], eigenvalues: Tensor, cross: Tensor) -> Tensor:  # (b, 3, q)
-    """Per component the \\|cosine\\|, per leading block the squared overlap, and the explained-variance ratios."""
+def _evidence(members: Sequence[Statistic], eigenvalues: Tensor, cross: Tensor) -> Tensor:  # (b, 4, q)
+    """Per component its \\|cosine\\|, per block its overlap, per component its ratio, per block its gain."""
     cosines = cross.diagonal(dim1=-2, dim2=-1).abs().clamp_max(1)
     overlaps = cross.square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
     ratios = torch.stack([s.explained_variance_ratio(v) for s, v in zip(members, eigenvalues, strict=True)])
-    return torch.stack([cosines, overlaps, ratios], 1)
+    gains = torch.stack([s.gain() if s.watch_gain else torch.zeros_like(s.eigenvalues) for s in members])
+    return torch.stack([cosines, overlaps, ratios, gains], 1)
 
 
 def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refreshed]:
     status = host[:, -1].astype(int)
-    evidence = host[:, :-1].reshape(len(host), 3, -1)
+    evidence = host[:, :-1].reshape(len(host), 4, -1)
     hard = np.flatnonzero(status == HARD)
     if hard.size:
         again = nystrom_with_care(extraction.sample[hard], extraction.product[hard])
@@ -116,8 +120,8 @@ def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refr
         if status[i] != NOT_FINITE:
             member.adopt_(extraction.basis[i].clone(), extraction.eigenvalues[i].clone())
     return [
-        Refreshed(cosines=c, overlaps=o, explained_variance_ratio=r, finite=code != NOT_FINITE)
-        for (c, o, r), code in zip(evidence, status, strict=True)
+        Refreshed(cosines=c, overlaps=o, explained_variance_ratio=r, gains=g, finite=code != NOT_FINITE)
+        for (c, o, r, g), code in zip(evidence, status, strict=True)
     ]
 
 

@@ -36,6 +36,8 @@ class Statistic(ABC):
         device: where rows come from and the state lives.
         seed: of the signs in the first basis, drawn from a generator of its own.
         impl: passed to the accumulating op.
+        watch_gain: whether rows are also projected on the basis and on the one before it, so that a refresh can
+            say what the step before it gained. Costs as much as another product with the rows.
 
     Raises:
         ValueError: a size is out of range.
@@ -52,6 +54,7 @@ class Statistic(ABC):
         device: torch.device | str = "cpu",
         seed: int = 0,
         impl: str = "auto",
+        watch_gain: bool = False,
     ) -> None:
         if num_features < 1:
             raise ValueError(f"num_features: expected at least 1, got {num_features}")
@@ -66,6 +69,9 @@ class Statistic(ABC):
         self.square_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.basis = torch.eye(num_features, num_components, dtype=dtype, device=device)  # (d, q)
         self.eigenvalues = torch.zeros(num_components, dtype=torch.float64, device=device)  # (q,) of the scatter
+        self.watch_gain = watch_gain
+        self.previous: Tensor | None = None  # (d, q), the basis before the last refresh, if gains are watched
+        self.projections = torch.zeros(4, num_components, dtype=torch.float64, device=device)  # see _watch_
 
     def accumulate_(
         self,
@@ -86,6 +92,8 @@ class Statistic(ABC):
             return
         if self.shift is None:
             self._begin_(x, row_mask, num_rows)
+        if self.previous is not None:
+            self._watch_(x, row_mask, sign)
         self._accumulate_(x, row_mask, float(sign))
         self.num_rows += sign * num_rows
         self.pending_rows += sign * num_rows
@@ -131,12 +139,24 @@ class Statistic(ABC):
     def products(cls, members: "Sequence[Any]") -> tuple[Tensor, Tensor]:  # (b, d, q), (b, d, q)
         """Each member's sample, which spans what its basis spans, and the centred scatter of its rows times it."""
 
+    def gain(self) -> Tensor:  # (q,) float64
+        """What the last refresh gained on the rows since, which neither basis had seen.
+
+        Per leading block of i components, the variance that the basis captures of them less what the one before
+        captures, over the former; 0 where there is none.
+        """
+        before, after = (self.projections[1::2] - self.projections[::2].square() / max(self.pending_rows, 1)).cumsum(1)
+        return torch.where(after > 0, (after - before) / after.where(after > 0, 1), 0)
+
     def adopt_(
         self,
         basis: Tensor,  # (d, q)
         eigenvalues: Tensor,  # (q,) float64
     ) -> None:
         """Take a refreshed basis as one's own."""
+        if self.watch_gain:
+            self.previous = self.basis
+            self.projections.zero_()
         self.basis, self.eigenvalues = basis, eigenvalues
         self.pending_rows = 0
         self.num_refreshes += 1
@@ -147,6 +167,43 @@ class Statistic(ABC):
 
     @abstractmethod
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None: ...
+
+    def merge_(self: S, other: S) -> None:
+        """Take in the rows that ``other`` has seen; it is left as it is.
+
+        Exact up to rounding for "gram". For "subspace" the union of both summaries is cut back to q columns; what is
+        lost lies below their smallest eigenvalues, and both must have been refreshed since their last rows.
+
+        Raises:
+            ValueError: another kind or size, or pending rows in a subspace statistic.
+        """
+        shape = (self.kind, self.num_features, self.num_components)
+        if shape != (theirs := (other.kind, other.num_features, other.num_components)):
+            raise ValueError(f"other: expected (kind, num_features, num_components) {shape}, got {theirs}")
+        if other.shift is None:
+            return
+        shift = other.shift.clone() if self.shift is None else self.shift
+        self._merge_(other, other.shift.double() - shift.double())
+        self.shift = shift
+
+    @abstractmethod
+    def _merge_(self: S, other: S, offset: Tensor) -> None: ...
+
+    def _merge_totals_(self, other: "Statistic", offset: Tensor) -> None:
+        """Add the other's totals, moved by ``offset`` from its shift to this one's."""
+        self.square_sum += other.square_sum + 2 * offset @ other.column_sum + other.num_rows * offset @ offset
+        self.column_sum += other.column_sum + other.num_rows * offset
+        self.num_rows += other.num_rows
+
+    def _watch_(self, x: Tensor, row_mask: Tensor | None, sign: int) -> None:
+        """Sums and sums of squares of the rows' projections: on the basis before (rows 0, 1) and on this one (2, 3)."""
+        assert self.shift is not None
+        assert self.previous is not None
+        both = torch.cat([self.previous, self.basis], 1)
+        for chunk in shifted_chunks(x, self.shift, row_mask):
+            projected = (chunk @ both).double()
+            moments = torch.stack([projected.sum(0), projected.square().sum(0)])  # (2, 2 q)
+            self.projections.add_(torch.cat(moments.chunk(2, 1)), alpha=sign)
 
     def _begin_(self, x: Tensor, row_mask: Tensor | None, num_rows: int) -> None:
         """From the first rows, the shift, and a basis to start from: a count sketch of them.
@@ -193,6 +250,13 @@ class GramStatistic(Statistic):
         gram_accumulate_(
             self.gram, self.column_sum, self.square_sum, x, self.shift, row_mask, sign=sign, impl=self.impl
         )
+
+    def _merge_(self, other: "GramStatistic", offset: Tensor) -> None:
+        cross = torch.outer(offset, other.column_sum)
+        moved = cross + cross.T + other.num_rows * torch.outer(offset, offset)
+        self.gram += other.gram + moved.to(self.gram.dtype)
+        self._merge_totals_(other, offset)
+        self.pending_rows += other.num_rows
 
     @classmethod
     def products(cls, members: "Sequence[GramStatistic]") -> tuple[Tensor, Tensor]:
@@ -257,6 +321,19 @@ class SubspaceStatistic(Statistic):
             self.pending, self.column_sum, self.square_sum, x, self._sample, self.shift, row_mask,
             sign=sign, impl=self.impl,
         )  # fmt: skip
+
+    def _merge_(self, other: "SubspaceStatistic", offset: Tensor) -> None:
+        for name, statistic in (("self", self), ("other", other)):
+            if statistic.pending_rows:
+                raise ValueError(f"{name}: expected no rows since the last refresh, got {statistic.pending_rows}")
+        ours, theirs = self.num_rows, other.num_rows
+        between = self.column_sum / max(ours, 1) - (other.column_sum / max(theirs, 1) + offset)
+        parts = [s.basis.double() * s.eigenvalues.sqrt() for s in (self, other)]
+        weight = (ours * theirs / max(ours + theirs, 1)) ** 0.5
+        vectors, values, _ = torch.linalg.svd(torch.cat([*parts, weight * between[:, None]], 1), full_matrices=False)
+        self._merge_totals_(other, offset)
+        keep = self.num_components
+        self.adopt_(vectors[:, :keep].to(self.basis.dtype).contiguous(), values[:keep].square())
 
     def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
         super().adopt_(basis, eigenvalues)

@@ -124,7 +124,8 @@ class _Run:
         if kind is GramStatistic:
             self.gram_bytes += gram_bytes
         device = next(site.module.parameters()).device
-        return kind(width, columns, device=device, seed=config.seed + index, impl=config.impl), reason
+        options = {"device": device, "seed": config.seed + index, "impl": config.impl}
+        return kind(width, columns, **options, watch_gain=config.convergence == "captured"), reason
 
     def finish_batch(self) -> None:
         """After a forward: refresh what has enough new rows, all layers together; decide; check the bounds."""
@@ -147,13 +148,13 @@ class _Run:
         """Whether an input has enough new data for a refresh.
 
         A step from fewer rows than columns would pass the convergence test for being small. The paper's
-        criterion is defined batch by batch; otherwise refreshes come after 1, 2, 4, 8 batches and every
-        ``REFRESH_PERIOD`` from then on, which is as accurate and costs a fraction.
+        criterion and "captured" are defined batch by batch; otherwise refreshes come after 1, 2, 4, 8 batches
+        and every ``REFRESH_PERIOD`` from then on, which is as accurate and costs a fraction.
         """
         statistic = entry.statistic
         if statistic.pending_rows < statistic.num_components:
             return False
-        period = 1 if self.config.convergence == "component" else REFRESH_PERIOD
+        period = REFRESH_PERIOD if self.config.convergence == "subspace" else 1
         return entry.pending_batches >= min(2 ** max(statistic.num_refreshes - 1, 0), period)
 
     def _check_called(self) -> None:
@@ -182,14 +183,15 @@ class _Run:
         if self.tracker is None:  # which layers share an input is known only after the first batch
             self.tracker = self._make_tracker(self.groups())
         rows = len(self.sites), int(self.tracker_candidates().max())
-        cosines, overlaps, ratios = np.zeros(rows), np.zeros(rows), np.zeros(rows)
+        cosines, overlaps, ratios, gains = (np.zeros(rows) for _ in range(4))
         for site, result in self._latest.items():
             k = min(rows[1], len(result.cosines))
             cosines[site, :k] = result.cosines[:k]
             overlaps[site, :k] = result.overlaps[:k]
             ratios[site, :k] = result.explained_variance_ratio[:k]
+            gains[site, :k] = result.gains[:k]
         mask = np.isin(np.arange(rows[0]), sorted(updated))
-        self.decision = self.tracker.update(cosines, ratios, overlaps, updated=mask)
+        self.decision = self.tracker.update(cosines, ratios, overlaps, gains, updated=mask)
         everyone = set(range(rows[0]))
         if self.config.equal_data:
             self.capture.wanted = everyone

@@ -13,7 +13,6 @@ REFRESH_PERIOD = 4
 
 #: Values that are planned but not built yet, by field: refused with the values that work today.
 _BUILT = {
-    "convergence": ("component", "subspace"),
     "nonfinite": ("error",),
     "uncalled": ("error",),
 }
@@ -28,7 +27,9 @@ class EvaConfig:
         tau: Convergence threshold in [0, 1] of the criterion below. Paper, §3.2.
         convergence: "subspace" compares the leading subspaces of two refreshes, blind to rotations inside;
             "component" compares each component with itself one batch earlier, whatever its sign (the
-            paper's criterion, which waits for the eigengaps and may never be met where they are small).
+            paper's criterion, which waits for the eigengaps and may never be met where they are small);
+            "captured" asks what the last refresh gained in captured variance on rows that neither basis had
+            seen, ≤ 1 − tau three times in a row. It projects every row once more, on both bases.
         use_label_mask: Leave out rows whose label is ``label_mask_value``, where labels are per token.
         label_mask_value: The label that marks a row to leave out.
         whiten: Divide each row of A by the square root of its singular value. Paper, appendix on vision.

@@ -8,44 +8,9 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from eva_kernels import GramStatistic, SubspaceStatistic, refresh_
+from support.streams import EXACTLY, KINDS, loss, run, scatter, stream
 
-KINDS = [GramStatistic, SubspaceStatistic]
 ROUNDING = 2**-8  # of bfloat16
-EXACTLY = {"impl": "reference"}  # where a test is about arithmetic, not about which kernel this processor has
-
-
-def stream(num_batches, rows, d, *, decay=1.0, mean=0.0, seed=0):
-    """Batches whose covariance has eigenvalues i^-decay in a random rotation."""
-    generator = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q
-    scales = torch.arange(1, d + 1, dtype=torch.float64) ** (-decay / 2)
-    offset = mean * torch.randn(d, dtype=torch.float64, generator=generator)
-    return [
-        ((torch.randn(rows, d, dtype=torch.float64, generator=generator) * scales) @ rotation.T + offset).float()
-        for _ in range(num_batches)
-    ]
-
-
-def run(kind, batches, q, **options):
-    statistic = kind(batches[0].shape[-1], q, **options)
-    for batch in batches:
-        statistic.accumulate_(batch)
-        refresh_([statistic])
-    statistic.finish_()
-    return statistic
-
-
-def scatter(batches):
-    rows = torch.cat(batches).double()
-    rows = rows - rows.mean(0)
-    return rows.T @ rows
-
-
-def loss(statistic, exact, r):
-    """1 − captured variance / optimum of the leading r components."""
-    basis = statistic.basis[:, :r].double()
-    best = torch.linalg.eigvalsh(exact)[-r:].sum()
-    return 1 - float(torch.trace(basis.T @ exact @ basis) / best)
 
 
 def test_gram_equals_pca_of_the_concatenated_rows():
@@ -118,6 +83,23 @@ def test_cosines_and_overlaps_describe_the_step(kind):
         np.testing.assert_allclose(result.overlaps, expected, atol=1e-5)
         exact = (before.T @ statistic.basis.double()).numpy()
         np.testing.assert_allclose(result.cosines, np.abs(np.diag(exact)), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gains_are_those_of_the_step_on_rows_unseen_by_it(kind):
+    batches = stream(4, 150, 20, decay=1, mean=3)
+    statistic = kind(20, 6, watch_gain=True)
+    bases = []
+    for batch in batches:
+        statistic.accumulate_(batch[:100])
+        statistic.accumulate_(batch[100:])
+        (result,) = refresh_([statistic])
+        if len(bases) >= 2:
+            centred = batch.double() - batch.double().mean(0)
+            before, after = ((centred @ basis).square().sum(0).cumsum(0) for basis in bases[-2:])
+            np.testing.assert_allclose(result.gains, ((after - before) / after).numpy(), atol=1e-5)
+        bases.append(statistic.basis.double())
+    assert not kind(20, 6).watch_gain
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,7 +31,6 @@ def guarded(model):
         ({"tau": 1.5}, ValueError, r"^tau: expected a number between 0\.0 and 1\.0, got 1\.5"),
         ({"tau": -0.1}, ValueError, r"^tau: "),
         ({"convergence": "cosine"}, ValueError, r"^convergence: expected one of \('component', .* got 'cosine'"),
-        ({"convergence": "captured"}, ValueError, r"^convergence: 'captured' is not available yet; supported values: "),
         ({"nonfinite": "skip"}, ValueError, r"^nonfinite: 'skip' is not available yet; supported values: \('error',\)"),
         ({"uncalled": "default"}, ValueError, r"^uncalled: 'default' is not available yet"),
         ({"impl": "cuda"}, ValueError, r"^impl: expected one of"),
