@@ -1,17 +1,21 @@
 """B1: what EVA costs beside the forward passes it needs, and how much variance it captures, against PEFT.
 
     python benchmarks/end_to_end.py --dtype float32
-    python benchmarks/end_to_end.py --dtype bfloat16 --no-peft
+    python benchmarks/end_to_end.py --dtype bfloat16
+    python benchmarks/end_to_end.py --batches 40 --tokens 336 --no-peft      (accuracy with more data)
 
 SmolLM2-135M, real text packed to 4 × 256 tokens, LoRA r = 16 on all linear layers, rho 2, 12 batches, every
 layer sees every batch. F is the median full forward, E is ``collect`` and ``plan`` per batch, P is a step of
 PEFT's ``IncrementalPCA`` fed by hooks on the same distinct inputs, forward included: its own pass, without the hashing
-it begins with. All are measured in one run.
+it begins with. All are measured in one run. The shares of E's parts come from a second, instrumented pass.
 """
 
 import statistics
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,15 +23,19 @@ import peft
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.incremental_pca import IncrementalPCA
+from timing import time_calls
 from torch import Tensor
 
-from eva_lora import EvaConfig, collect, plan
+from eva_kernels.streaming_svd import Statistic
+from eva_lora import EvaConfig, EvaPlan, EvaStatistics, collect, plan
+from eva_lora.capture import Capture
 from eva_lora.demo import load_smollm2, packed_text
 
 RANK, RHO = 16, 2.0
+Batches = list[dict[str, Tensor]]
 
 
-def full_forward(model: Any, batches: list[dict[str, Tensor]]) -> list[float]:
+def full_forward(model: Any, batches: Batches) -> list[float]:
     """Seconds of each full forward: adapters off, LM head included, no cache."""
     times = []
     with torch.no_grad(), model.disable_adapter():
@@ -45,55 +53,69 @@ def lora_inputs(model: Any, every: int) -> dict[str, LoraLayer]:
     return {n: m for n, m in layers.items() if int(n.split(".layers.")[1].split(".")[0]) % every == 0}
 
 
-class PeftPass:
-    """PEFT's statistic: one IncrementalPCA per distinct input, fed by hooks."""
+@contextmanager
+def fed(layers: dict[str, LoraLayer], take: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Within it ``take`` is given the rows (n, d) float32 of every layer's input."""
 
-    def __init__(self, layers: dict[str, LoraLayer]) -> None:
-        k = round(RANK * RHO)
-        self.layers = layers
-        self.pca = {n: IncrementalPCA(n_components=k, lowrank=True, lowrank_seed=42) for n in layers}
+    def hook(name: str) -> Any:
+        return lambda _, args: (take(name, args[0].flatten(0, -2).float()), None)[1]
 
-    def run(self, model: Any, batches: list[dict[str, Tensor]]) -> float:
-        """Mean seconds per batch."""
-
-        def hook(pca: IncrementalPCA) -> Any:
-            return lambda _, args: (pca.partial_fit(rows_of(args)), None)[1]
-
-        handles = [layer.register_forward_pre_hook(hook(self.pca[n])) for n, layer in self.layers.items()]
-        seconds = full_forward(model, batches)
-        for handle in handles:
-            handle.remove()
-        return statistics.mean(seconds)
-
-
-def rows_of(args: tuple[Tensor, ...]) -> Tensor:
-    return args[0].flatten(0, -2).float()
-
-
-def record(model: Any, layers: dict[str, LoraLayer], batches: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """The rows that layers are fed, per batch."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, kept=rows[name]: kept.append(rows_of(args)))
-        for name, layer in layers.items()
-    ]
-    full_forward(model, batches)
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    yield
     for handle in handles:
         handle.remove()
-    return rows
 
 
-def losses(components: Tensor, rows: list[Tensor]) -> list[float]:
-    """1 − captured / optimum over the top 16 and the top 32, against the exact float64 covariance of the rows."""
-    x = torch.cat(rows).double()
-    x -= x.mean(0)
-    scatter = x.T @ x
-    values = torch.linalg.eigvalsh(scatter).flip(0)
-    result = []
-    for r in (RANK, round(RANK * RHO)):
-        v = components[:r].double()
-        result.append(float(1 - torch.trace(v @ scatter @ v.T) / values[:r].sum()))
-    return result
+class ExactScatter:
+    """Σ (x − s)(x − s)ᵀ in float64 about the first batch's mean, and what a basis captures of it."""
+
+    def __init__(self) -> None:
+        self.shift: Tensor | None = None
+        self.moment, self.total, self.rows = torch.zeros(()), torch.zeros(()), 0
+
+    def add(self, x: Tensor) -> None:
+        z = x.double()
+        self.shift = z.mean(0) if self.shift is None else self.shift
+        z = z - self.shift
+        self.moment, self.total, self.rows = self.moment + z.T @ z, self.total + z.sum(0), self.rows + len(z)
+
+    def losses(self, components: Tensor) -> list[float]:
+        """1 − captured / optimum over the top 16 and the top 32."""
+        scatter = self.moment - torch.outer(self.total, self.total) / self.rows
+        values = torch.linalg.eigvalsh(scatter).flip(0)
+        v = components[: round(RANK * RHO)].double()
+        captured = ((v @ scatter) * v).sum(1)
+        return [float(1 - captured[:r].sum() / values[:r].sum()) for r in (RANK, round(RANK * RHO))]
+
+
+def eva_pass(model: Any, batches: Batches, statistic: str, oversampling: float | None) -> tuple[EvaStatistics, EvaPlan]:
+    collected = collect(
+        model,
+        batches,
+        EvaConfig(rho=RHO, tau=1.0, max_batches=len(batches), statistic=statistic, oversampling=oversampling),  # type: ignore[arg-type]
+        progress=False,
+    )
+    return collected, plan(collected)
+
+
+def parts(run: Callable[[], tuple[EvaStatistics, EvaPlan]]) -> dict[str, float]:
+    """Seconds of a pass by part."""
+    start = time.perf_counter()
+    with time_calls(Capture, "_fold") as hooks, time_calls(Statistic, "accumulate_") as products:
+        collected, _ = run()
+    total = time.perf_counter() - start
+    forward = collected.seconds["forward"] - hooks[0]
+    algebra = collected.seconds["refresh"]
+    rest = total - forward - products[0] - algebra
+    return {"forward": forward, "products": products[0], "small algebra": algebra, "Python": rest}
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Resident memory at its highest while ``run`` runs (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def summary(pairs: list[list[float]]) -> str:
@@ -105,52 +127,71 @@ def summary(pairs: list[list[float]]) -> str:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--statistic", type=click.Choice(["auto", "gram", "subspace"]), default="auto", show_default=True)
 @click.option("--batches", "count", default=12, show_default=True)
+@click.option("--tokens", default=256, show_default=True, help="Per sequence; four sequences a batch.")
 @click.option("--oversampling", type=float, default=None)
 @click.option("--with-peft/--no-peft", default=True, show_default=True)
 @click.option("--with-accuracy/--no-accuracy", default=True, show_default=True)
 def main(
-    dtype: str, statistic: str, count: int, oversampling: float | None, with_peft: bool, with_accuracy: bool
+    dtype: str,
+    statistic: str,
+    count: int,
+    tokens: int,
+    oversampling: float | None,
+    with_peft: bool,
+    with_accuracy: bool,
 ) -> None:
     warnings.simplefilter("ignore")
     base, tokenizer = load_smollm2()
-    batches = packed_text(tokenizer, sequences=4, tokens=256)[:count]
+    batches = packed_text(tokenizer, sequences=4, tokens=tokens)[:count]
     lora = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights="eva")
     model = peft.get_peft_model(base.to(getattr(torch, dtype)).eval(), lora)
-    layers = lora_inputs(model, every=1)
-    config = EvaConfig(
-        rho=RHO, tau=1.0, equal_data=True, max_batches=count, statistic=statistic, oversampling=oversampling
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, statistic={statistic}")
+    print(f"{len(batches)} batches of 4 x {tokens} tokens")
+
+    def run(kind: str = statistic) -> tuple[EvaStatistics, EvaPlan]:
+        return eva_pass(model, batches, kind, oversampling)
 
     full_forward(model, batches[:2])
     forwards = full_forward(model, batches[:6])
     start = time.perf_counter()
-    collected = collect(model, batches, config, progress=False)
-    eva_plan = plan(collected)
-    step = (time.perf_counter() - start) / count
+    collected, eva_plan = run()
+    step = (time.perf_counter() - start) / len(batches)
     forwards += full_forward(model, batches[:6])
     forward = statistics.median(forwards)
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, statistic={statistic}, {count} batches"
-    )
     print(f"F  {forward:7.3f} s   full forward, median of {len(forwards)} ({min(forwards):.3f} to {max(forwards):.3f})")
     print(f"E  {step:7.3f} s   collect and plan, per batch             E/F = {step / forward:.2f}")
-    for part in ("forward", "refresh"):
-        print(f"   {collected.seconds[part] / count:7.3f} s   of it {part}")
-    megabytes = sum(entry.nbytes for entry in collected.inputs) / 2**20
-    print(f"   states {megabytes:.0f} MiB, ranks {sum(eva_plan.ranks.values())}")
+    shares = parts(run)
+    print("   of it " + ", ".join(f"{part} {value / sum(shares.values()):.1%}" for part, value in shares.items()))
 
+    resting = peak_bytes(lambda: full_forward(model, batches[:3]))
+    extra = peak_bytes(run) - resting
+    states = sum(entry.nbytes for entry in collected.inputs)
+    widest = max(entry.components.shape[0] for entry in collected.inputs)
+    projected = 4 * 4 * tokens * widest  # float32
+    sizes = f"{extra / 2**20:.0f} MiB; states {states / 2**20:.0f}, P {projected / 2**20:.1f}"
+    print(f"   peak memory over a full forward's: {sizes}")
+
+    pca = {
+        n: IncrementalPCA(n_components=round(RANK * RHO), lowrank=True, lowrank_seed=42) for n in lora_inputs(model, 1)
+    }
     if with_peft:
-        recorder = PeftPass(layers)
-        peft_step = recorder.run(model, batches if with_accuracy else batches[:3])
+        with fed(lora_inputs(model, every=1), lambda name, x: pca[name].partial_fit(x)):
+            peft_step = statistics.mean(full_forward(model, batches))
         print(f"P  {peft_step:7.3f} s   PEFT's statistic, forward included        P/E = {peft_step / step:.1f}")
-    if with_peft and with_accuracy:
+    if with_accuracy:
         input_of = {site.name: collected.inputs[site.input] for site in collected.sites}
-        ours, theirs = [], []
-        for name, rows in record(model, lora_inputs(model, every=3), batches).items():
-            ours.append(losses(input_of[name.removeprefix("base_model.model.")].components, rows))
-            theirs.append(losses(recorder.pca[name].components_, rows))
-        worse = sum(a[0] > b[0] + 1e-4 for a, b in zip(ours, theirs, strict=True))
-        print(f"mean loss: ours {summary(ours)}; PEFT {summary(theirs)}; ours worse on {worse} of {len(ours)} inputs")
+        exact = {name: ExactScatter() for name in lora_inputs(model, every=3)}
+        with fed(lora_inputs(model, every=3), lambda name, x: exact[name].add(x)):
+            full_forward(model, batches)
+        ours = [e.losses(input_of[n.removeprefix("base_model.model.")].components) for n, e in exact.items()]
+        print(f"mean loss on {len(ours)} inputs: {summary(ours)}")
+        if with_peft:
+            theirs = [e.losses(pca[n].components_) for n, e in exact.items()]
+            worse = sum(a[0] > b[0] + 1e-4 for a, b in zip(ours, theirs, strict=True))
+            print(f"PEFT's mean loss: {summary(theirs)}; ours worse by more than 1e-4 on {worse} of {len(ours)}")
+        ranks, budget = run("gram")[1].ranks, sum(eva_plan.ranks.values())
+        moved = sum(abs(ranks[name] - rank) for name, rank in eva_plan.ranks.items()) / 2
+        print(f"ranks moved against the plan from exact statistics: {moved:.0f} of {budget} ({moved / budget:.2%})")
 
 
 if __name__ == "__main__":

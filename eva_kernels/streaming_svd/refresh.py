@@ -102,9 +102,8 @@ def _evidence(members: Sequence[Statistic], eigenvalues: Tensor, cross: Tensor) 
     """Per component its \\|cosine\\|, per block its overlap, per component its ratio, per block its gain."""
     cosines = cross.diagonal(dim1=-2, dim2=-1).abs().clamp_max(1)
     overlaps = cross.square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
-    ratios = torch.stack([s.explained_variance_ratio(v) for s, v in zip(members, eigenvalues, strict=True)])
-    gains = torch.stack([s.gain() if s.watch_gain else torch.zeros_like(s.eigenvalues) for s in members])
-    return torch.stack([cosines, overlaps, ratios, gains], 1)
+    ratios = Statistic.explained_variance_ratios(members, eigenvalues)
+    return torch.stack([cosines, overlaps, ratios, Statistic.gains(members)], 1)
 
 
 def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refreshed]:

@@ -104,18 +104,26 @@ class Statistic(ABC):
             return torch.zeros_like(self.square_sum)
         return (self.square_sum - self.column_sum.square().sum() / self.num_rows).clamp_min(0)
 
-    def explained_variance_ratio(
-        self,
-        eigenvalues: Tensor | None = None,  # (q,) float64; None: the statistic's own
-    ) -> Tensor:  # (q,) float64
+    def explained_variance_ratio(self) -> Tensor:  # (q,) float64
         """Each eigenvalue over the total scatter; 0 where there is no variance.
 
         Where rounding makes the kept eigenvalues sum to more than the total (a stream of hardly any
         variance about its mean), they are taken over their sum.
         """
-        values = self.eigenvalues if eigenvalues is None else eigenvalues
-        total = torch.maximum(self.total_scatter(), values.sum())
-        return torch.where(total > 0, values / total.where(total > 0, 1), 0)
+        return self.explained_variance_ratios([self], self.eigenvalues[None])[0]
+
+    @staticmethod
+    def explained_variance_ratios(
+        members: "Sequence[Statistic]",  # b of them
+        eigenvalues: Tensor,  # (b, q) float64
+    ) -> Tensor:  # (b, q) float64
+        """:meth:`explained_variance_ratio` of statistics of one width, were these their eigenvalues."""
+        counts = eigenvalues.new_tensor([max(s.num_rows, 1) for s in members])
+        squares = torch.stack([s.square_sum for s in members])
+        sums = torch.stack([s.column_sum for s in members])
+        scatter = squares - sums.square().sum(1) / counts  # each entry as in total_scatter
+        total = torch.maximum(scatter, eigenvalues.sum(1))[:, None]
+        return torch.where(total > 0, eigenvalues / total.where(total > 0, 1), 0)
 
     def clone(self: S) -> S:
         """An independent copy; no tensor is shared."""
@@ -139,13 +147,16 @@ class Statistic(ABC):
     def products(cls, members: "Sequence[Any]") -> tuple[Tensor, Tensor]:  # (b, d, q), (b, d, q)
         """Each member's sample, which spans what its basis spans, and the centred scatter of its rows times it."""
 
-    def gain(self) -> Tensor:  # (q,) float64
-        """What the last refresh gained on the rows since, which neither basis had seen.
+    @staticmethod
+    def gains(members: "Sequence[Statistic]") -> Tensor:  # (b, q) float64
+        """What each one's last refresh gained on the rows since, which neither basis had seen.
 
         Per leading block of i components, the variance that the basis captures of them less what the one before
-        captures, over the former; 0 where there is none.
+        captures, over the former; 0 where there is none, or where it is not watched.
         """
-        before, after = (self.projections[1::2] - self.projections[::2].square() / max(self.pending_rows, 1)).cumsum(1)
+        moments = torch.stack([s.projections for s in members])  # (b, 4, q)
+        counts = moments.new_tensor([max(s.pending_rows, 1) for s in members])[:, None, None]
+        before, after = (moments[:, 1::2] - moments[:, ::2].square() / counts).cumsum(-1).unbind(1)
         return torch.where(after > 0, (after - before) / after.where(after > 0, 1), 0)
 
     def adopt_(
@@ -262,9 +273,9 @@ class GramStatistic(Statistic):
     def products(cls, members: "Sequence[GramStatistic]") -> tuple[Tensor, Tensor]:
         sample = torch.stack([s.basis for s in members])
         product = torch.stack([s.gram @ s.basis for s in members])
-        mean = torch.stack([s.column_sum / max(s.num_rows, 1) for s in members]).to(sample)[:, None]  # (b, 1, d)
-        counts = sample.new_tensor([s.num_rows for s in members])[:, None, None]
-        return sample, product.baddbmm_((counts * mean).mT, mean @ sample, alpha=-1)
+        sums = torch.stack([s.column_sum for s in members])[:, None]  # (b, 1, d)
+        counts = sums.new_tensor([max(s.num_rows, 1) for s in members])[:, None, None]
+        return sample, product.baddbmm_(sums.to(sample).mT, (sums / counts).to(sample) @ sample, alpha=-1)
 
     def finish_(self) -> None:
         """Basis and eigenvalues become the exact leading ones: one eigensolve in float64."""
@@ -305,10 +316,11 @@ class SubspaceStatistic(Statistic):
         weighted = torch.stack([s.eigenvalues for s in members]).to(basis)[:, :, None] * (basis.mT @ sample)
         product = torch.stack([s.pending for s in members]).baddbmm_(basis, weighted)
         rows = [(s.past_rows, s.num_rows - s.past_rows) for s in members]  # past n, pending m
-        past_mean = torch.stack([s.past_sum / max(n, 1) for s, (n, _) in zip(members, rows, strict=True)])
-        mean = torch.stack([(s.column_sum - s.past_sum) / max(m, 1) for s, (_, m) in zip(members, rows, strict=True)])
-        directions = torch.stack([mean, mean - past_mean], 1).to(basis)  # (b, 2, d)
-        weights = basis.new_tensor([[-m, n * m / max(n + m, 1)] for n, m in rows])
+        past = torch.stack([s.past_sum for s in members])
+        pending = torch.stack([s.column_sum for s in members]) - past
+        n, m = past.new_tensor([(max(n, 1), max(m, 1)) for n, m in rows])[:, :, None].unbind(1)  # (b, 1)
+        directions = torch.stack([pending / m, pending / m - past / n], 1).to(basis)  # (b, 2, d)
+        weights = basis.new_tensor([(-m, n * m / max(n + m, 1)) for n, m in rows])
         return sample, product.baddbmm_((weights[:, :, None] * directions).mT, directions @ sample)
 
     def _begin_(self, x: Tensor, row_mask: Tensor | None, num_rows: int) -> None:
