@@ -157,7 +157,7 @@ def nystrom_with_care(
     """As :func:`nystrom` for finite products of any conditioning: eigenvalues in place of the Cholesky factor, and a
     basis made orthonormal, in which directions without variance are the sample's."""
     _, scale, scaled = _scaled_core(sample, product)
-    values, vectors = torch.linalg.eigh(scaled)
+    values, vectors = symmetric_eigen(scaled)
     root = scale[:, :, None] * vectors * values.clamp_min(RELATIVE_JITTER).rsqrt()[:, None, :]
     sketch = product @ root.to(product.dtype)
     values, vectors = symmetric_eigen((sketch.mT @ sketch).double())

@@ -53,7 +53,8 @@ class EvaConfig:
         uncalled: What a layer that the first batch does not reach does; "error" names it.
         impl: Implementation of the accumulating ops; "auto" takes Triton on a GPU, compiled code on a CPU that
             has the instructions, and the reference elsewhere. A name never falls back.
-        deterministic: Bit-equal reruns on one device.
+        deterministic: Bit-equal reruns on one device. False allows sums in any order; every kernel there is today
+            keeps one order all the same, since none is faster without.
         seed: Of the random start; the global generators are never touched.
 
     Raises:
