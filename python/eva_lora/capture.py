@@ -187,7 +187,7 @@ class Capture:
     def _accumulate(self, entry: Input, stream: int, taken: Taken, *, sign: int = 1) -> None:
         site = self.sites[self.site_of[stream]]
         x, rows = taken.tensor.detach(), site.rows
-        width = x.shape[-1] if rows is None and x.ndim else rows.width if rows is not None else 0
+        width = rows.width if rows is not None else x.shape[-1] if x.ndim else 0
         if width != site.in_features:
             raise ValueError(
                 f"layer {site.name}: expected an input of width {site.in_features}, got shape {tuple(x.shape)}"
@@ -196,9 +196,10 @@ class Capture:
         mask, num_rows = self._mask.of_rows(taken.batch or shape, x.device, site.name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
-        if taken.tokens is not None:
+        if taken.tokens is not None:  # how many of these count is not known without looking
             mask = None if mask is None else mask.reshape(-1)[taken.tokens]
-            num_rows = None if mask is not None else len(taken.tokens)
+            entry.statistic.accumulate_(x, mask, sign=sign)
+            return
         if rows is None:
             entry.statistic.accumulate_(x, mask, num_rows=num_rows, sign=sign)
             return

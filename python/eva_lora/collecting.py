@@ -74,6 +74,9 @@ def collect_with(
     progress: bool = True,
 ) -> EvaStatistics:
     """:func:`collect` for an adapter that is known already."""
+    if adapter.skipped:
+        named = "; ".join(f"{name}: {reason}" for name, reason in adapter.skipped.items())
+        warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=3)
     run = _Run(adapter, config)
     first, rest = first_batch(loader)
     early_stop = _may_stop_early(model, config, forward_fn)
@@ -243,9 +246,7 @@ class _Run:
             for parts in streams
         ]
 
-    def _candidates(
-        self, groups: list[int] | None = None, members: list[int] | None = None
-    ) -> np.ndarray[Any, Any]:
+    def _candidates(self, groups: list[int] | None = None, members: list[int] | None = None) -> np.ndarray[Any, Any]:
         sites = [self.sites[i] for i in (self.members if members is None else members)]
         return candidate_components(
             [site.rank for site in sites], self.config.rho, widths=[site.in_features for site in sites],
@@ -258,7 +259,8 @@ class _Run:
         sites = [self.sites[i] for i in members]
         return ConvergenceTracker(
             self.candidates[members], groups=groups, budget=sum(site.rank for site in sites), tau=config.tau,
-            criterion=config.convergence, min_rank=config.least_rank(site.removable for site in sites), max_rank=config.max_rank,
+            criterion=config.convergence, min_rank=config.least_rank(s.removable for s in sites),
+            max_rank=config.max_rank,
             rank_multiple=config.rank_multiple, divisors=[site.rank_multiple for site in sites],
         )  # fmt: skip
 

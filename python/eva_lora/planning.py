@@ -162,8 +162,8 @@ def _allocate(
                 )
             ratios[i, : candidates[i]] += known[: candidates[i]] * (entry.num_rows / rows)
     allocated = allocate_ranks(
-        ratios, candidates, budget, groups=groups, min_rank=config.least_rank(site.removable for site in sites), max_rank=config.max_rank,
-        rank_multiple=config.rank_multiple, divisors=divisors,
+        ratios, candidates, budget, groups=groups, min_rank=config.least_rank(s.removable for s in sites),
+        max_rank=config.max_rank, rank_multiple=config.rank_multiple, divisors=divisors,
     )  # fmt: skip
     names = [site.name for site in sites]
     by_name = {name: tuple(ratios[i, : candidates[i]].tolist()) for i, name in enumerate(names)}

@@ -8,7 +8,10 @@ from support.kinds import call
 from support.models import captured_share, scatter
 from support.peft_kinds import KINDS
 
-pytestmark = [pytest.mark.filterwarnings("ignore:EVA stopped at"), pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:EVA stopped at"),
+    pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name),
+]
 
 
 def initialise(kind, model):

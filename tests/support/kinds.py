@@ -87,7 +87,9 @@ def watched(base: nn.Module, batches: list[Any], names: list[str], rows: Callabl
             call(base, batch)
     for handle in handles:
         handle.remove()
-    return {n: [torch.cat([call[p] for call in p_calls]) for p in range(len(p_calls[0]))] for n, p_calls in pieces.items()}
+    return {
+        n: [torch.cat([call[p] for call in p_calls]) for p in range(len(p_calls[0]))] for n, p_calls in pieces.items()
+    }
 
 
 def flat(module, args, kwargs):
@@ -108,7 +110,11 @@ def patches(module, args, kwargs):
 def attention(module, args, kwargs):
     """Query, key and value rows, and the output of the heads before the projection, from the definition."""
     query, key, value = args[:3]
-    distinct = [query, *([key] if key is not query else []), *([value] if value is not query and value is not key else [])]
+    distinct = [
+        query,
+        *([key] if key is not query else []),
+        *([value] if value is not query and value is not key else []),
+    ]
     heads, width = module.num_heads, module.embed_dim // module.num_heads
     weights, biases = module.in_proj_weight.double().chunk(3), module.in_proj_bias.double().chunk(3)
     q, k, v = (
@@ -130,8 +136,9 @@ def experts_record(gate: Callable, transposed: bool = False, bias: bool = False)
             def hook(module, args, kwargs):
                 hidden, chosen = args[0].double(), args[1]
                 e = module.num_experts
-                into, out_of = found.setdefault(f"{name}.gate_up_proj", [[] for _ in range(e)]), found.setdefault(
-                    f"{name}.down_proj", [[] for _ in range(e)]
+                into, out_of = (
+                    found.setdefault(f"{name}.gate_up_proj", [[] for _ in range(e)]),
+                    found.setdefault(f"{name}.down_proj", [[] for _ in range(e)]),
                 )
                 for token, experts in enumerate(chosen.tolist()):
                     for expert in experts:

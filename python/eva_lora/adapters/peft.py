@@ -91,13 +91,19 @@ class PeftAdapter:
         enabled = [m for m in switches if not m.disable_adapters]
         # Switching an adapter off and on again makes its parameters trainable, whatever they were before.
         trainable = [(p, p.requires_grad) for p in self._model.parameters()]
+        # bitsandbytes repacks 4-bit weights in the first eval forward on such a CPU, and cannot train on them then.
+        packing: list[Any] = [m for m in self._model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
         try:
+            for module in packing:
+                module.support_avx512bf16_for_cpu = False
             for module in enabled:
                 module.enable_adapters(False)
             yield
         finally:
             for module in enabled:
                 module.enable_adapters(True)
+            for module in packing:
+                module.support_avx512bf16_for_cpu = True
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
 
@@ -146,7 +152,7 @@ class PeftAdapter:
                 growth = site.rank / old_rank
                 alpha *= math.sqrt(growth) if layer.use_rslora[adapter] else growth
                 alpha = int(alpha) if float(alpha).is_integer() else alpha
-            # A variant (DoRA) derives parameters from B, so it starts over, from a B of zero, even where the rank stays.
+            # A variant (DoRA) derives parameters from B, so it starts over from a zero B even where the rank stays.
             members = parts_of(layer)
             before = [{n: (p.dtype, p.requires_grad) for n, p in _adapter_parameters(member)} for member in members]
             plain = copy.copy(config)

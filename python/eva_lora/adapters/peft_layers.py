@@ -59,7 +59,7 @@ class AttentionSite(LoraSite):
 
 def _without_projection(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
     weight = attention.out_proj.weight
-    identity = nn.Linear(*weight.shape, device="meta")
+    identity = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     identity.weight = nn.Parameter(torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device), False)
     identity.bias = nn.Parameter(torch.zeros_like(identity.weight[0]), False)
     twin = copy.copy(attention)
@@ -86,12 +86,14 @@ class ExpertsSite(LoraSite):
         hidden = hidden.reshape(-1, hidden.shape[-1])
         choices = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.dtype.is_floating_point]
         if len(choices) != 1 or choices[0].shape[0] != len(hidden):
-            raise TypeError(f"layer {self.name}: expected one integer tensor (tokens, top_k) that says who is routed where")
+            raise TypeError(
+                f"layer {self.name}: expected one integer tensor (tokens, top_k) that says who is routed where"
+            )
         chosen = choices[0].reshape(-1)  # (tokens · top_k,)
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.parts).tolist()
         tokens = order // choices[0].shape[1]
-        for expert, mine in enumerate(tokens.split(counts)[: self.parts]):
+        for expert, mine in enumerate(torch.split(tokens, counts)[: self.parts]):
             if len(mine):
                 x = hidden[mine]
                 rows = _after_gate(experts, expert, x) if self.parameter == "down_proj" else x
@@ -132,8 +134,8 @@ def site_of(name: str, layer: Any, adapter: str) -> LoraSite:
         reaching = [d for d, k in zip(base.dilation, base.kernel_size, strict=True) if k > 1 and d > 1]
         if reaching and base.padding != "same":
             raise ValueError(
-                f"model: PEFT's adapter of {name} cannot run: its A has no dilation, the layer has {base.dilation}, and "
-                "their outputs differ in size. Leave it out of target_modules"
+                f"model: PEFT's adapter of {name} cannot run: its A has no dilation, the layer has {base.dilation}, "
+                "and their outputs differ in size. Leave it out of target_modules"
             )
         patches = Patches.of(lora_a)
         return ConvSite(name, layer, patches.width, rank, patches=patches)
