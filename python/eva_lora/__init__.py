@@ -3,6 +3,7 @@
 This package knows models, loaders and LoRA libraries; the numerics are in :mod:`eva_kernels`.
 """
 
+from .adapters import LoraSite, ParameterSite, register_adapter
 from .collecting import collect
 from .config import EvaConfig
 from .export import export_uniform
@@ -16,9 +17,12 @@ __all__ = [
     "EvaPlan",
     "EvaReport",
     "EvaStatistics",
+    "LoraSite",
+    "ParameterSite",
     "apply",
     "collect",
     "eva_initialize",
     "export_uniform",
     "plan",
+    "register_adapter",
 ]

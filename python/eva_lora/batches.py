@@ -110,7 +110,11 @@ class RowMask:
     num_rows: int | None
 
     def of(self, x: Tensor, site: str) -> tuple[Tensor | None, int]:
-        """The mask of a layer input's rows, shape ``x.shape[:-1]``, and how many count.
+        """The mask of a layer input's rows, shape ``x.shape[:-1]``, and how many count; see :meth:`of_rows`."""
+        return self.of_rows(tuple(x.shape[:-1]), x.device, site)
+
+    def of_rows(self, rows: tuple[int, ...], device: torch.device, site: str) -> tuple[Tensor | None, int]:
+        """The mask of rows laid out in shape ``rows``, and how many count.
 
         An input with one row per token takes the mask as it is, flattened or not; one with one row per
         sequence (a pooler's) counts the sequences with any unmasked token.
@@ -118,10 +122,9 @@ class RowMask:
         Raises:
             ValueError: the input's rows match the mask in none of these ways.
         """
-        rows = x.shape[:-1]
         if self.mask is None:
             return None, math.prod(rows)
-        mask = self.mask.to(x.device)
+        mask = self.mask.to(device)
         if rows == mask.shape:
             return mask, self._known(mask)
         if rows == (mask.numel(),):
@@ -130,7 +133,7 @@ class RowMask:
             sequences = mask.any(1)
             return sequences, int(sequences.sum())
         raise ValueError(
-            f"layer {site}: its input has shape {tuple(x.shape)}, which fits no row mask of shape "
+            f"layer {site}: its input has rows in shape {rows}, which fits no row mask of shape "
             f"{tuple(mask.shape)} (batch, tokens); pass row_mask_fn to say which rows count"
         )
 

@@ -1,5 +1,6 @@
 """Forward hooks that fold each distinct layer input into its statistic, once, while it is alive."""
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 from eva_kernels.streaming_svd import Statistic
 
-from .adapters import LoraSite
+from .adapters import LoraSite, Rows, Taken
 from .batches import RowMask
 
-MakeStatistic = Callable[[int], tuple[Statistic, str]]  # site index -> its statistic, and why this kind
+MakeStatistic = Callable[[int], tuple[Statistic, str]]  # stream -> its statistic, and why this kind
 
 
 class ForwardComplete(Exception):
@@ -26,7 +27,7 @@ class Call:
 
     tensor: "weakref.ref[Tensor]"
     version: int | None
-    held: Tensor | None  # kept alive only until every layer that shares the input has been called with it
+    held: Taken | None  # kept alive only until every layer that shares the input has been called with it
 
     def is_same(self, x: Tensor) -> bool:
         return self.tensor() is x and self.version is not None and self.version == _version(x)
@@ -34,13 +35,13 @@ class Call:
 
 @dataclass
 class Input:
-    """One distinct layer input: the layers fed by it, their shared statistic, and this forward's calls."""
+    """One distinct layer input: the streams it feeds, their shared statistic, and this forward's calls."""
 
     statistic: Statistic
     reason: str
-    sites: list[int]
+    streams: list[int]
     calls: list[Call] = field(default_factory=list)
-    taken: dict[int, int] = field(default_factory=dict)  # site -> how many of the calls it has made
+    taken: dict[int, int] = field(default_factory=dict)  # stream -> how many of the calls it has made
     is_new: bool = True  # made in the current batch: others may still join it
     pending_batches: int = 0  # batches folded in since the last refresh
 
@@ -48,14 +49,15 @@ class Input:
 class Capture:
     """Statistics of the inputs of LoRA layers, fed by forward pre-hooks.
 
-    Layers called with the same live tensor (same object, same version) share one statistic. Where layers
-    that shared part ways in a later batch, the one that leaves takes a copy from which the rows it did not
-    see are taken out again.
+    Every part of every site is a stream of rows; a site with one part is one stream, so where no site has
+    more, streams are numbered as sites are. Layers called with the same live tensor (same object, same
+    version) that make rows of it in the same way share one statistic. Where layers that shared part ways in a
+    later batch, the one that leaves takes a copy from which the rows it did not see are taken out again.
 
     Args:
         sites: The LoRA layers.
-        columns: Columns that each layer needs its statistic's basis to have.
-        make: Makes the statistic of a layer's input when it is first called.
+        columns: Columns that each site needs its statistics' bases to have.
+        make: Makes the statistic of a stream when it gets its first rows.
         share: Whether layers may share.
         head: A module that is called after every layer, if there is one: where a first forward may end.
     """
@@ -70,12 +72,15 @@ class Capture:
         head: nn.Module | None = None,
     ) -> None:
         self.sites, self._columns, self._make, self._share, self._head = sites, columns, make, share, head
+        self.site_of = [i for i, site in enumerate(sites) for _ in range(site.parts)]  # stream -> site
+        starts = itertools.accumulate([site.parts for site in sites], initial=0)
+        self.streams_of = [range(start, start + site.parts) for start, site in zip(starts, sites, strict=False)]
         self.inputs: list[Input] = []
-        self.input_of: list[Input | None] = [None] * len(sites)
+        self.input_of: list[Input | None] = [None] * len(self.site_of)  # of each stream
         self.wanted = set(range(len(sites)))  # sites still accumulating; the others' hooks do nothing
         self.rows_in_batch = 0
         self._mask = RowMask(None, None)
-        self._live: dict[int, tuple[Input, int]] = {}  # id of a tensor in this forward -> input, index of the call
+        self._live: dict[tuple[int, Rows | None], tuple[Input, int]] = {}  # a tensor's id -> input, index of the call
         self._num_calls = [0] * len(sites)
         self._expected: list[int] | None = None  # calls per site in the last whole forward
         self._may_stop = False
@@ -112,19 +117,20 @@ class Capture:
         finally:
             self._live.clear()
         for entry in list(self.inputs):
-            for site in [s for s in entry.sites if s in self.wanted and entry.taken[s] < len(entry.calls)]:
-                self._split(entry, site)
+            for stream in [s for s in entry.streams if self._is_wanted(s) and entry.taken[s] < len(entry.calls)]:
+                self._split(entry, stream)
         for entry in self.inputs:
             entry.is_new = False
             entry.pending_batches += bool(entry.calls)
             entry.calls.clear()
-            entry.taken = dict.fromkeys(entry.sites, 0)
+            entry.taken = dict.fromkeys(entry.streams, 0)
 
     def _hook(self, site: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if site not in self.wanted:
                 return
-            self._fold(site, _input_of_call(self.sites[site], args, kwargs))
+            for taken in self.sites[site].taken(args, kwargs):
+                self._fold(self.streams_of[site][taken.part], taken)
             self._num_calls[site] += 1
             if self._may_stop and self._satisfied(site):
                 raise ForwardComplete
@@ -136,100 +142,113 @@ class Capture:
             self._expected = self._num_calls
             raise ForwardComplete
 
+    def _is_wanted(self, stream: int) -> bool:
+        return self.site_of[stream] in self.wanted
+
     def _satisfied(self, site: int) -> bool:
         if self._expected is None or self._num_calls[site] < self._expected[site]:
             return False
         return all(self._num_calls[s] >= self._expected[s] for s in self.wanted)
 
-    def _fold(self, site: int, x: Tensor) -> None:
-        entry = self.input_of[site]
+    def _fold(self, stream: int, taken: Taken) -> None:
+        x = taken.tensor
+        entry = self.input_of[stream]
         if entry is None:
-            entry = self._join_or_create(site, x)
-        index = entry.taken[site]
+            entry = self._join_or_create(stream, taken)
+        index = entry.taken[stream]
         if index < len(entry.calls) and not entry.calls[index].is_same(x):
-            entry = self._split(entry, site)
+            entry = self._split(entry, stream)
         if index == len(entry.calls):
-            self._accumulate(entry, site, x)
-            version = _version(x)
-            shared = len(entry.sites) > 1
-            entry.calls.append(Call(weakref.ref(x), version, x if shared else None))
-            self._live[id(x)] = (entry, index)
-        entry.taken[site] = index + 1
+            self._accumulate(entry, stream, taken)
+            shared = len(entry.streams) > 1
+            entry.calls.append(Call(weakref.ref(x), _version(x), taken if shared else None))
+            self._live[self._key(stream, x)] = (entry, index)
+        entry.taken[stream] = index + 1
         self._release(entry)
 
-    def _join_or_create(self, site: int, x: Tensor) -> Input:
-        other, index = self._live.get(id(x), (None, -1))
+    def _key(self, stream: int, x: Tensor) -> tuple[int, Rows | None]:
+        return id(x), self.sites[self.site_of[stream]].rows
+
+    def _join_or_create(self, stream: int, taken: Taken) -> Input:
+        other, index = self._live.get(self._key(stream, taken.tensor), (None, -1))
         if (
             self._share
             and other is not None
             and other.is_new
             and index == 0
             and len(other.calls) == 1
-            and other.calls[0].is_same(x)
+            and other.calls[0].is_same(taken.tensor)
         ):
-            self._widen(other, site, x)
-            other.sites.append(site)
+            self._widen(other, stream, taken)
+            other.streams.append(stream)
             entry = other
         else:
-            statistic, reason = self._make(site)
-            entry = Input(statistic, reason, [site])
+            statistic, reason = self._make(stream)
+            entry = Input(statistic, reason, [stream])
             self.inputs.append(entry)
-        entry.taken[site] = 0
-        self.input_of[site] = entry
+        entry.taken[stream] = 0
+        self.input_of[stream] = entry
         return entry
 
-    def _widen(self, entry: Input, site: int, x: Tensor) -> None:
+    def _widen(self, entry: Input, stream: int, taken: Taken) -> None:
         """A layer that joins with more candidates needs a wider basis; the one call so far is made again."""
-        if self._columns[site] > entry.statistic.num_components:
-            entry.statistic, entry.reason = self._make(site)
-            self._accumulate(entry, site, x)
+        if self._columns[self.site_of[stream]] > entry.statistic.num_components:
+            entry.statistic, entry.reason = self._make(stream)
+            self._accumulate(entry, stream, taken)
 
-    def _accumulate(self, entry: Input, site: int, x: Tensor, *, sign: int = 1) -> None:
-        expected = self.sites[site].in_features
-        if x.shape[-1:] != (expected,):
+    def _accumulate(self, entry: Input, stream: int, taken: Taken, *, sign: int = 1) -> None:
+        site = self.sites[self.site_of[stream]]
+        x, rows = taken.tensor.detach(), site.rows
+        width = rows.width if rows is not None else x.shape[-1] if x.ndim else 0
+        if width != site.in_features:
             raise ValueError(
-                f"layer {self.sites[site].name}: expected an input of width {expected}, got shape {tuple(x.shape)}"
+                f"layer {site.name}: expected an input of width {site.in_features}, got shape {tuple(x.shape)}"
             )
-        mask, num_rows = self._mask.of(x, self.sites[site].name)
+        shape = tuple(x.shape[:-1]) if rows is None else rows.shape(x)
+        mask, num_rows = self._mask.of_rows(taken.batch or shape, x.device, site.name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
-        entry.statistic.accumulate_(x.detach(), mask, num_rows=num_rows, sign=sign)
+        if taken.tokens is not None:  # how many of these count is not known without looking
+            mask = None if mask is None else mask.reshape(-1)[taken.tokens]
+            entry.statistic.accumulate_(x, mask, sign=sign)
+            return
+        if rows is None:
+            entry.statistic.accumulate_(x, mask, num_rows=num_rows, sign=sign)
+            return
+        start = 0
+        for piece in rows.pieces(x):
+            part = None if mask is None else mask.reshape(-1)[start : start + len(piece)]
+            entry.statistic.accumulate_(piece, part, sign=sign)
+            start += len(piece)
 
-    def _split(self, entry: Input, site: int) -> Input:
-        """Give ``site`` a statistic of its own, without the calls it did not share."""
-        taken = entry.taken[site]
+    def _split(self, entry: Input, stream: int) -> Input:
+        """Give ``stream`` a statistic of its own, without the calls it did not share."""
+        taken = entry.taken[stream]
         own = Input(
-            entry.statistic.clone(), entry.reason, [site], entry.calls[:taken], {site: taken}, entry.is_new,
+            entry.statistic.clone(), entry.reason, [stream], entry.calls[:taken], {stream: taken}, entry.is_new,
             entry.pending_batches,
         )  # fmt: skip
         for call in entry.calls[taken:]:
-            if call.held is None or call.version != _version(call.held):
-                other = next(s for s in entry.sites if s != site)
+            if call.held is None or call.version != _version(call.held.tensor):
+                other = next(s for s in entry.streams if s != stream)
+                names = [self.sites[self.site_of[s]].name for s in (stream, other)]
                 raise RuntimeError(
-                    f"layers {self.sites[site].name} and {self.sites[other].name} shared their input until now, "
+                    f"layers {names[0]} and {names[1]} shared their input until now, "
                     "but it was edited in place between them; run with share_inputs=False"
                 )
-            self._accumulate(own, site, call.held, sign=-1)
-        entry.sites.remove(site)
-        del entry.taken[site]
+            self._accumulate(own, stream, call.held, sign=-1)
+        entry.streams.remove(stream)
+        del entry.taken[stream]
         self.inputs.append(own)
-        self.input_of[site] = own
+        self.input_of[stream] = own
         self._release(entry)
         return own
 
     def _release(self, entry: Input) -> None:
         """Let go of the tensors that every layer still wanted has been called with."""
-        for call in entry.calls[: min((entry.taken[s] for s in entry.sites if s in self.wanted), default=None)]:
+        for call in entry.calls[: min((entry.taken[s] for s in entry.streams if self._is_wanted(s)), default=None)]:
             call.held = None
 
 
 def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version  # inference tensors keep no version, so they are never shared
-
-
-def _input_of_call(site: LoraSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    candidates = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if not candidates or not candidates[0].dtype.is_floating_point:
-        kinds = [type(value).__name__ for value in (*args, *kwargs.values())]
-        raise TypeError(f"layer {site.name}: expected a floating-point tensor as its first input, got {kinds}")
-    return candidates[0]

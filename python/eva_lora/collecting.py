@@ -1,9 +1,10 @@
 """The pass over the data: forward passes of the frozen model, statistics folded in as they run."""
 
+import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from eva_kernels.allocation import candidate_components
 from eva_kernels.convergence import ConvergenceTracker, Decision
 from eva_kernels.streaming_svd import GramStatistic, Refreshed, Statistic, SubspaceStatistic, refresh_
 
-from .adapters import LoraAdapter, find_adapter
+from .adapters import LoraAdapter, LoraSite, find_adapter
 from .batches import ForwardFn, RowMaskFn, default_forward, endless, first_batch, row_mask, to_device
 from .capture import Capture, Input
 from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, REFRESH_PERIOD, EvaConfig
@@ -32,7 +33,7 @@ def collect(
     *,
     forward_fn: ForwardFn | None = None,
     row_mask_fn: RowMaskFn | None = None,
-    sites: None = None,
+    sites: Sequence[LoraSite] | None = None,
     progress: bool = True,
     checkpoint: None = None,
     checkpoint_every: None = None,
@@ -53,10 +54,29 @@ def collect(
             first batch does not reach, NaN or Inf in a layer's input (the layer and the batch are named).
     """
     config = EvaConfig.of(config)
-    for name, value in (("sites", sites), ("checkpoint", checkpoint), ("checkpoint_every", checkpoint_every)):
+    for name, value in (("checkpoint", checkpoint), ("checkpoint_every", checkpoint_every)):
         if value is not None:
             raise ValueError(f"{name}: not available yet; supported values: None")
-    adapter = find_adapter(model)
+    adapter = find_adapter(model, sites)
+    return collect_with(
+        adapter, model, loader, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
+    )
+
+
+def collect_with(
+    adapter: LoraAdapter,
+    model: nn.Module,
+    loader: Iterable[Any],
+    config: EvaConfig,
+    *,
+    forward_fn: ForwardFn | None = None,
+    row_mask_fn: RowMaskFn | None = None,
+    progress: bool = True,
+) -> EvaStatistics:
+    """:func:`collect` for an adapter that is known already."""
+    if adapter.skipped:
+        named = "; ".join(f"{name}: {reason}" for name, reason in adapter.skipped.items())
+        warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=3)
     run = _Run(adapter, config, head=_head(model, adapter))
     first, rest = first_batch(loader)
     early_stop = _may_stop_early(model, config, forward_fn)
@@ -86,12 +106,10 @@ class _Run:
     """The state of one pass: what the hooks fill, what the tracker decides, and when to stop."""
 
     def __init__(self, adapter: LoraAdapter, config: EvaConfig, head: nn.Module | None) -> None:
-        self.config, self.sites = config, adapter.sites
+        self.config, self.sites, self.skipped = config, list(adapter.sites), dict(adapter.skipped)
         widths = [site.in_features for site in self.sites]
-        self.ranks = [site.rank for site in self.sites]
-        self.candidates = candidate_components(
-            self.ranks, config.rho, widths=widths, rank_multiple=config.rank_multiple
-        )
+        self.members = list(range(len(self.sites)))  # sites the tracker follows: those that have data
+        self.candidates = self._candidates()
         self._make_tracker(groups=[0] * len(self.sites))  # the widest sharing there can be: demands fail here or never
         oversampling = config.oversampling or DEFAULT_OVERSAMPLING
         self.columns = [
@@ -106,9 +124,10 @@ class _Run:
         self.started = time.perf_counter()
         self.seconds = {"total": 0.0, "forward": 0.0, "refresh": 0.0}
         self.stop_reason = ""
-        self._latest: dict[int, Refreshed] = {}  # per site
+        self._latest: dict[int, Refreshed] = {}  # per stream
 
-    def _make_statistic(self, index: int) -> tuple[Statistic, str]:
+    def _make_statistic(self, stream: int) -> tuple[Statistic, str]:
+        index = self.capture.site_of[stream]
         site, config = self.sites[index], self.config
         width, columns = site.in_features, self.columns[index]
         gram_bytes = GramStatistic.predict_nbytes(width, columns)
@@ -123,8 +142,7 @@ class _Run:
             kind, reason = GramStatistic, f"at most {GRAM_MAX_WIDENING} times as wide as its {columns} columns"
         if kind is GramStatistic:
             self.gram_bytes += gram_bytes
-        device = next(site.module.parameters()).device
-        options = {"device": device, "seed": config.seed + index, "impl": config.impl}
+        options = {"device": _device_of(site.module), "seed": config.seed + stream, "impl": config.impl}
         return kind(width, columns, **options, watch_gain=config.convergence == "captured"), reason
 
     def finish_batch(self) -> None:
@@ -158,12 +176,18 @@ class _Run:
         return entry.pending_batches >= min(2 ** max(statistic.num_refreshes - 1, 0), period)
 
     def _check_called(self) -> None:
-        silent = [site.name for site, entry in zip(self.sites, self.capture.input_of, strict=True) if entry is None]
-        if silent:
+        silent = self.silent()
+        if silent and self.config.uncalled == "error":
             raise ValueError(
                 f"model: {len(silent)} LoRA layers saw no input in the first batch: {', '.join(silent)}. Their "
-                "statistics would stay empty; leave them out of target_modules, or feed batches that reach them."
+                "statistics would stay empty; leave them out of target_modules, feed batches that reach them, or "
+                'set uncalled="default", with which layers that see none keep their initial A.'
             )
+
+    def silent(self) -> list[str]:
+        """Names of the sites that have seen no input."""
+        streams = [[self.capture.input_of[s] for s in self.capture.streams_of[i]] for i in range(len(self.sites))]
+        return [self.sites[i].name for i, entries in enumerate(streams) if not any(entries)]
 
     def _refresh(self, inputs: list[Input]) -> None:
         if not inputs:
@@ -173,48 +197,72 @@ class _Run:
         for entry, result in zip(inputs, refreshed, strict=True):
             entry.pending_batches = 0
             if not result.finite:
-                names = ", ".join(self.sites[s].name for s in entry.sites)
+                names = ", ".join(dict.fromkeys(self.sites[self.capture.site_of[s]].name for s in entry.streams))
                 raise ValueError(f"batch {self.num_batches}: NaN or Inf reached the input of {names}")
-            self._latest.update(dict.fromkeys(entry.sites, result))
-        self._decide({site for entry in inputs for site in entry.sites})
+            self._latest.update(dict.fromkeys(entry.streams, result))
+        self._decide({self.capture.site_of[stream] for entry in inputs for stream in entry.streams})
         self.seconds["refresh"] += time.perf_counter() - tick
 
     def _decide(self, updated: set[int]) -> None:
-        if self.tracker is None:  # which layers share an input is known only after the first batch
-            self.tracker = self._make_tracker(self.groups())
-        rows = len(self.sites), int(self.tracker_candidates().max())
+        called = sorted({self.capture.site_of[stream] for stream, entry in self._streams() if entry is not None})
+        if self.tracker is None or called != self.members:
+            # Which layers are called, and which share an input, is known only now; a layer that is called for the
+            # first time in a later batch starts the count anew for all.
+            self.members, self.tracker = called, self._make_tracker(self.groups(called), called)
+            updated = {self.capture.site_of[stream] for stream in self._latest}
+        rows = len(called), int(self._candidates(self.groups(called), called).max())
         cosines, overlaps, ratios, gains = (np.zeros(rows) for _ in range(4))
-        for site, result in self._latest.items():
-            k = min(rows[1], len(result.cosines))
-            cosines[site, :k] = result.cosines[:k]
-            overlaps[site, :k] = result.overlaps[:k]
-            ratios[site, :k] = result.explained_variance_ratio[:k]
-            gains[site, :k] = result.gains[:k]
-        mask = np.isin(np.arange(rows[0]), sorted(updated))
+        for row, site in enumerate(called):
+            parts = [s for s in self.capture.streams_of[site] if s in self._latest]
+            weights = self._weights(parts)
+            for stream, weight in zip(parts, weights, strict=True):
+                result = self._latest[stream]
+                k = min(rows[1], len(result.cosines))
+                cosines[row, :k] += weight * result.cosines[:k]
+                overlaps[row, :k] += weight * result.overlaps[:k]
+                ratios[row, :k] += weight * result.explained_variance_ratio[:k]
+                gains[row, :k] += weight * result.gains[:k]
+        mask = np.isin(called, sorted(updated))
         self.decision = self.tracker.update(cosines, ratios, overlaps, gains, updated=mask)
-        everyone = set(range(rows[0]))
-        if self.config.equal_data:
-            self.capture.wanted = everyone
-        else:
-            self.capture.wanted = {i for i in everyone if not self.decision.done[i]}
+        done = {site for site, is_done in zip(called, self.decision.done, strict=True) if is_done}
+        self.capture.wanted = set(range(len(self.sites))) - (set() if self.config.equal_data else done)
 
-    def groups(self) -> list[int]:
-        """Per site, the index of its input."""
+    def _streams(self) -> Iterator[tuple[int, Input | None]]:
+        return enumerate(self.capture.input_of)
+
+    def _weights(self, streams: list[int]) -> list[float]:
+        """Each part's share of a site's rows: what its mean over parts is weighted with."""
+        if len(streams) == 1:
+            return [1.0]
+        entries = [self.capture.input_of[stream] for stream in streams]
+        rows = [entry.statistic.num_rows if entry is not None else 0 for entry in entries]
+        return [count / max(1, sum(rows)) for count in rows]
+
+    def groups(self, members: list[int]) -> list[int]:
+        """Per site, a label of its input, equal where sites share it; a site of several parts shares none."""
         index = {id(entry): i for i, entry in enumerate(self.capture.inputs)}
-        return [index[id(entry)] for entry in self.capture.input_of]
+        streams = [self.capture.streams_of[site] for site in members]
+        return [
+            index[id(self.capture.input_of[parts[0]])] if len(parts) == 1 else len(index) + parts[0]
+            for parts in streams
+        ]
 
-    def tracker_candidates(self) -> np.ndarray[Any, Any]:
-        widths = [site.in_features for site in self.sites]
+    def _candidates(self, groups: list[int] | None = None, members: list[int] | None = None) -> np.ndarray[Any, Any]:
+        sites = [self.sites[i] for i in (self.members if members is None else members)]
         return candidate_components(
-            self.ranks, self.config.rho, widths=widths, groups=self.groups(), rank_multiple=self.config.rank_multiple
-        )
+            [site.rank for site in sites], self.config.rho, widths=[site.in_features for site in sites],
+            groups=groups, rank_multiple=self.config.rank_multiple, divisors=[site.rank_multiple for site in sites],
+        )  # fmt: skip
 
-    def _make_tracker(self, groups: list[int]) -> ConvergenceTracker:
+    def _make_tracker(self, groups: list[int], members: list[int] | None = None) -> ConvergenceTracker:
         config = self.config
+        members = self.members if members is None else members
+        sites = [self.sites[i] for i in members]
         return ConvergenceTracker(
-            self.candidates, groups=groups, budget=sum(self.ranks), tau=config.tau,
-            criterion=config.convergence, min_rank=config.min_rank, max_rank=config.max_rank,
-            rank_multiple=config.rank_multiple,
+            self.candidates[members], groups=groups, budget=sum(site.rank for site in sites), tau=config.tau,
+            criterion=config.convergence, min_rank=config.least_rank(s.removable for s in sites),
+            max_rank=config.max_rank,
+            rank_multiple=config.rank_multiple, divisors=[site.rank_multiple for site in sites],
         )  # fmt: skip
 
     def result(self) -> EvaStatistics:
@@ -231,6 +279,8 @@ class _Run:
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
         assert self.decision is not None
+        done = dict(zip(self.members, self.decision.done, strict=True))
+        converged = dict(zip(self.members, self.decision.components_converged, strict=True))
         pending = int((~self.decision.done).sum())
         if pending:
             warnings.warn(
@@ -241,16 +291,31 @@ class _Run:
         return EvaStatistics(
             sites=[
                 SiteStatistics(
-                    name=site.name, input=group, rank=site.rank, in_features=site.in_features,
-                    converged=bool(self.decision.done[i]),
-                    components_converged=int(self.decision.components_converged[i]),
+                    name=site.name, inputs=self._inputs_of(i), rank=site.rank, in_features=site.in_features,
+                    converged=bool(done.get(i, False)), components_converged=int(converged.get(i, 0)),
+                    rank_multiple=site.rank_multiple, removable=site.removable,
                 )
-                for i, (site, group) in enumerate(zip(self.sites, self.groups(), strict=True))
+                for i, site in enumerate(self.sites)
             ],
             inputs=[_input_statistics(entry.statistic, entry.reason) for entry in self.capture.inputs],
             config=self.config, num_batches=self.num_batches, num_rows=self.num_rows, seconds=self.seconds,
-            history=self.history, stop_reason=self.stop_reason,
+            history=self.history, stop_reason=self.stop_reason, notes=self._notes(),
         )  # fmt: skip
+
+    def _inputs_of(self, site: int) -> tuple[int, ...]:
+        index = {id(entry): i for i, entry in enumerate(self.capture.inputs)}
+        entries = [self.capture.input_of[stream] for stream in self.capture.streams_of[site]]
+        return tuple(-1 if entry is None else index[id(entry)] for entry in entries)
+
+    def _notes(self) -> tuple[str, ...]:
+        skipped = [f"{name} is not initialised by EVA: {reason}" for name, reason in self.skipped.items()]
+        return (*skipped, *(f"{name} saw no input: it keeps its rank and its initial A" for name in self.silent()))
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer that is on one."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
 
 
 def _input_statistics(statistic: Statistic, reason: str) -> InputStatistics:

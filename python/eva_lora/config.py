@@ -1,5 +1,6 @@
 """Every choice of an EVA run, validated once."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -7,14 +8,13 @@ Convergence = Literal["component", "subspace", "captured"]
 StatisticKind = Literal["auto", "gram", "subspace"]
 
 DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run that would never converge
-DEFAULT_OVERSAMPLING = 2.5
+DEFAULT_OVERSAMPLING = 3.0
 GRAM_MAX_WIDENING = 4  # d / q up to which the exact Gram costs at most twice what the subspace product does
 REFRESH_PERIOD = 4
 
 #: Values that are planned but not built yet, by field: refused with the values that work today.
 _BUILT = {
     "nonfinite": ("error",),
-    "uncalled": ("error",),
 }
 
 
@@ -50,7 +50,8 @@ class EvaConfig:
             compiled, wrapped for distribution, or called through a ``forward_fn``.
         share_inputs: Keep one statistic for layers that are fed the very same tensor (q, k and v, say).
         nonfinite: What NaN or Inf in an input does; "error" names the layer.
-        uncalled: What a layer that the first batch does not reach does; "error" names it.
+        uncalled: What a layer that the first batch does not reach does; "error" names it, "default" waits for it
+            to be called, and if it never is (experts nobody was routed to) it keeps its rank and its initial A.
         impl: Implementation of the accumulating ops; "auto" takes Triton on a GPU, compiled code on a CPU that
             has the instructions, and the reference elsewhere. A name never falls back.
         deterministic: Bit-equal reruns on one device. False allows sums in any order; every kernel there is today
@@ -131,6 +132,10 @@ class EvaConfig:
         if type(config).__name__ == "EvaConfig" and all(hasattr(config, name) for name in shared):
             return cls(**{name: getattr(config, name) for name in shared})
         raise TypeError(f"config: expected eva_lora.EvaConfig or peft.EvaConfig, got {type(config).__name__}")
+
+    def least_rank(self, removable: Iterable[bool]) -> int:
+        """The least rank of any layer: ``min_rank``, or 1 where there are layers that cannot have rank 0."""
+        return max(self.min_rank, 0 if all(removable) else 1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

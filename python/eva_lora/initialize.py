@@ -1,11 +1,11 @@
 """The one call: collect → plan → apply → report."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from .adapters import find_adapter
+from .adapters import LoraSite, find_adapter
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect
 from .planning import EvaPlan, plan
@@ -21,7 +21,7 @@ def eva_initialize(
     *,
     forward_fn: ForwardFn | None = None,
     row_mask_fn: RowMaskFn | None = None,
-    sites: None = None,
+    sites: Sequence[LoraSite] | None = None,
     progress: bool = True,
     checkpoint: None = None,
     checkpoint_every: None = None,
@@ -33,7 +33,7 @@ def eva_initialize(
     still computes what its base computes. Call it before the optimizer is made.
 
     Args:
-        model: A model with LoRA layers (today: PEFT's, on ``nn.Linear`` or transformers' ``Conv1D``).
+        model: A model with LoRA layers: PEFT's of any kind, or what :func:`eva_lora.register_adapter` was told of.
         loader: Any iterable of batches: dicts and other mappings, dataclasses, tuples, lists or tensors. One
             that can start again does so until the layers have converged.
         config: :class:`EvaConfig`, or PEFT's. None: the ``eva_config`` of the ``LoraConfig`` if it has one,
@@ -41,7 +41,8 @@ def eva_initialize(
         forward_fn: Called as ``forward_fn(model, batch)`` in place of the model itself.
         row_mask_fn: Called as ``row_mask_fn(batch)``; returns which rows count, a bool tensor
             (batch, tokens), or None for all. In place of attention_mask and labels.
-        sites: Not available yet.
+        sites: The LoRA layers, where they are not to be looked for: :class:`eva_lora.ParameterSite` for layers that
+            keep A and B as parameters. None: those of the model's adapter.
         progress: Show a progress bar (on standard error).
         checkpoint: Not available yet.
         checkpoint_every: Not available yet.
@@ -53,7 +54,7 @@ def eva_initialize(
         TypeError: as :func:`eva_lora.collect`.
         ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was.
     """
-    adapter = find_adapter(model)
+    adapter = find_adapter(model, sites)
     if config is None:
         config = adapter.eva_config
     statistics = collect(
@@ -65,11 +66,16 @@ def eva_initialize(
     return EvaReport.of(statistics, eva_plan)
 
 
-def apply(model: nn.Module, eva_plan: EvaPlan) -> None:
+def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | None = None) -> None:
     """Write a plan into a model with the same LoRA layers: all of it, or nothing and an error.
 
+    Args:
+        model: As in :func:`eva_initialize`.
+        eva_plan: From :func:`eva_lora.plan`.
+        sites: As in :func:`eva_initialize`; what was given there is given here.
+
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``sites`` cannot be written.
         ValueError: the model has no LoRA layers, or others than the plan's.
     """
-    find_adapter(model).apply(eva_plan)
+    find_adapter(model, sites).apply(eva_plan)

@@ -28,7 +28,8 @@ class PlannedSite:
         configured_rank: The rank it was configured with.
         in_features: Width of its input.
         explained_variance_ratio: Ratio of every candidate component, descending.
-        input: Index of its input among the distinct inputs.
+        input: Index of its input among the distinct inputs; the first, where it has several; −1 for none.
+        parts: How many matrices A of that rank it has (one for each expert, for instance).
     """
 
     name: str
@@ -37,6 +38,7 @@ class PlannedSite:
     in_features: int
     explained_variance_ratio: tuple[float, ...]
     input: int
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,18 @@ class EvaPlan:
 
     Attributes:
         sites: Name → plan of each LoRA layer, in the model's order.
-        lora_a: Name → (rank, d) float32; rows orthonormal, or divided by √σ where ``whiten`` is set.
+        lora_a: Name → (parts · rank, d) float32, part by part; each part's rows orthonormal, or divided by √σ
+            where ``whiten`` is set. Absent for a layer that keeps its rank and its A as they are.
         config: The configuration it was planned with.
         budget: Ranks there were to give.
+        notes: Layers and experts that data alone did not determine, each with the reason.
     """
 
     sites: dict[str, PlannedSite]
     lora_a: dict[str, Tensor]
     config: EvaConfig
     budget: int
+    notes: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -65,6 +70,7 @@ class EvaPlan:
             "sites": [asdict(site) for site in self.sites.values()],
             "config": self.config.to_dict(),
             "budget": self.budget,
+            "notes": self.notes,
         }
         return storage.save(path, "plan", self.lora_a, facts)
 
@@ -74,15 +80,16 @@ class EvaPlan:
         lora_a, facts = storage.load(path, "plan")
         try:
             sites = {entry["name"]: _planned_site(entry) for entry in facts["sites"]}
-            result = cls(sites, lora_a, EvaConfig.from_dict(facts["config"]), facts["budget"])
+            result = cls(sites, lora_a, EvaConfig.from_dict(facts["config"]), facts["budget"], tuple(facts["notes"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"path: {path} is no complete plan file: {error}") from error
         for name, site in sites.items():
+            if name not in lora_a and site.rank == site.configured_rank and site.input == -1:
+                continue
             shape = tuple(lora_a[name].shape) if name in lora_a else None
-            if shape != (site.rank, site.in_features):
-                raise ValueError(
-                    f"path: {path}: A of {name} has shape {shape}, expected {(site.rank, site.in_features)}"
-                )
+            expected = (site.parts * site.rank, site.in_features)
+            if shape != expected:
+                raise ValueError(f"path: {path}: A of {name} has shape {shape}, expected {expected}")
         return result
 
 
@@ -95,7 +102,9 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
 
     Ranks: every candidate component of every layer is pooled, and the ``budget`` with the largest
     explained-variance ratios are taken; a layer's rank is how many of them are its own (arXiv 2410.07170,
-    §3.3). A row's sign makes its largest entry positive.
+    §3.3). A row's sign makes its largest entry positive. A layer of experts has one rank; its ratios are the
+    means over its experts, weighted by their rows, and an expert with fewer rows than that rank takes the
+    leading directions of all its layer's experts together.
 
     Args:
         statistics: From :func:`collect` or :meth:`EvaStatistics.load`.
@@ -107,45 +116,114 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
         ValueError: ``rho`` asks for more components than the pass kept, or the bounds cannot be met.
     """
     config = statistics.config if config is None else EvaConfig.of(config)
-    ranks = [site.rank for site in statistics.sites]
-    if budget is None:
-        budget = sum(ranks)
-    elif budget < 1:
+    if budget is not None and budget < 1:
         raise ValueError(f"budget: expected at least 1, got {budget}")
-    groups = [site.input for site in statistics.sites]
-    widths = [site.in_features for site in statistics.sites]
-    candidates = candidate_components(
-        ranks, config.rho, widths=widths, groups=groups, rank_multiple=config.rank_multiple
-    )
-    ratios = np.zeros((len(ranks), int(candidates.max())))
-    for i, site in enumerate(statistics.sites):
-        kept = statistics.inputs[site.input].explained_variance_ratio().numpy()
-        if candidates[i] > len(kept):
-            raise ValueError(
-                f"rho: {config.rho} asks for {candidates[i]} components of {site.name}, but the statistics hold "
-                f"{len(kept)}; collect with this rho"
-            )
-        ratios[i, : candidates[i]] = kept[: candidates[i]]
-    allocated = allocate_ranks(
-        ratios, candidates, budget, groups=groups, min_rank=config.min_rank, max_rank=config.max_rank,
-        rank_multiple=config.rank_multiple,
-    )  # fmt: skip
-    sites, lora_a = {}, {}
-    for i, (site, rank) in enumerate(zip(statistics.sites, allocated.tolist(), strict=True)):
+    members = [site for site in statistics.sites if site.input >= 0]
+    kept = sum(site.rank for site in statistics.sites if site.input < 0)
+    free = sum(site.rank for site in members) if budget is None else budget - kept
+    if free < 1:
+        raise ValueError(f"budget: expected more than the {kept} that layers without input keep, got {budget}")
+    ranks, ratios = _allocate(members, statistics, config, free)
+    sites: dict[str, PlannedSite] = {}
+    lora_a, notes = {}, list(statistics.notes)
+    for site in statistics.sites:
+        rank, ratio = ranks.get(site.name, site.rank), ratios.get(site.name, ())
         sites[site.name] = PlannedSite(
-            site.name, rank, site.rank, site.in_features, tuple(ratios[i, : candidates[i]].tolist()), site.input
+            site.name, rank, site.rank, site.in_features, ratio, site.input, parts=len(site.inputs)
         )
-        lora_a[site.name] = _lora_a(site, statistics.inputs[site.input], rank, config.whiten)
-    return EvaPlan(sites, lora_a, config, budget)
+        if site.input >= 0:
+            entries = [statistics.inputs[index] if index >= 0 else None for index in site.inputs]
+            matrix, note = _lora_a(site.name, entries, rank, config)
+            lora_a[site.name] = matrix
+            notes += [note] if note else []
+    return EvaPlan(sites, lora_a, config, free + kept, tuple(notes))
 
 
-def _lora_a(site: SiteStatistics, entry: InputStatistics, rank: int, whiten: bool) -> Tensor:  # (rank, d)
-    rows = entry.components[:rank].clone()
+def _allocate(
+    sites: list[SiteStatistics], statistics: EvaStatistics, config: EvaConfig, budget: int
+) -> tuple[dict[str, int], dict[str, tuple[float, ...]]]:
+    """Ranks, and the ratios of all candidates, by name."""
+    groups = [site.input if len(site.inputs) == 1 else -2 - i for i, site in enumerate(sites)]
+    divisors = [site.rank_multiple for site in sites]
+    candidates = candidate_components(
+        [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites], groups=groups,
+        rank_multiple=config.rank_multiple, divisors=divisors,
+    )  # fmt: skip
+    ratios = np.zeros((len(sites), int(candidates.max())))
+    for i, site in enumerate(sites):
+        entries = [statistics.inputs[index] for index in site.inputs if index >= 0]
+        rows = sum(entry.num_rows for entry in entries)
+        for entry in entries:
+            known = entry.explained_variance_ratio().numpy()
+            if candidates[i] > len(known):
+                raise ValueError(
+                    f"rho: {config.rho} asks for {candidates[i]} components of {site.name}, but the statistics hold "
+                    f"{len(known)}; collect with this rho"
+                )
+            ratios[i, : candidates[i]] += known[: candidates[i]] * (entry.num_rows / rows)
+    allocated = allocate_ranks(
+        ratios, candidates, budget, groups=groups, min_rank=config.least_rank(s.removable for s in sites),
+        max_rank=config.max_rank, rank_multiple=config.rank_multiple, divisors=divisors,
+    )  # fmt: skip
+    names = [site.name for site in sites]
+    by_name = {name: tuple(ratios[i, : candidates[i]].tolist()) for i, name in enumerate(names)}
+    return dict(zip(names, allocated.tolist(), strict=True)), by_name
+
+
+def _lora_a(
+    name: str, entries: list[InputStatistics | None], rank: int, config: EvaConfig
+) -> tuple[Tensor, str]:  # (parts · rank, d)
+    """A, part by part, and a note on parts with too few rows, or ""."""
+    few = [i for i, entry in enumerate(entries) if entry is None or entry.num_rows <= rank]
+    if rank == 0 or not few:
+        return torch.cat([_rows(name, e.components, e.eigenvalues, rank, config) for e in entries if e is not None]), ""
+    if len(entries) == 1:
+        assert entries[0] is not None
+        note = f"{name} saw only {entries[0].num_rows} rows for its rank of {rank}: the directions beyond are arbitrary"
+        return _rows(name, entries[0].components, entries[0].eigenvalues, rank, config), note
+    components, eigenvalues, known = _pooled([entry for entry in entries if entry is not None], rank, config.seed)
+    parts = []
+    for i, entry in enumerate(entries):
+        source = (components, eigenvalues) if i in few or entry is None else (entry.components, entry.eigenvalues)
+        parts.append(_rows(name, *source, rank, config))
+    rows = [0 if (entry := entries[i]) is None else entry.num_rows for i in few]
+    note = (
+        f"{name}: {len(few)} of {len(entries)} experts saw too few rows for its rank of {rank} and take the leading "
+        f"directions of all together: {', '.join(f'{i} ({n} rows)' for i, n in zip(few, rows, strict=True))}"
+    )
+    if known < rank:
+        note += f"; together they have {known}, the other {rank - known} are random"
+    return torch.cat(parts), note
+
+
+def _pooled(entries: list[InputStatistics], rank: int, seed: int) -> tuple[Tensor, Tensor, int]:  # (rank, d), (rank,)
+    """The leading directions of the scatter of all entries together, each about its own mean, completed by random
+    orthonormal ones; and how many there are before those."""
+    weighted = torch.cat([e.components.double() * e.eigenvalues.clamp_min(0).sqrt()[:, None] for e in entries])
+    _, singular_values, rows = torch.linalg.svd(weighted, full_matrices=False)
+    tolerance = float(singular_values[0]) * torch.finfo(torch.float32).eps * max(weighted.shape)
+    known = min(rank, int((singular_values > tolerance).sum()))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rank - known, weighted.shape[1], generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.cat([rows[:known], noise]).T).Q.T
+    eigenvalues = torch.zeros(rank, dtype=torch.float64)
+    eigenvalues[:known] = singular_values[:known].square()
+    return basis.float(), eigenvalues, known
+
+
+def _rows(
+    name: str,
+    components: Tensor,  # (q, d)
+    eigenvalues: Tensor,  # (q,)
+    rank: int,
+    config: EvaConfig,
+) -> Tensor:  # (rank, d)
+    rows = components[:rank].clone()
     largest = rows.abs().argmax(1, keepdim=True) if rank else torch.empty(0, 1, dtype=torch.long)
     rows *= torch.where(rows.gather(1, largest) < 0, -1.0, 1.0)
-    if whiten:
-        singular_values = entry.eigenvalues[:rank].sqrt()
+    if config.whiten:
+        singular_values = eigenvalues[:rank].sqrt()
         if bool((singular_values <= 0).any()):
-            raise ValueError(f"whiten: {site.name} is given a component without variance, which cannot be whitened")
+            raise ValueError(f"whiten: {name} is given a component without variance, which cannot be whitened")
         rows /= singular_values.sqrt()[:, None].to(rows.dtype)
     return rows

@@ -9,7 +9,7 @@ from typing import Any
 
 from .layout import Grid
 from .planning import EvaPlan
-from .statistics import EvaStatistics
+from .statistics import EvaStatistics, SiteStatistics
 
 __all__ = ["EvaReport"]
 
@@ -26,7 +26,8 @@ class EvaReport:
         components_converged: How many leading components had converged.
         converged: Whether the layer as a whole had.
         shared_inputs: Layers fed by the same tensor, which share one statistic.
-        statistic: Per layer: "kind", "reason" it was chosen, and "nbytes".
+        statistic: Per layer: "kind", "reason" it was chosen, and "nbytes"; where a layer has several matrices A
+            (experts), those of all together, and "rows", how many each of them saw. Empty where it saw no input.
         num_batches: Batches seen.
         num_rows: Unmasked rows (tokens) seen.
         seconds: Wall time: "total", "forward" (statistics included), "refresh".
@@ -34,6 +35,7 @@ class EvaReport:
         stop_reason: Why the pass ended.
         budget: Ranks there were to give.
         config: The options of the run.
+        notes: Layers and experts that EVA could not initialise from their own data, each with the reason.
     """
 
     ranks: dict[str, int]
@@ -50,14 +52,15 @@ class EvaReport:
     stop_reason: str
     budget: int
     config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, statistics: EvaStatistics, eva_plan: EvaPlan) -> "EvaReport":
         sites = statistics.sites
         sharing: dict[int, list[str]] = {}
         for site in sites:
-            sharing.setdefault(site.input, []).append(site.name)
-        inputs = statistics.inputs
+            if len(site.inputs) == 1 and site.input >= 0:
+                sharing.setdefault(site.input, []).append(site.name)
         return cls(
             ranks=eva_plan.ranks,
             configured_ranks={s.name: s.rank for s in sites},
@@ -65,9 +68,7 @@ class EvaReport:
             components_converged={s.name: s.components_converged for s in sites},
             converged={s.name: s.converged for s in sites},
             shared_inputs=[names for names in sharing.values() if len(names) > 1],
-            statistic={
-                s.name: {name: getattr(inputs[s.input], name) for name in ("kind", "reason", "nbytes")} for s in sites
-            },
+            statistic={s.name: _statistic(s, statistics) for s in sites},
             num_batches=statistics.num_batches,
             num_rows=statistics.num_rows,
             seconds=statistics.seconds,
@@ -75,6 +76,7 @@ class EvaReport:
             stop_reason=statistics.stop_reason,
             budget=eva_plan.budget,
             config=eva_plan.config.to_dict(),
+            notes=eva_plan.notes,
         )  # fmt: skip
 
     def captured(self, name: str) -> float:
@@ -85,8 +87,8 @@ class EvaReport:
         """The summary, as (label, value) pairs."""
         n = len(self.ranks)
         states = {tuple(names): self.statistic[names[0]] for names in self._inputs()}
-        megabytes = sum(state["nbytes"] for state in states.values()) / 2**20
-        kinds = [state["kind"] for state in states.values()]
+        megabytes = sum(state.get("nbytes", 0) for state in states.values()) / 2**20
+        kinds = [state["kind"] for state in states.values() for _ in state.get("rows", [0]) if state]
         moved = sum(abs(self.ranks[k] - self.configured_ranks[k]) for k in self.ranks) // 2
         removed = sum(rank == 0 for rank in self.ranks.values())
         total = self.seconds["total"]
@@ -107,7 +109,8 @@ class EvaReport:
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.facts())
         lines = ["EVA initialisation", *(f"  {label:<{width}}  {value}" for label, value in self.facts())]
-        return "\n".join([*lines, "", "Rank per layer", Grid.of(self.ranks).text()])
+        notes = ["", "Notes", *(f"  {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([*lines, "", "Rank per layer", Grid.of(self.ranks).text(), *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above, with the versions it was made with, ready for JSON."""
@@ -122,6 +125,18 @@ class EvaReport:
         (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         (folder / "report.html").write_text(render(self), encoding="utf-8")
         return folder
+
+
+def _statistic(site: SiteStatistics, statistics: EvaStatistics) -> dict[str, Any]:
+    entries = [statistics.inputs[index] for index in site.inputs if index >= 0]
+    if not entries:
+        return {}
+    facts: dict[str, Any] = {
+        "kind": entries[0].kind, "reason": entries[0].reason, "nbytes": sum(entry.nbytes for entry in entries),
+    }  # fmt: skip
+    if len(site.inputs) > 1:
+        facts["rows"] = [statistics.inputs[index].num_rows if index >= 0 else 0 for index in site.inputs]
+    return facts
 
 
 def versions() -> dict[str, str]:

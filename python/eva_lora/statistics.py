@@ -17,19 +17,29 @@ class SiteStatistics:
 
     Attributes:
         name: The layer's name in the base model.
-        input: Index of its input in :attr:`EvaStatistics.inputs`; layers fed the same tensor share one.
+        inputs: For each of its matrices A, the index of its input in :attr:`EvaStatistics.inputs`, −1 where it saw
+            none. Layers fed the same tensor share one; a layer of experts has one for each expert.
         rank: The rank it was configured with.
         in_features: Width of its input.
         converged: Whether its components had converged when the pass ended.
         components_converged: How many leading components had.
+        rank_multiple: What its rank must be a multiple of.
+        removable: Whether its rank may become 0.
     """
 
     name: str
-    input: int
+    inputs: tuple[int, ...]
     rank: int
     in_features: int
     converged: bool
     components_converged: int
+    rank_multiple: int = 1
+    removable: bool = True
+
+    @property
+    def input(self) -> int:
+        """The first of its inputs that saw anything; −1 if none did."""
+        return next((index for index in self.inputs if index >= 0), -1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class EvaStatistics:
         seconds: Wall time: "total", and its parts "forward" (statistics included) and "refresh".
         history: Per batch, how many sites had converged.
         stop_reason: Why the pass ended.
+        notes: Layers that it does not cover, each with the reason.
     """
 
     sites: list[SiteStatistics]
@@ -83,6 +94,7 @@ class EvaStatistics:
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[int] = field(default_factory=list)
     stop_reason: str = ""
+    notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file; returns its path."""
@@ -101,7 +113,8 @@ class EvaStatistics:
                 InputStatistics(**entry, eigenvalues=tensors[f"{i}.eigenvalues"], components=tensors[f"{i}.components"])
                 for i, entry in enumerate(facts.pop("inputs"))
             ]
-            sites = [SiteStatistics(**entry) for entry in facts.pop("sites")]
+            sites = [SiteStatistics(**{**entry, "inputs": tuple(entry["inputs"])}) for entry in facts.pop("sites")]
+            facts["notes"] = tuple(facts["notes"])
             statistics = cls(sites=sites, inputs=inputs, config=EvaConfig.from_dict(facts.pop("config")), **facts)
         except (KeyError, TypeError) as error:
             raise ValueError(f"path: {path} is no complete statistics file: {error}") from error
@@ -119,16 +132,20 @@ class EvaStatistics:
             "seconds": self.seconds,
             "history": self.history,
             "stop_reason": self.stop_reason,
+            "notes": self.notes,
         }
 
     def _check(self, path: str | Path) -> None:
         for site in self.sites:
-            if not 0 <= site.input < len(self.inputs):
-                raise ValueError(f"path: {path}: site {site.name} names input {site.input} of {len(self.inputs)}")
-            entry = self.inputs[site.input]
-            expected = (entry.eigenvalues.numel(), site.in_features)
-            if entry.components.shape != expected:
-                raise ValueError(
-                    f"path: {path}: components of {site.name} have shape {tuple(entry.components.shape)}, "
-                    f"expected {expected}"
-                )
+            for index in site.inputs:
+                if index == -1:
+                    continue
+                if not 0 <= index < len(self.inputs):
+                    raise ValueError(f"path: {path}: site {site.name} names input {index} of {len(self.inputs)}")
+                entry = self.inputs[index]
+                expected = (entry.eigenvalues.numel(), site.in_features)
+                if entry.components.shape != expected:
+                    raise ValueError(
+                        f"path: {path}: components of {site.name} have shape {tuple(entry.components.shape)}, "
+                        f"expected {expected}"
+                    )

@@ -62,7 +62,7 @@ def assert_saw(capture, site, *tensors):
 def test_layers_called_with_one_tensor_share(net):
     c, x, y = capture(net), rows(), rows(seed=1)
     forward(c, net, ("a", x), ("b", x), ("c", y))
-    assert [entry.sites for entry in c.inputs] == [[0, 1], [2]]
+    assert [entry.streams for entry in c.inputs] == [[0, 1], [2]]
     for site, saw in enumerate((x, x, y)):
         assert_saw(c, site, saw)
 
@@ -70,7 +70,7 @@ def test_layers_called_with_one_tensor_share(net):
 def test_equal_values_in_another_tensor_are_not_shared(net):
     c, x = capture(net), rows()
     forward(c, net, ("a", x), ("b", x.clone()), ("c", x))
-    assert [entry.sites for entry in c.inputs] == [[0, 2], [1]]
+    assert [entry.streams for entry in c.inputs] == [[0, 2], [1]]
 
 
 def test_sharing_can_be_switched_off(net):
@@ -84,7 +84,7 @@ def test_sharing_can_be_switched_off(net):
 def test_all_calls_of_a_layer_fold_into_one_statistic(net):
     c, x, y = capture(net), rows(), rows(3, seed=1)
     forward(c, net, ("a", x), ("b", x), ("a", y), ("b", y), ("c", y))
-    assert [entry.sites for entry in c.inputs] == [[0, 1], [2]]
+    assert [entry.streams for entry in c.inputs] == [[0, 1], [2]]
     for site, saw in enumerate(((x, y), (x, y), (y,))):
         assert_saw(c, site, *saw)
 
@@ -153,7 +153,7 @@ def test_tensors_are_let_go_when_all_have_been_called(net):
     forward(c, net, ("a", x), ("b", x), ("c", x))
     with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
         net.run(("a", x), ("b", x))
-        assert c.inputs[0].calls[0].held is x
+        assert c.inputs[0].calls[0].held.tensor is x
         net.run(("c", x))
         assert c.inputs[0].calls[0].held is None
 
@@ -203,7 +203,7 @@ def test_inference_tensors_are_never_shared(net):
     with torch.inference_mode():
         x = rows()
         forward(c, net, ("a", x), ("b", x))
-    assert [entry.sites for entry in c.inputs] == [[0], [1]]
+    assert [entry.streams for entry in c.inputs] == [[0], [1]]
 
 
 @pytest.mark.parametrize(
@@ -220,5 +220,5 @@ def test_a_row_mask_fits_inputs_of_these_shapes(shape, rows_expected):
 
 def test_a_row_mask_that_fits_nothing_names_the_layer():
     mask = RowMask(torch.ones(2, 5, dtype=torch.bool), 10)
-    with pytest.raises(ValueError, match=r"^layer vision\.proj: .* \(2, 7, 4\), which fits no row mask"):
+    with pytest.raises(ValueError, match=r"^layer vision\.proj: .* \(2, 7\), which fits no row mask"):
         mask.of(torch.zeros(2, 7, D), "vision.proj")

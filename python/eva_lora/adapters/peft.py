@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import LoraSite
+from .parameters import check_plan
+from .peft_layers import ConvSite, Skipped, factors, parts_of, site_of
+from .sites import LoraSite
 
 if TYPE_CHECKING:
     from ..planning import EvaPlan, PlannedSite
@@ -38,31 +40,37 @@ def find(model: nn.Module) -> "PeftAdapter | None":
 
 
 class PeftAdapter:
-    """The one active LoRA adapter of a PEFT model.
+    """One LoRA adapter of a PEFT model.
 
     Args:
         model: A ``PeftModel``, a ``LoraModel``, or a model with adapters injected into it.
+        name: The adapter's name. None: the one that is active.
 
     Raises:
         ValueError: as :func:`find`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        from peft.tuners.lora.layer import LoraLayer
-
+    def __init__(self, model: nn.Module, name: str | None = None) -> None:
         self._model = model
         self._root, self._configs = _root_and_configs(model)
-        self.layers: dict[str, Any] = {n: m for n, m in self._root.named_modules() if isinstance(m, LoraLayer)}
-        self.name = self._active_name()
-        self.layers = {n: m for n, m in self.layers.items() if self.name in m.r}
+        everything = _lora_layers(self._root)
+        self.name = _active_name(everything) if name is None else name
+        self._everything = {n: layer for n, layer in everything.items() if self.name in layer.r}
         self._check_config()
-        self._sites = [LoraSite(n, m, m.in_features, m.r[self.name]) for n, m in self.layers.items()]
-        for name, layer in self.layers.items():
-            self._check_layer(name, layer)
-
-    @property
-    def sites(self) -> list[LoraSite]:
-        return self._sites
+        self.sites: list[LoraSite] = []
+        self.skipped: dict[str, str] = {}
+        for layer_name, layer in self._everything.items():
+            if any(member.merged for member in parts_of(layer)):
+                raise ValueError(
+                    f"model: the adapter of {layer_name} is merged into its base weight; call unmerge first"
+                )
+            try:
+                self.sites.append(site_of(layer_name, layer, self.name))
+            except Skipped as reason:
+                self.skipped[layer_name] = str(reason)
+        if not self.sites:
+            raise ValueError(f"model: EVA applies to none of its LoRA layers: {self.skipped}")
+        self.layers: dict[str, Any] = {site.name: self._everything[site.name] for site in self.sites}
 
     @property
     def config(self) -> Any:
@@ -83,13 +91,19 @@ class PeftAdapter:
         enabled = [m for m in switches if not m.disable_adapters]
         # Switching an adapter off and on again makes its parameters trainable, whatever they were before.
         trainable = [(p, p.requires_grad) for p in self._model.parameters()]
+        # bitsandbytes repacks 4-bit weights in the first eval forward on such a CPU, and cannot train on them then.
+        packing: list[Any] = [m for m in self._model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
         try:
+            for module in packing:
+                module.support_avx512bf16_for_cpu = False
             for module in enabled:
                 module.enable_adapters(False)
             yield
         finally:
             for module in enabled:
                 module.enable_adapters(True)
+            for module in packing:
+                module.support_avx512bf16_for_cpu = True
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
 
@@ -100,102 +114,109 @@ class PeftAdapter:
         Raises:
             ValueError: the plan is for other layers, or for layers of another rank or width.
         """
-        self._check_plan(plan)
-        snapshots = {name: _Snapshot(layer) for name, layer in self.layers.items()}
+        check_plan(plan, self.sites)
+        for name, layer in self.layers.items():
+            if any(parameter.device.type == "meta" for parameter in layer.get_base_layer().parameters()):
+                raise ValueError(f"model: the base weight of {name} is on the meta device; load it first")
+        snapshots = [_Snapshot(member) for layer in self.layers.values() for member in parts_of(layer)]
+        replaced: list[tuple[nn.Module, str, nn.Module]] = []
         config = copy.deepcopy(self.config)
         config.init_lora_weights = "eva"  # what the weights are from here on
         config.eva_config = _peft_eva_config(plan)
-        emptied = []
+        emptied = [name for name in self.layers if plan.sites[name].rank == 0]
         try:
             with torch.no_grad(), torch.random.fork_rng(self._cuda_devices()):
                 for name, layer in self.layers.items():
-                    site = plan.sites[name]
-                    if site.rank == 0:
-                        emptied.append(name)
-                    else:
-                        self._write(layer, site, plan.lora_a[name], config, plan.config.adjust_scaling_factors)
+                    if name not in emptied:
+                        adjust = plan.config.adjust_scaling_factors
+                        self._write(layer, plan.sites[name], plan.lora_a.get(name), config, adjust)
                 self._describe(config, set(emptied))
                 for name in emptied:
-                    self._remove(name)
+                    self._remove(self.layers[name], replaced)
         except BaseException:
-            for name, snapshot in snapshots.items():
+            for parent, child, module in reversed(replaced):
+                setattr(parent, child, module)
+            for snapshot in snapshots:
                 snapshot.restore()
-                _set_submodule(self._root, name, self.layers[name])
             raise
-        if config.lora_bias:  # PEFT refuses to load lora_bias together with "eva"
+        if config.lora_bias or any(isinstance(site, ConvSite) for site in self.sites):  # PEFT refuses these with "eva"
             config.init_lora_weights, config.eva_config = self.config.init_lora_weights, self.config.eva_config
         self._configs[self.name] = config  # the caller's LoraConfig object stays as it was
 
-    def _write(self, layer: Any, site: "PlannedSite", lora_a: Tensor, config: Any, adjust: bool) -> None:
+    def _write(self, layer: Any, site: "PlannedSite", lora_a: Tensor | None, config: Any, adjust: bool) -> None:
         adapter = self.name
         old_rank, alpha = layer.r[adapter], layer.lora_alpha[adapter]
-        on_meta = layer.lora_A[adapter].weight.device.type == "meta"
+        on_meta = factors(layer, adapter)[0][0].device.type == "meta"
         if site.rank != old_rank or on_meta or adapter in layer.lora_variant:
             if adjust:
                 growth = site.rank / old_rank
                 alpha *= math.sqrt(growth) if layer.use_rslora[adapter] else growth
                 alpha = int(alpha) if float(alpha).is_integer() else alpha
-            # A variant (DoRA) derives parameters from B, so it starts over even where the rank stays.
-            before = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
-            layer.update_layer(adapter, r=site.rank, lora_alpha=alpha, config=config)
-            for name, parameter in layer.named_parameters():
-                dtype, requires_grad = before[name]
-                parameter.data = parameter.data.to(dtype)
-                parameter.requires_grad_(requires_grad)
-            for container in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
-                modules = getattr(layer, container)
-                if adapter in modules:
-                    modules[adapter].train(layer.training)
-        layer.lora_A[adapter].weight.copy_(lora_a)
-        for parameter in layer.lora_B[adapter].parameters():
+            # A variant (DoRA) derives parameters from B, so it starts over from a zero B even where the rank stays.
+            members = parts_of(layer)
+            before = [{n: (p.dtype, p.requires_grad) for n, p in _adapter_parameters(member)} for member in members]
+            plain = copy.copy(config)
+            plain.init_lora_weights, plain.eva_config = True, None
+            layer.update_layer(adapter, r=site.rank, lora_alpha=alpha, config=plain)
+            for member, known in zip(members, before, strict=True):
+                for name, parameter in _adapter_parameters(member):
+                    dtype, requires_grad = known[name]
+                    parameter.data = parameter.data.to(dtype)
+                    parameter.requires_grad_(requires_grad)
+                for container in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
+                    modules = getattr(member, container)
+                    if adapter in modules:
+                        modules[adapter].train(layer.training)
+        weights, second = factors(layer, adapter)
+        if lora_a is not None:
+            for weight, rows in zip(weights, lora_a.chunk(len(weights)), strict=True):
+                weight.copy_(rows.view(weight.shape))
+        for parameter in (p for module in second for p in module.parameters()):
             parameter.zero_()
 
-    def _remove(self, name: str) -> None:
-        layer = self.layers[name]
+    def _remove(self, layer: Any, replaced: list[tuple[nn.Module, str, nn.Module]]) -> None:
+        members = parts_of(layer)
         if len(layer.r) == 1:
-            _set_submodule(self._root, name, layer.get_base_layer())
+            for member in reversed(members):  # what is nested comes first
+                parent, child = _holder(self._root, member)
+                replaced.append((parent, child, member))
+                setattr(parent, child, member.base_layer)
             return
-        active = layer._active_adapter
-        trainable = [(p, p.requires_grad) for p in layer.parameters()]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            layer.delete_adapter(self.name)
-        # Deleting makes PEFT switch another adapter on in this layer alone; the active one is simply absent here.
-        layer._active_adapter = active
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        for member in members:
+            active = member._active_adapter
+            trainable = [(p, p.requires_grad) for _, p in _adapter_parameters(member)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                member.delete_adapter(self.name)
+            # Deleting makes PEFT switch another adapter on in this layer alone; the active one is simply absent here.
+            member._active_adapter = active
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
 
     def _cuda_devices(self) -> list[torch.device]:
         return list({p.device for p in self._root.parameters() if p.device.type == "cuda"})
 
     def _describe(self, config: Any, emptied: set[str]) -> None:
         """Make the config's patterns and targets those of the layers as they are now."""
-        kept = {name: layer for name, layer in self.layers.items() if name not in emptied}
-        everything = [name for name, _ in self._root.named_modules()]
-        config.rank_pattern = {
-            _pattern(name, everything): layer.r[self.name]
-            for name, layer in kept.items()
-            if layer.r[self.name] != config.r
-        }
-        config.alpha_pattern = {
-            _pattern(name, everything): layer.lora_alpha[self.name]
-            for name, layer in kept.items()
-            if layer.lora_alpha[self.name] != config.lora_alpha
-        }
-        if not emptied:
+        kept = {name: layer for name, layer in self._everything.items() if name not in emptied}
+        everything = [name for name, _ in self._root.named_modules()] + list(self._everything)
+        for pattern, values, default in (
+            ("rank_pattern", {name: layer.r[self.name] for name, layer in kept.items()}, config.r),
+            ("alpha_pattern", {name: layer.lora_alpha[self.name] for name, layer in kept.items()}, config.lora_alpha),
+        ):
+            unlike = {name: value for name, value in values.items() if value != default}
+            setattr(config, pattern, {_pattern(name, everything): value for name, value in unlike.items()})
+        parameters = {name for name, layer in self._everything.items() if hasattr(layer, "parameter_name")}
+        if emptied & parameters:
+            config.target_parameters = sorted(kept.keys() & parameters)
+        if not emptied - parameters:
             return
         config.layers_to_transform = config.layers_pattern = None  # target_modules names every layer from here on
-        if any(gone.endswith(f".{name}") for gone in emptied for name in kept):
-            config.target_modules = "|".join(re.escape(name) for name in kept)  # a string is matched whole
+        modules = kept.keys() - parameters
+        if any(gone.endswith(f".{name}") for gone in emptied for name in modules):
+            config.target_modules = "|".join(re.escape(name) for name in kept if name in modules)  # matched whole
         else:
-            config.target_modules = set(kept)
-
-    def _active_name(self) -> str:
-        names = {name for layer in self.layers.values() for name in layer.active_adapters}
-        if len(names) != 1:
-            found = f"{len(names)} are: {sorted(names)}" if names else "none is"
-            raise ValueError(f"model: expected exactly one active LoRA adapter, {found}; call model.set_adapter(name)")
-        return names.pop()
+            config.target_modules = set(modules)
 
     def _check_config(self) -> None:
         if self.name not in self._configs:
@@ -210,42 +231,6 @@ class PeftAdapter:
         for option in ("kasa_config", "use_qalora", "target_modules_to_tie", "arrow_config"):
             if getattr(config, option, None):
                 raise ValueError(f"model: EVA does not work with a LoraConfig that sets {option}")
-
-    def _check_layer(self, name: str, layer: Any) -> None:
-        from transformers.pytorch_utils import Conv1D
-
-        base = layer.get_base_layer()
-        kinds = (nn.Linear, Conv1D)
-        lora_a = dict(layer.lora_A).get(self.name)
-        if not isinstance(base, kinds) or not isinstance(lora_a, nn.Linear):
-            raise ValueError(
-                f"model: LoRA layer {name} wraps a {type(base).__name__}, which is not available yet; supported: "
-                "nn.Linear and transformers' Conv1D. Leave it out of target_modules"
-            )
-        shape = tuple(lora_a.weight.shape)
-        if shape != (layer.r[self.name], layer.in_features):
-            raise ValueError(
-                f"model: A of {name} has shape {shape}, expected {(layer.r[self.name], layer.in_features)}"
-            )
-        if layer.merged:
-            raise ValueError(f"model: the adapter of {name} is merged into its base weight; call unmerge first")
-
-    def _check_plan(self, plan: "EvaPlan") -> None:
-        missing = sorted(set(self.layers) - set(plan.sites))
-        unknown = sorted(set(plan.sites) - set(self.layers))
-        if missing or unknown:
-            raise ValueError(
-                f"plan: it is for other layers than the model's: not in the plan {missing}, not in the model {unknown}"
-            )
-        for name, layer in self.layers.items():
-            site = plan.sites[name]
-            if layer.get_base_layer().weight.device.type == "meta":
-                raise ValueError(f"model: the base weight of {name} is on the meta device; load it first")
-            if (site.configured_rank, site.in_features) != (layer.r[self.name], layer.in_features):
-                raise ValueError(
-                    f"plan: {name} was planned from rank {site.configured_rank} and width {site.in_features}, the "
-                    f"model has rank {layer.r[self.name]} and width {layer.in_features}"
-                )
 
 
 class _Snapshot:
@@ -273,6 +258,39 @@ class _Snapshot:
                 if value is not None:
                     parameter.copy_(value)
                 parameter.requires_grad_(requires_grad)
+
+
+def _lora_layers(root: nn.Module) -> dict[str, Any]:
+    """Every LoRA layer by the name it has in the base model; a layer for a parameter is named as that is."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    layers: dict[str, Any] = {path: m for path, m in root.named_modules() if isinstance(m, LoraLayer)}
+    nested = {id(member) for layer in layers.values() for member in parts_of(layer)[1:]}
+    named = {}
+    for path, layer in layers.items():
+        if id(layer) not in nested:
+            name = path.replace(".base_layer", "")
+            named[f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name] = layer
+    return named
+
+
+def _active_name(layers: dict[str, Any]) -> str:
+    names = {name for layer in layers.values() for name in layer.active_adapters}
+    if len(names) != 1:
+        found = f"{len(names)} are: {sorted(names)}" if names else "none is"
+        raise ValueError(f"model: expected exactly one active LoRA adapter, {found}; call model.set_adapter(name)")
+    return names.pop()
+
+
+def _adapter_parameters(layer: Any) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of all adapters of one layer, those of its base and of what is nested in it left out."""
+    containers = [(name, getattr(layer, name)) for name in layer.adapter_layer_names if _is_container(layer, name)]
+    return [(f"{name}.{n}", p) for name, container in containers for n, p in container.named_parameters()]
+
+
+def _holder(root: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
+    """Where a module hangs: its parent, and its name there."""
+    return next((p, n) for p in root.modules() for n, child in p._modules.items() if child is module)
 
 
 def _is_container(layer: Any, name: str) -> bool:
@@ -307,11 +325,6 @@ def _pattern(name: str, everything: list[str]) -> str:
     """``name`` as a key of ``rank_pattern``: PEFT matches such keys as regular expressions at the name's end."""
     ambiguous = any(other.endswith(f".{name}") for other in everything)
     return f"^{re.escape(name)}" if ambiguous else name
-
-
-def _set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
 
 
 def _peft_eva_config(plan: "EvaPlan") -> Any:

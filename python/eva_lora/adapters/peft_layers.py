@@ -1,0 +1,174 @@
+"""PEFT's kinds of LoRA layer: what each is as a site, and where its matrices A and B are."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sites import LoraSite, Patches, Rows, Taken, first_tensor
+
+__all__ = ["ConvSite", "Skipped", "factors", "parts_of", "site_of"]
+
+
+class Skipped(Exception):
+    """A layer that EVA does not apply to; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class ConvSite(LoraSite):
+    """A convolution; its rows are the patches that A's kernel sees."""
+
+    patches: Patches | None = None
+
+    @property
+    def rows(self) -> Rows | None:
+        return self.patches
+
+
+@dataclass(frozen=True)
+class AttentionSite(LoraSite):
+    """``nn.MultiheadAttention``: one A for query, key and value together, and one for the output projection.
+
+    Neither A is ever called, and neither is the output projection, so its input is computed a second time: by
+    the same attention with the identity in the projection's place.
+    """
+
+    def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:
+        base: Any = self.module
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+        distinct: list[Tensor] = []
+        for name in ("query", "key", "value"):
+            x = named.get(name)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"layer {self.name}: expected a tensor as {name}, got {type(x).__name__}")
+            if not any(x is other for other in distinct):
+                distinct.append(x)
+        outputs = _without_projection(base)(*args, **kwargs)[0]
+        yield from (Taken(self._sequences_first(base, x), 0) for x in distinct)
+        yield Taken(self._sequences_first(base, outputs), 1)
+
+    @staticmethod
+    def _sequences_first(base: Any, x: Tensor) -> Tensor:  # (batch, tokens, d)
+        return x if base.batch_first or x.ndim == 2 else x.transpose(0, 1)
+
+
+def _without_projection(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    weight = attention.out_proj.weight
+    identity = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    identity.weight = nn.Parameter(torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device), False)
+    identity.bias = nn.Parameter(torch.zeros_like(identity.weight[0]), False)
+    twin = copy.copy(attention)
+    twin._modules = {**attention._modules, "out_proj": identity}
+    return twin
+
+
+@dataclass(frozen=True)
+class ExpertsSite(LoraSite):
+    """One stacked projection of a mixture of experts in transformers: a part for every expert.
+
+    Attributes:
+        parameter: "gate_up_proj" or "up_proj", which see the tokens routed to each expert, or "down_proj", whose
+            input is computed a second time from those.
+    """
+
+    parameter: str = "down_proj"
+
+    def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:
+        experts: Any = self.module
+        while hasattr(experts, "base_layer"):
+            experts = experts.base_layer
+        hidden = first_tensor(self.name, args, kwargs)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        choices = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.dtype.is_floating_point]
+        if len(choices) != 1 or choices[0].shape[0] != len(hidden):
+            raise TypeError(
+                f"layer {self.name}: expected one integer tensor (tokens, top_k) that says who is routed where"
+            )
+        chosen = choices[0].reshape(-1)  # (tokens · top_k,)
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.parts).tolist()
+        tokens = order // choices[0].shape[1]
+        for expert, mine in enumerate(torch.split(tokens, counts)[: self.parts]):
+            if len(mine):
+                x = hidden[mine]
+                rows = _after_gate(experts, expert, x) if self.parameter == "down_proj" else x
+                yield Taken(rows, expert, mine, (len(hidden),))
+
+
+def _after_gate(experts: Any, expert: int, x: Tensor) -> Tensor:  # (n, intermediate)
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    weight = getattr(experts, name)[expert]
+    up = x @ (weight if experts.is_transposed else weight.T)
+    if experts.has_bias:
+        up = up + getattr(experts, f"{name}_bias")[expert]
+    gated: Tensor = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+    return gated
+
+
+def site_of(name: str, layer: Any, adapter: str) -> LoraSite:
+    """The site that a PEFT LoRA layer is.
+
+    Raises:
+        Skipped: EVA does not apply to it.
+        ValueError: it cannot be right as it is; the message names the layer and says why.
+    """
+    from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+
+    rank = layer.r[adapter]
+    if adapter in layer.lora_embedding_A:
+        raise Skipped("an embedding's input is token numbers, which have no directions of variance")
+    lora_a = layer.lora_A[adapter]
+    if isinstance(layer, ParamWrapper):
+        return _parameter_site(name, layer, adapter)
+    if isinstance(layer, MultiheadAttention):
+        return AttentionSite(name, layer, layer.embed_dim, rank, parts=2)
+    if isinstance(lora_a, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        base = layer.get_base_layer()
+        if base.groups > 1:
+            raise Skipped(f"with groups={base.groups} each group of outputs reads a part of A of its own")
+        reaching = [d for d, k in zip(base.dilation, base.kernel_size, strict=True) if k > 1 and d > 1]
+        if reaching and base.padding != "same":
+            raise ValueError(
+                f"model: PEFT's adapter of {name} cannot run: its A has no dilation, the layer has {base.dilation}, "
+                "and their outputs differ in size. Leave it out of target_modules"
+            )
+        patches = Patches.of(lora_a)
+        return ConvSite(name, layer, patches.width, rank, patches=patches)
+    if not isinstance(lora_a, nn.Linear):
+        raise Skipped(f"its A is a {type(lora_a).__name__}")
+    return LoraSite(name, layer, lora_a.weight.shape[1], rank)
+
+
+def _parameter_site(name: str, layer: Any, adapter: str) -> LoraSite:
+    base = layer.get_base_layer()
+    width, rank = layer.lora_A[adapter].weight.shape[1], layer.r[adapter]
+    parameter = layer.parameter_name
+    if layer.num_experts == 1:
+        if isinstance(base, nn.Linear) or (parameter == "weight" and type(base).__name__.endswith("Router")):
+            return LoraSite(name, layer, width, rank)
+        raise Skipped(f"it is a parameter of a {type(base).__name__}, of which EVA does not know what it multiplies")
+    known = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+    up = "gate_up_proj" if getattr(base, "has_gate", True) else "up_proj"
+    if not all(hasattr(base, attribute) for attribute in known) or parameter not in (up, "down_proj"):
+        raise Skipped(
+            f"it is a stack of {layer.num_experts} matrices of a {type(base).__name__}, whose routing EVA does not know"
+        )
+    return ExpertsSite(name, layer, width, rank, parts=layer.num_experts, parameter=parameter)
+
+
+def parts_of(layer: Any) -> list[Any]:
+    """The LoRA layers that make up one: itself, and what is nested in it and shares its rank."""
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    return [layer, layer.base_layer.out_proj] if isinstance(layer, MultiheadAttention) else [layer]
+
+
+def factors(layer: Any, adapter: str) -> tuple[list[Tensor], list[nn.Module]]:
+    """The weights of A, in the order of the site's parts, and the modules B."""
+    members = parts_of(layer)
+    return [member.lora_A[adapter].weight for member in members], [member.lora_B[adapter] for member in members]

@@ -1,0 +1,89 @@
+"""What EVA promises of every kind of LoRA layer, one suite for all."""
+
+import pytest
+import torch
+
+from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
+from support.kinds import call
+from support.models import captured_share, scatter
+from support.peft_kinds import KINDS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:EVA stopped at"),
+    pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name),
+]
+
+
+def initialise(kind, model):
+    batches = kind.batches()
+    return eva_initialize(model, batches, EvaConfig(max_batches=len(batches), **kind.config), progress=False)
+
+
+def outputs(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return call(model, batch)
+
+
+def test_every_layer_is_captured(kind):
+    expected = kind.record(kind.base(), kind.batches())
+    model = kind.model()
+    report = initialise(kind, model)
+    matrices = kind.matrices(model)
+    assert set(report.ranks) == set(expected)
+    assert {name for name, rank in report.ranks.items() if rank} == set(matrices)
+    seen = 0
+    for name, parts in matrices.items():
+        assert len(parts) == len(expected[name])
+        for part, (a, rows) in enumerate(zip(parts, expected[name], strict=True)):
+            assert a.shape[0] == report.ranks[name]
+            torch.testing.assert_close(a.double() @ a.double().T, torch.eye(len(a)).double(), rtol=0, atol=1e-5)
+            if len(rows) > len(a):
+                assert captured_share(a, scatter(rows)) >= 0.999, (name, part)
+                seen += 1
+    assert seen
+
+
+def test_outputs_are_those_of_the_base(kind):
+    batch = kind.batches()[0]
+    expected = outputs(kind.base(), batch)
+    model = kind.model()
+    initialise(kind, model)
+    assert torch.equal(outputs(model, batch), expected)
+
+
+def test_ranks_move_and_training_runs(kind):
+    model, batch = kind.model(), kind.batches()[0]
+    statistics = collect(model, kind.batches(), EvaConfig(max_batches=2, **kind.config), progress=False)
+    budget = sum(site.rank for site in statistics.sites) - 1
+    eva_plan = plan(statistics, budget=budget)
+    apply(model, eva_plan)
+    assert sum(eva_plan.ranks.values()) == budget
+    matrices = kind.matrices(model)
+    assert all(len(a) == eva_plan.ranks[name] for name, parts in matrices.items() for a in parts)
+    before = outputs(model, batch)
+    model.train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    call(model, batch).float().square().mean().backward()
+    assert all(p.grad is not None for name, p in trained.items() if "lora_B" in name)
+    optimizer.step()
+    assert not torch.equal(outputs(model, batch), before)
+
+
+@pytest.mark.parametrize("some_removed", [False, True], ids=["", "ranks of 0 too"])
+def test_adapters_save_and_load(tmp_path, kind, some_removed):
+    model, batch = kind.model(), kind.batches()[0]
+    statistics = collect(model, kind.batches(), EvaConfig(max_batches=2, **kind.config), progress=False)
+    eva_plan = plan(statistics, budget=len(statistics.sites) - 1 if some_removed else None)
+    assert (0 in eva_plan.ranks.values()) >= some_removed
+    apply(model, eva_plan)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    reloaded = kind.reload(tmp_path)
+    ours, theirs = kind.matrices(model), kind.matrices(reloaded)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(a, b) for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
+    assert torch.equal(outputs(model, batch), outputs(reloaded, batch))
