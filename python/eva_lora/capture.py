@@ -73,7 +73,7 @@ class Capture:
         self._mask = RowMask(None, None)
         self._live: dict[tuple[int, Rows | None], tuple[Input, int]] = {}  # a tensor's id -> input, index of the call
         self._num_calls = [0] * len(sites)
-        self._expected: list[int] | None = None  # calls per site in the last whole forward
+        self._expected: list[int] | None = None  # most calls per site in any whole forward
         self._may_stop = False
 
     @contextmanager
@@ -106,7 +106,8 @@ class Capture:
             pass
         finally:
             if complete:
-                self._expected = self._num_calls
+                earlier = self._expected or self._num_calls
+                self._expected = [max(pair) for pair in zip(earlier, self._num_calls, strict=True)]
             self._live.clear()
         for entry in list(self.inputs):
             for stream in [s for s in entry.streams if self._is_wanted(s) and entry.taken[s] < len(entry.calls)]:
@@ -136,7 +137,8 @@ class Capture:
         assert self._expected is not None
         if self._num_calls[site] < self._expected[site]:
             return False
-        return all(self._num_calls[s] >= self._expected[s] for s in self.wanted)
+        # A site that was never called may be called yet: only a whole forward can tell.
+        return all(self._num_calls[s] >= max(1, self._expected[s]) for s in self.wanted)
 
     def _fold(self, stream: int, taken: Taken) -> None:
         x = taken.tensor
