@@ -145,7 +145,7 @@ def _owner(key: str) -> str:
 
 
 def _padded(key: str, value: Tensor, role: str, layer: _Layer, target: int) -> Tensor:
-    """A [experts · rank, …], the rows of an expert together, or B [out, rank · experts, …], those of a rank together."""
+    """A [experts · rank, …], an expert's rows together, or B [out, rank · experts, …], those of one rank together."""
     dim, expected = (0 if role == "A" else 1), layer.rank * layer.experts
     if value.ndim <= dim or value.shape[dim] != expected:
         raise ValueError(
