@@ -133,7 +133,7 @@ def test_a_failing_apply_restores_nested_layers(monkeypatch, make):
 
 
 def test_the_pass_leaves_4_bit_weights_as_they_are_packed():
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
 
     class Quantised(nn.Module):
         def __init__(self):
