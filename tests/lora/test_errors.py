@@ -154,6 +154,13 @@ def test_an_adapter_that_cannot_run_is_refused_by_name():
         eva_initialize(guarded(model), [torch.ones(1, 3, 8, 8)])
 
 
+def test_versions_of_peft_that_are_too_old_are_refused(monkeypatch):
+    model = guarded(lora(tiny_llama()))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.19.1")
+    with pytest.raises(ValueError, match=r"^model: expected layers of PEFT 0\.20 or later, 0\.19\.1 is installed"):
+        eva_initialize(model, token_batches())
+
+
 def test_two_active_adapters_are_refused():
     model = lora(tiny_llama())
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
