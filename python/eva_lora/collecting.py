@@ -330,11 +330,17 @@ def _input_statistics(statistic: Statistic, reason: str) -> InputStatistics:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients; afterwards every module's training flag is what it was."""
     training = [module for module in model.modules() if module.training]
+    # In eval mode these would pack padded batches into nested tensors, which have no rows of a common shape.
+    nesting: list[Any] = [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
     model.eval()
     try:
+        for module in nesting:
+            module.use_nested_tensor = False
         with torch.no_grad():
             yield
     finally:
+        for module in nesting:
+            module.use_nested_tensor = True
         for module in training:
             module.training = True
 

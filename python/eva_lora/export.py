@@ -4,6 +4,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def export_uniform(
     was to within one rounding of B's dtype. Layers without an adapter stay without.
 
     Args:
-        model_or_folder: A ``PeftModel`` with one active adapter, or an adapter folder.
+        model_or_folder: A ``PeftModel`` with one active adapter, or an adapter folder. An adapter on parameters
+            (``target_parameters``: stacked experts) must come as a model.
         out: The folder to write; made if need be.
         rank: The rank to pad to, at least the largest there is. None: the largest there is.
         buckets: Ranks to choose from in place of ``rank``, the smallest that fits (:data:`VLLM_RANKS`).
@@ -49,7 +51,7 @@ def export_uniform(
         ValueError: no LoRA adapter, a damaged one, a layer that cannot be padded, or a rank that is too
             small; nothing is written then.
     """
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import PeftModel
 
     if rank is not None and buckets is not None:
         raise ValueError("rank: expected either rank or buckets, got both")
@@ -60,9 +62,25 @@ def export_uniform(
         name = model.active_adapter
         with tempfile.TemporaryDirectory() as saved:
             model.save_pretrained(saved, selected_adapters=[name])
-            return export_uniform(Path(saved, "" if name == "default" else name), out, rank=rank, buckets=buckets)
+            folder = Path(saved, "" if name == "default" else name)
+            return _export(folder, _layers_of_model(model, name), Path(out), rank, buckets)
+    return _export(Path(model_or_folder), None, Path(out), rank, buckets)
 
-    folder = Path(model_or_folder)
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's rank (that of each expert, where it is a stack of them), and what PEFT multiplies B A x with."""
+
+    rank: int
+    scaling: float
+    experts: int = 1
+
+
+def _export(
+    folder: Path, layers: dict[str, _Layer] | None, out: Path, rank: int | None, buckets: Sequence[int] | None
+) -> Path:
+    from peft import LoraConfig, PeftConfig
+
     for file in ("adapter_config.json", _WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"model_or_folder: {folder} holds no {file}")
@@ -74,16 +92,16 @@ def export_uniform(
     except SafetensorError as error:
         raise ValueError(f"model_or_folder: {folder / _WEIGHTS} is damaged: {error}") from error
 
-    ranks = {key: a.shape[0] for key, a in weights.items() if _role(key) == "A"}
-    if not ranks:
+    if not any(_role(key) for key in weights):
         raise ValueError(f"model_or_folder: {folder} holds no LoRA weights")
-    target = _target(max(ranks.values()), rank, buckets)
-    uniform = {key: _uniform(key, value, weights, config, target) for key, value in weights.items()}
+    if layers is None:
+        layers = _layers_of_folder(weights, config)
+    target = _target(max(layer.rank for layer in layers.values()), rank, buckets)
+    uniform = {key: _uniform(key, value, layers, target) for key, value in weights.items()}
     plain = copy.deepcopy(config)
     plain.r = plain.lora_alpha = target
     plain.rank_pattern, plain.alpha_pattern, plain.use_rslora = {}, {}, False
     plain.init_lora_weights, plain.eva_config = True, None
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     save_file(uniform, out / _WEIGHTS, metadata={"format": "pt"})
     plain.save_pretrained(out)
@@ -111,34 +129,61 @@ def _role(key: str) -> str | None:
     return None
 
 
-def _uniform(key: str, value: Tensor, weights: dict[str, Tensor], config: Any, target: int) -> Tensor:
+def _uniform(key: str, value: Tensor, layers: dict[str, _Layer], target: int) -> Tensor:
     role = _role(key)
     if role is None:
         return value
-    layer, factor = key.split(".lora_")[0], key.split(".lora_")[1]
-    a = weights[f"{layer}.lora_{factor.replace('B', 'A', 1).replace('bias', 'weight')}"]
-    rank = a.shape[0]
+    layer = layers[_owner(key)]
     if role == "A":
-        return _padded(key, value, 0, rank, target)
-    scaled = (value.double() * _scaling(layer, rank, config)).to(value.dtype)  # one rounding
-    return scaled if role == "bias" else _padded(key, scaled, 1, rank, target)
+        return _padded(key, value, role, layer, target)
+    scaled = (value.double() * layer.scaling).to(value.dtype)  # one rounding
+    return scaled if role == "bias" else _padded(key, scaled, role, layer, target)
 
 
-def _padded(key: str, value: Tensor, dim: int, rank: int, target: int) -> Tensor:
-    if value.ndim <= dim or value.shape[dim] != rank:
-        raise ValueError(f"model_or_folder: {key} has shape {tuple(value.shape)}, expected size {rank} in dim {dim}")
+def _owner(key: str) -> str:
+    return key.split(".lora_")[0]
+
+
+def _padded(key: str, value: Tensor, role: str, layer: _Layer, target: int) -> Tensor:
+    """A [experts · rank, …], an expert's rows together, or B [out, rank · experts, …], those of one rank together."""
+    dim, expected = (0 if role == "A" else 1), layer.rank * layer.experts
+    if value.ndim <= dim or value.shape[dim] != expected:
+        raise ValueError(
+            f"model_or_folder: {key} has shape {tuple(value.shape)}, expected size {expected} in dim {dim}"
+        )
+    pair = (layer.experts, layer.rank) if role == "A" else (layer.rank, layer.experts)
+    value = value.reshape(*value.shape[:dim], *pair, *value.shape[dim + 1 :])
     shape = list(value.shape)
-    shape[dim] = target - rank
-    return torch.cat([value, value.new_zeros(shape)], dim).contiguous()
+    shape[1] = target - layer.rank  # where the rank stands in either
+    return torch.cat([value, value.new_zeros(shape)], 1).flatten(dim, dim + 1).contiguous()
 
 
-def _scaling(layer: str, rank: int, config: Any) -> float:
-    """What PEFT multiplies B A x with in this layer."""
+def _layers_of_model(model: nn.Module, adapter: str) -> dict[str, _Layer]:
+    from peft.tuners.lora.layer import LoraLayer
+
+    return {
+        path: _Layer(layer.r[adapter], float(layer.scaling[adapter]), getattr(layer, "num_experts", 1))
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.r
+    }
+
+
+def _layers_of_folder(weights: dict[str, Tensor], config: Any) -> dict[str, _Layer]:
     from peft.utils.other import get_pattern_key
 
-    name = layer.removeprefix("base_model.model.")
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-    expected = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-    if expected != rank:
-        raise ValueError(f"model_or_folder: A of {name} has rank {rank}, its adapter_config.json says {expected}")
-    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    if config.target_parameters:
+        raise ValueError(
+            f"model_or_folder: the folder's adapter is on parameters ({sorted(config.target_parameters)}), whose ranks "
+            "it does not tell; load it and pass the model"
+        )
+    layers = {}
+    for key, a in weights.items():
+        if _role(key) != "A":
+            continue
+        name = _owner(key).removeprefix("base_model.model.").partition(".base_layer")[0]  # nested in an attention
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        if rank != a.shape[0]:
+            raise ValueError(f"model_or_folder: A of {name} has rank {a.shape[0]}, its adapter_config.json says {rank}")
+        layers[_owner(key)] = _Layer(rank, float(alpha / (math.sqrt(rank) if config.use_rslora else rank)))
+    return layers

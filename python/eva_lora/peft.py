@@ -138,7 +138,7 @@ def get_eva_state_dict(
     row_mask_fn: RowMaskFn | None = None
     if not prepared.is_a_row_mask:
         adapter = _Substituted(adapter, [_PreparedSite.of(site, prefix, prepared) for site in adapter.sites])
-        prepared.check_names([prefix + site.name for site in adapter.sites])
+        prepared.check_names([site.full_name for site in adapter.sites if isinstance(site, _PreparedSite)])
         row_mask_fn = prepared.see
     elif prepare_layer_inputs_fn is None:
         row_mask_fn = _no_mask

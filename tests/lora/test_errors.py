@@ -32,7 +32,7 @@ def guarded(model):
         ({"tau": -0.1}, ValueError, r"^tau: "),
         ({"convergence": "cosine"}, ValueError, r"^convergence: expected one of \('component', .* got 'cosine'"),
         ({"nonfinite": "skip"}, ValueError, r"^nonfinite: 'skip' is not available yet; supported values: \('error',\)"),
-        ({"uncalled": "default"}, ValueError, r"^uncalled: 'default' is not available yet"),
+        ({"uncalled": "skip"}, ValueError, r"^uncalled: expected one of \('error', 'default'\), got 'skip'"),
         ({"impl": "cuda"}, ValueError, r"^impl: expected one of"),
         ({"statistic": "svd"}, ValueError, r"^statistic: expected one of"),
         ({"max_batches": 0}, ValueError, r"^max_batches: expected an integer of at least 1, got 0"),
@@ -53,7 +53,7 @@ def test_a_config_of_another_kind_is_refused():
         eva_initialize(guarded(lora(tiny_llama())), token_batches(), {"rho": 2})
 
 
-@pytest.mark.parametrize("name", ["sites", "checkpoint", "checkpoint_every"])
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint_every"])
 def test_arguments_of_later_versions_are_refused(name):
     with pytest.raises(ValueError, match=f"^{name}: not available yet; supported values: None"):
         eva_initialize(guarded(lora(tiny_llama())), token_batches(), **{name: 1})
@@ -100,10 +100,64 @@ def test_other_data_driven_initialisations_are_refused(init):
         eva_initialize(guarded(model), token_batches())
 
 
-def test_layers_of_kinds_not_built_yet_are_named():
-    model = peft.get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), peft.LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(ValueError, match=r"^model: LoRA layer 0 wraps a Conv2d, .* supported: nn.Linear and"):
+class Kinds(nn.Module):
+    """A layer of every kind that EVA leaves alone, and one that it initialises."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.grouped = nn.Embedding(7, 4), nn.Conv1d(4, 4, 3, padding=1, groups=2)
+        self.out, self.table = nn.Linear(4, 4), nn.Embedding(7, 4)
+
+    def forward(self, tokens):
+        x = self.words(tokens) + self.table(tokens)
+        return self.out(self.grouped(x.mT).mT)
+
+
+def test_layers_that_eva_does_not_apply_to_are_named_once_with_the_reason():
+    tokens = torch.randint(0, 7, (8, 10))
+    config = peft.LoraConfig(
+        r=2, target_modules=["words", "grouped", "out"], target_parameters=["table.weight"], rank_pattern={"words": 4}
+    )
+    model = peft.get_peft_model(Kinds(), config)
+    torch.manual_seed(0)
+    before = {n: p.clone() for n, p in model.named_parameters() if ".out." not in n}
+    with pytest.warns(
+        UserWarning, match=r"^EVA leaves these layers as they are: words: an embedding's .*; grouped: wi"
+    ):
+        report = eva_initialize(model, [tokens], EvaConfig(max_batches=1), progress=False)
+    assert list(report.ranks) == ["out"]
+    reasons = dict(note.split(" is not initialised by EVA: ") for note in report.notes)
+    assert set(reasons) == {"words", "grouped", "table.weight"}
+    assert "token numbers" in reasons["words"]
+    assert "groups=2" in reasons["grouped"]
+    assert "parameter of a Embedding" in reasons["table.weight"]
+    assert "words is not initialised" in str(report)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    assert model.peft_config["default"].rank_pattern == {"words": 4}
+
+
+def test_a_model_of_nothing_but_such_layers_is_refused():
+    model = peft.get_peft_model(Kinds(), peft.LoraConfig(r=2, target_modules=["words"]))
+    with pytest.raises(
+        ValueError, match=r"^model: EVA applies to none of its LoRA layers: \{'words': \"an embedding's"
+    ):
+        eva_initialize(guarded(model), [torch.ones(1, 3, dtype=torch.long)])
+
+
+def test_an_adapter_that_cannot_run_is_refused_by_name():
+    base = nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(RuntimeError, match="size of tensor"):  # what PEFT itself does with it
+        model(torch.ones(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"^model: PEFT's adapter of 0 cannot run: its A has no dilation, .*\(2, 2\)"):
         eva_initialize(guarded(model), [torch.ones(1, 3, 8, 8)])
+
+
+def test_versions_of_peft_that_are_too_old_are_refused(monkeypatch):
+    model = guarded(lora(tiny_llama()))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.19.1")
+    with pytest.raises(ValueError, match=r"^model: expected layers of PEFT 0\.20 or later, 0\.19\.1 is installed"):
+        eva_initialize(model, token_batches())
 
 
 def test_two_active_adapters_are_refused():

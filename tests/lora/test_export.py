@@ -6,9 +6,11 @@ import peft
 import pytest
 import torch
 
-from eva_lora import EvaConfig, apply, collect, export_uniform, plan
+from eva_lora import EvaConfig, apply, collect, eva_initialize, export_uniform, plan
 from eva_lora.export import VLLM_RANKS
+from support.kinds import call
 from support.models import lora, tiny_gpt2, tiny_llama, token_batches
+from support.peft_kinds import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
@@ -120,3 +122,45 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged"):
         export_uniform(tmp_path / "saved", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+NAMES = ["Conv2d", "MultiheadAttention", "experts of Mixtral", "experts of GPT-OSS", "diffusers UNet"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in NAMES], ids=lambda kind: kind.name)
+def test_adapters_of_other_kinds_compute_the_same(tmp_path, kind):
+    model, batch = kind.model(), kind.batches()[0]
+    statistics = collect(model, kind.batches(), EvaConfig(max_batches=2), progress=False)
+    budget = sum(site.rank for site in statistics.sites) - 3
+    apply(model, plan(statistics, budget=budget))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.eval()
+    reloaded = peft.PeftModel.from_pretrained(kind.base(), export_uniform(model, tmp_path, rank=9)).eval()
+    layers_of = [m for m in reloaded.modules() if hasattr(m, "lora_A")]
+    assert {(m.r["default"], m.scaling["default"]) for m in layers_of} == {(9, 1.0)}
+    with torch.no_grad():
+        ours, theirs, base = call(model, batch), call(reloaded, batch), call(kind.base().eval(), batch)
+    assert (ours - base).abs().max() > 0.01
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_with_stacked_experts_must_come_as_a_model(tmp_path):
+    kind = next(kind for kind in KINDS if kind.name == "experts of Mixtral")
+    kind.model().save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"^model_or_folder: .* on parameters .*load it and pass the model"):
+        export_uniform(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_planned_for_serving_need_no_padding(tmp_path):
+    """The three bounds that engines set, asked for before training: one rank or none, in steps that fit a bucket."""
+    model = lora(tiny_llama(), r=8)
+    config = EvaConfig(max_batches=2, min_rank=1, max_rank=16, rank_multiple=8)
+    report = eva_initialize(model, token_batches(), config, progress=False)
+    assert set(report.ranks.values()) <= {8, 16}
+    out = export_uniform(model, tmp_path, buckets=VLLM_RANKS)
+    assert peft.PeftConfig.from_pretrained(out).r == max(report.ranks.values())
+    reloaded = layers(peft.PeftModel.from_pretrained(tiny_llama(), out))
+    assert reloaded.keys() == layers(model).keys()

@@ -27,7 +27,8 @@ class Kind:
         record: From the base model and its batches, what every adapted layer is fed: written down independently
             of what is tested.
         adapt: From the base model to one with LoRA layers.
-        initialise: Further keywords of ``eva_initialize``'s config.
+        config: Further options of EVA.
+        computes_its_base: Whether the library's own model with B = 0 does, bit by bit, before EVA.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Kind:
     options: dict[str, Any] = field(default_factory=dict)
     adapt: Callable[["Kind"], nn.Module] | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    rounding: float = 0.0  # of outputs after reloading, where the base itself is not reproduced bit by bit
+    computes_its_base: bool = True  # before EVA, bit by bit
 
     def model(self) -> nn.Module:
         if self.adapt is not None:

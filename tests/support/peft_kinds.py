@@ -285,6 +285,7 @@ KINDS = [
         "MultiheadAttention", seeded(Attentive),
         lambda: [{"x": x, "memory": y} for x, y in zip(tensors(4, 10, 16), tensors(4, 7, 16)[::-1], strict=True)],
         every(["own", "other"], attention), {"target_modules": ["own", "other"]},
+        computes_its_base=False,  # PEFT merges B A into the weights for a call and takes it out again
     ),
     Kind("experts of Mixtral", mixtral, record=experts_record(silu_gate), **MOE),
     Kind("experts of Qwen3-MoE", qwen_moe, record=experts_record(silu_gate), **MOE),

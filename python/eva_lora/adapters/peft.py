@@ -1,6 +1,7 @@
 """PEFT's LoRA: where its layers are, how to switch them off, and how a plan is written into them."""
 
 import copy
+import importlib.metadata
 import math
 import re
 import warnings
@@ -23,6 +24,8 @@ __all__ = ["PeftAdapter", "find"]
 #: Initialisations that leave the base weights as they were; B is zeroed whatever it was.
 _NEUTRAL_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
+_OLDEST = (0, 20)  # earlier ones save no ranks of parameters, and make layers anew in another way
+
 
 def find(model: nn.Module) -> "PeftAdapter | None":
     """The active LoRA adapter of a PEFT model, or None if the model has no PEFT LoRA layer.
@@ -36,6 +39,9 @@ def find(model: nn.Module) -> "PeftAdapter | None":
         return None
     if not any(isinstance(module, LoraLayer) for module in model.modules()):
         return None
+    installed = importlib.metadata.version("peft")
+    if tuple(int(number) for number in re.findall(r"\d+", installed)[:2]) < _OLDEST:
+        raise ValueError(f"model: expected layers of PEFT {_OLDEST[0]}.{_OLDEST[1]} or later, {installed} is installed")
     return PeftAdapter(model)
 
 

@@ -1,0 +1,35 @@
+"""The code on the pages about PEFT and serving runs as it stands."""
+
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from support.models import LINEARS, tiny_llama, token_batches
+
+PAGES = Path(__file__).parents[3] / "docs"
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("page", ["peft.md", "serving.md"])
+def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("eva_lora.adapters._registered", [])
+    blocks = re.findall(r"^```python\n(.*?)^```$", (PAGES / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 2
+    base, loader = (
+        tiny_llama(),
+        torch.utils.data.DataLoader(
+            [{"input_ids": row} for batch in token_batches(3) for row in batch["input_ids"]], batch_size=4
+        ),
+    )
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=8, target_modules=LINEARS))
+    model.save_pretrained("adapter")
+    names = {"base": base, "loader": loader, "model": model}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    for folder in tmp_path.glob("adapter-*"):
+        assert peft.PeftConfig.from_pretrained(folder).r in (8, 32)
