@@ -6,6 +6,7 @@ scatter of all rows so far, times my basis", so that one refresh (:mod:`.refresh
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from ..orthonormal import orthonormalize
 from ..subspace import subspace_accumulate_
 
 S = TypeVar("S", bound="Statistic")
+
+_OPTIONS = {"num_features", "num_components", "impl"}  # attributes that come from the arguments, not from rows
 
 
 class Statistic(ABC):
@@ -111,6 +114,42 @@ class Statistic(ABC):
             {key: value.clone() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
         )
         return other
+
+    def state(self) -> dict[str, Tensor | int | float | bool | None]:
+        """Everything that rows have left here, by attribute: tensors (not copied) and plain numbers."""
+        return {name: value for name, value in vars(self).items() if name not in _OPTIONS}
+
+    def load_state_(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave of a statistic made with the same arguments.
+
+        Raises:
+            ValueError: an entry is missing or unknown, or of another type, shape or dtype than a statistic of
+                this size holds, or a negative count. The statistic is then unchanged.
+        """
+        own = self.state()
+        if set(state) != set(own):
+            raise ValueError(f"state: expected the entries {sorted(own)}, got {sorted(state)}")
+        loaded = {name: self._checked(name, own[name], state[name]) for name in own}
+        self.__dict__.update(loaded)
+
+    def _checked(self, name: str, own: Any, value: Any) -> Any:
+        """``value`` on this statistic's device, if it can stand where ``own`` stands in a fresh statistic."""
+        if own is None and value is None:
+            return None
+        if own is None:  # what the first rows bring: a vector or a matrix of the statistic's own widths
+            sizes = {self.num_features, self.num_components}
+            fits = isinstance(value, Tensor) and set(value.shape) <= sizes and value.dtype == self.basis.dtype
+            expected = f"None or {self.basis.dtype} of sizes {sorted(sizes)}"
+        elif isinstance(own, Tensor):
+            fits = isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
+            expected = f"{own.dtype} of shape {tuple(own.shape)}"
+        else:
+            fits = type(value) is type(own) and value >= 0
+            expected = f"{type(own).__name__} of at least 0"
+        if not fits:
+            got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"state: expected {name} {expected}, got {got}")
+        return value.to(self.basis.device, copy=True) if isinstance(value, Tensor) else value
 
     def nbytes(self) -> int:
         """Bytes held by the state's tensors."""

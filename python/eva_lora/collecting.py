@@ -3,9 +3,9 @@
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,10 +17,24 @@ from eva_kernels.convergence import ConvergenceTracker, Decision
 from eva_kernels.streaming_svd import GramStatistic, Refreshed, Statistic, SubspaceStatistic, refresh_
 
 from .adapters import LoraAdapter, find_adapter
-from .batches import ForwardFn, RowMaskFn, default_forward, endless, first_batch, row_mask, to_device
+from .batches import (
+    ALL_ROWS,
+    FITS_NO_MASK,
+    ForwardFn,
+    RowMask,
+    RowMaskFn,
+    default_forward,
+    is_encoder_decoder,
+    row_mask,
+    to_device,
+)
 from .capture import Capture, Input
+from .checkpoint import Checkpoint, identity
 from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, REFRESH_PERIOD, EvaConfig
+from .preflight import require_loaded
+from .restoring import borrowed
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
+from .streams import Stream
 
 __all__ = ["collect"]
 
@@ -34,8 +48,8 @@ def collect(
     row_mask_fn: RowMaskFn | None = None,
     sites: None = None,
     progress: bool = True,
-    checkpoint: None = None,
-    checkpoint_every: None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
 ) -> EvaStatistics:
     """Run the frozen model over batches until every layer's components have converged (or a bound is met).
 
@@ -53,36 +67,62 @@ def collect(
             first batch does not reach, NaN or Inf in a layer's input (the layer and the batch are named).
     """
     config = EvaConfig.of(config)
-    for name, value in (("sites", sites), ("checkpoint", checkpoint), ("checkpoint_every", checkpoint_every)):
-        if value is not None:
-            raise ValueError(f"{name}: not available yet; supported values: None")
+    if sites is not None:
+        raise ValueError("sites: not available yet; supported values: None")
+    if checkpoint is None and checkpoint_every is not None:
+        raise ValueError("checkpoint_every: expected None without a checkpoint to write")
     adapter = find_adapter(model)
-    run = _Run(adapter, config)
-    first, rest = first_batch(loader)
+    require_loaded(model)
+    run = Run(adapter, config)
+    device = _input_device(model)
+    saving = position = None
+    if checkpoint is not None:
+        known = identity(model, run, device, forward_fn=forward_fn, row_mask_fn=row_mask_fn)
+        saving = Checkpoint(checkpoint, checkpoint_every, known)
+        position = saving.load_into(run)
     early_stop = _may_stop_early(model, config, forward_fn)
     forward = forward_fn or default_forward
-    device = _input_device(model)
-    bar = tqdm(total=None, desc="EVA", unit="batch", disable=None if progress else True)
-    with bar, _frozen(model), adapter.disabled(), run.capture.hooks():
-        for batch in endless(first, rest, loader):
-            batch = to_device(batch, device)
-            mask = row_mask(batch, config, row_mask_fn)
-            if mask.num_rows != 0:
-                tick = time.perf_counter()
-                with run.capture.batch(mask, early_stop=early_stop):
-                    forward(model, batch)
-                run.seconds["forward"] += time.perf_counter() - tick
-            run.finish_batch()
-            bar.update()
-            bar.set_postfix_str(f"{run.history[-1]}/{len(adapter.sites)} layers converged, {run.num_rows} rows")
-            if run.stop_reason:
-                break
-        else:
-            run.stop_reason = "end of the data"
+    two_sided = is_encoder_decoder(model)
+    bar = tqdm(total=None, initial=run.num_batches, desc="EVA", unit="batch", disable=None if progress else True)
+    with bar, borrowed(model), adapter.disabled(), run.capture.hooks():
+        stream = Stream(loader, fingerprints=saving is not None, position=position)
+        while not run.stop_reason:
+            batch = next(stream, _END)
+            if batch is _END:
+                run.stop_reason = "end of the data"
+            else:
+                batch = to_device(batch, device)
+                mask = row_mask(batch, config, row_mask_fn, encoder_decoder=two_sided)
+                mask.sides = run.sides
+                if mask.num_rows != 0:
+                    tick = time.perf_counter()
+                    with run.capture.batch(mask, early_stop=early_stop):
+                        forward(model, batch)
+                    run.seconds["forward"] += time.perf_counter() - tick
+                    if run.nonfinite_inputs():
+                        again = mask.counting()
+                        if not _others_wait():
+                            with run.capture.batch(again, early_stop=early_stop):
+                                forward(model, batch)
+                        run.fail_nonfinite(again.skipped)
+                run.finish_batch(mask)
+                bar.update()
+                bar.set_postfix_str(f"{run.history[-1]}/{len(adapter.sites)} layers converged, {run.num_rows} rows")
+            if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
+                saving.save(run, stream)
     return run.result()
 
 
-class _Run:
+_END = object()
+
+
+_KINDS: dict[str, type[GramStatistic] | type[SubspaceStatistic]] = {
+    kind.kind: kind for kind in (GramStatistic, SubspaceStatistic)
+}
+SHOWN_INPUTS = 3
+
+
+class Run:
     """The state of one pass: what the hooks fill, what the tracker decides, and when to stop."""
 
     def __init__(self, adapter: LoraAdapter, config: EvaConfig) -> None:
@@ -92,7 +132,7 @@ class _Run:
         self.candidates = candidate_components(
             self.ranks, config.rho, widths=widths, rank_multiple=config.rank_multiple
         )
-        self._make_tracker(groups=[0] * len(self.sites))  # the widest sharing there can be: demands fail here or never
+        self.make_tracker(groups=[0] * len(self.sites))  # the widest sharing there can be: demands fail here or never
         oversampling = config.oversampling or DEFAULT_OVERSAMPLING
         self.columns = [
             min(width, math.ceil(k * oversampling)) for width, k in zip(widths, self.candidates.tolist(), strict=True)
@@ -106,6 +146,9 @@ class _Run:
         self.started = time.perf_counter()
         self.seconds = {"total": 0.0, "forward": 0.0, "refresh": 0.0}
         self.stop_reason = ""
+        self.rules: dict[str, set[str]] = {}  # layer -> what its rows were chosen by
+        self.sides: dict[str, str] = {}  # layer of an encoder–decoder model -> which side its rows are of
+        self.skipped: dict[str, int] = {}  # layer -> rows left out for NaN or Inf
         self._latest: dict[int, Refreshed] = {}  # per site
 
     def _make_statistic(self, index: int) -> tuple[Statistic, str]:
@@ -123,12 +166,46 @@ class _Run:
             kind, reason = GramStatistic, f"at most {GRAM_MAX_WIDENING} times as wide as its {columns} columns"
         if kind is GramStatistic:
             self.gram_bytes += gram_bytes
-        device = next(site.module.parameters()).device
-        return kind(width, columns, device=device, seed=config.seed + index, impl=config.impl), reason
+        return self.new_statistic(index, kind.kind, columns), reason
 
-    def finish_batch(self) -> None:
+    def new_statistic(self, index: int, kind: str, columns: int) -> Statistic:
+        """An empty statistic of a layer's input."""
+        site = self.sites[index]
+        device = next(site.module.parameters()).device
+        return _KINDS[kind](
+            site.in_features, columns, device=device, seed=self.config.seed + index, impl=self.config.impl
+        )
+
+    def nonfinite_inputs(self) -> list[Input]:
+        """The inputs that NaN or Inf has reached, found through their sums of squares: one synchronisation."""
+        inputs = self.capture.inputs
+        if not inputs:
+            return []
+        sums = torch.stack([entry.statistic.square_sum.to(inputs[0].statistic.square_sum.device) for entry in inputs])
+        if bool(sums.sum().isfinite()):
+            return []
+        return [entry for entry, ok in zip(inputs, sums.isfinite().tolist(), strict=True) if not ok]
+
+    def fail_nonfinite(self, counts: dict[str, int]) -> NoReturn:
+        """Say where NaN or Inf is. ``counts``: rows that hold it in a second forward of the same batch, by layer."""
+        reached = []
+        for entry in self.nonfinite_inputs():
+            names = [self.sites[site].name for site in entry.sites]
+            count = sum(counts.get(name, 0) for name in names)
+            reached.append(f"{', '.join(names)} ({count or 'an unknown number of'} rows)")
+        more = f" and {len(reached) - SHOWN_INPUTS} other inputs" if len(reached) > SHOWN_INPUTS else ""
+        raise ValueError(
+            f"batch {self.num_batches + 1}: NaN or Inf reached the input of {'; '.join(reached[:SHOWN_INPUTS])}{more}. "
+            "Float16 overflows at 65504: bfloat16 or float32 may mend it; nonfinite='skip' leaves such rows out"
+        )
+
+    def finish_batch(self, mask: RowMask) -> None:
         """After a forward: refresh what has enough new rows, all layers together; decide; check the bounds."""
         self.num_batches += 1
+        for name, rule in mask.rules.items():
+            self.rules.setdefault(name, set()).add(rule)
+        for name, count in mask.skipped.items():
+            self.skipped[name] = self.skipped.get(name, 0) + count
         self.num_rows += self.capture.rows_in_batch
         self.capture.rows_in_batch = 0
         if self.num_rows:
@@ -173,14 +250,14 @@ class _Run:
             entry.pending_batches = 0
             if not result.finite:
                 names = ", ".join(self.sites[s].name for s in entry.sites)
-                raise ValueError(f"batch {self.num_batches}: NaN or Inf reached the input of {names}")
+                raise ValueError(f"batch {self.num_batches}: the products of the input of {names} overflow float32")
             self._latest.update(dict.fromkeys(entry.sites, result))
         self._decide({site for entry in inputs for site in entry.sites})
         self.seconds["refresh"] += time.perf_counter() - tick
 
     def _decide(self, updated: set[int]) -> None:
         if self.tracker is None:  # which layers share an input is known only after the first batch
-            self.tracker = self._make_tracker(self.groups())
+            self.tracker = self.make_tracker(self.groups())
         rows = len(self.sites), int(self.tracker_candidates().max())
         cosines, overlaps, ratios = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         for site, result in self._latest.items():
@@ -207,7 +284,7 @@ class _Run:
             self.ranks, self.config.rho, widths=widths, groups=self.groups(), rank_multiple=self.config.rank_multiple
         )
 
-    def _make_tracker(self, groups: list[int]) -> ConvergenceTracker:
+    def make_tracker(self, groups: list[int]) -> ConvergenceTracker:
         config = self.config
         return ConvergenceTracker(
             self.candidates, groups=groups, budget=sum(self.ranks), tau=config.tau,
@@ -222,6 +299,13 @@ class _Run:
                 f"loader: {self.num_batches} batches held no unmasked row; check attention_mask, and labels "
                 f"against label_mask_value ({self.config.label_mask_value}) or set use_label_mask=False"
             )
+        empty = [site.name for site, entry in zip(self.sites, self.capture.input_of, strict=True)
+                 if entry is not None and entry.statistic.num_rows == 0]  # fmt: skip
+        if empty:
+            raise ValueError(
+                f"loader: {self.num_batches} batches held no row that counts for {', '.join(empty)}: all were masked, "
+                "or left out for NaN or Inf"
+            )
         self._refresh([e for e in self.capture.inputs if e.statistic.pending_rows])
         tick = time.perf_counter()
         for entry in self.capture.inputs:
@@ -229,6 +313,13 @@ class _Run:
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
         assert self.decision is not None
+        astray = [name for name, rules in self.rules.items() if FITS_NO_MASK in rules]
+        if astray:
+            warnings.warn(
+                f"the inputs of {len(astray)} layers, the first is {astray[0]}, have rows that fit no mask of the "
+                "batch; all of their rows counted, padding included; see report.statistic[name]['rows']",
+                stacklevel=4,
+            )
         pending = int((~self.decision.done).sum())
         if pending:
             warnings.warn(
@@ -242,34 +333,27 @@ class _Run:
                     name=site.name, input=group, rank=site.rank, in_features=site.in_features,
                     converged=bool(self.decision.done[i]),
                     components_converged=int(self.decision.components_converged[i]),
+                    rows=self._rows(site.name),
                 )
                 for i, (site, group) in enumerate(zip(self.sites, self.groups(), strict=True))
             ],
-            inputs=[_input_statistics(entry.statistic, entry.reason) for entry in self.capture.inputs],
+            inputs=[self._input_statistics(entry) for entry in self.capture.inputs],
             config=self.config, num_batches=self.num_batches, num_rows=self.num_rows, seconds=self.seconds,
             history=self.history, stop_reason=self.stop_reason,
         )  # fmt: skip
 
+    def _rows(self, name: str) -> str:
+        rules = self.rules.get(name, set())
+        return "; ".join(sorted(rules - {ALL_ROWS} or rules))
 
-def _input_statistics(statistic: Statistic, reason: str) -> InputStatistics:
-    return InputStatistics(
-        kind=statistic.kind, num_rows=statistic.num_rows, total_scatter=float(statistic.total_scatter()),
-        nbytes=statistic.nbytes(), reason=reason, eigenvalues=statistic.eigenvalues.cpu(),
-        components=statistic.basis.T.float().cpu().contiguous(),
-    )  # fmt: skip
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module's training flag is what it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    def _input_statistics(self, entry: Input) -> InputStatistics:
+        statistic = entry.statistic
+        return InputStatistics(
+            kind=statistic.kind, num_rows=statistic.num_rows, total_scatter=float(statistic.total_scatter()),
+            nbytes=statistic.nbytes(), reason=entry.reason,
+            skipped_rows=sum(self.skipped.get(self.sites[site].name, 0) for site in entry.sites),
+            eigenvalues=statistic.eigenvalues.cpu(), components=statistic.basis.T.float().cpu().contiguous(),
+        )  # fmt: skip
 
 
 def _may_stop_early(model: nn.Module, config: EvaConfig, forward_fn: ForwardFn | None) -> bool:
@@ -283,6 +367,11 @@ def _may_stop_early(model: nn.Module, config: EvaConfig, forward_fn: ForwardFn |
         hasattr(module, "_hf_hook") or type(module).__name__ in wrappers or hasattr(module, "_get_fsdp_state")
         for module in model.modules()
     )
+
+
+def _others_wait() -> bool:
+    """Whether other processes would wait in vain if this one ran a forward of its own."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _input_device(model: nn.Module) -> torch.device:

@@ -1,6 +1,5 @@
 """From statistics to ranks and A matrices, under one budget. No model, no data, no forward pass."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,21 +72,36 @@ class EvaPlan:
         """Read what :meth:`save` wrote; raises as :func:`eva_lora.storage.load` does."""
         lora_a, facts = storage.load(path, "plan")
         try:
-            sites = {entry["name"]: _planned_site(entry) for entry in facts["sites"]}
-            result = cls(sites, lora_a, EvaConfig.from_dict(facts["config"]), facts["budget"])
-        except (KeyError, TypeError) as error:
+            entries = [storage.checked(PlannedSite, entry) for entry in facts.pop("sites")]
+            config = EvaConfig.from_dict(facts.pop("config"))
+            result = storage.checked(
+                cls, facts, sites={site.name: site for site in entries}, lora_a=lora_a, config=config
+            )
+            result._check(len(entries))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is no complete plan file: {error}") from error
-        for name, site in sites.items():
-            shape = tuple(lora_a[name].shape) if name in lora_a else None
-            if shape != (site.rank, site.in_features):
-                raise ValueError(
-                    f"path: {path}: A of {name} has shape {shape}, expected {(site.rank, site.in_features)}"
-                )
         return result
 
-
-def _planned_site(entry: Mapping[str, Any]) -> PlannedSite:
-    return PlannedSite(**{**entry, "explained_variance_ratio": tuple(entry["explained_variance_ratio"])})
+    def _check(self, count: int) -> None:
+        """Raise ValueError where the parts of a file do not fit together."""
+        if not count or len(self.sites) < count:
+            raise ValueError("expected sites of different names")
+        if set(self.lora_a) != set(self.sites):
+            raise ValueError(f"A of {sorted(set(self.sites) ^ set(self.lora_a))} is missing or has no site")
+        for name, site in self.sites.items():
+            a = self.lora_a[name]
+            if tuple(a.shape) != (site.rank, site.in_features) or a.dtype != torch.float32:
+                raise ValueError(
+                    f"A of {name} is {a.dtype} of shape {tuple(a.shape)}, expected float32 of shape "
+                    f"{(site.rank, site.in_features)}"
+                )
+            ratios = site.explained_variance_ratio
+            if site.configured_rank < 1 or site.input < 0 or len(ratios) < site.rank:
+                raise ValueError(f"site {name} is out of range or has fewer ratios than ranks")
+            if not all(0 <= ratio < float("inf") for ratio in ratios):
+                raise ValueError(f"site {name} has a ratio that is negative or not finite")
+            if not bool(a.isfinite().all()):
+                raise ValueError(f"A of {name} holds NaN or Inf")
 
 
 def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = None) -> EvaPlan:

@@ -26,7 +26,8 @@ class EvaReport:
         components_converged: How many leading components had converged.
         converged: Whether the layer as a whole had.
         shared_inputs: Layers fed by the same tensor, which share one statistic.
-        statistic: Per layer: "kind", "reason" it was chosen, and "nbytes".
+        statistic: Per layer: "kind", "reason" it was chosen, "nbytes", "rows" (what chose the rows that count) and
+            "skipped_rows" (left out for NaN or Inf).
         num_batches: Batches seen.
         num_rows: Unmasked rows (tokens) seen.
         seconds: Wall time: "total", "forward" (statistics included), "refresh".
@@ -66,7 +67,11 @@ class EvaReport:
             converged={s.name: s.converged for s in sites},
             shared_inputs=[names for names in sharing.values() if len(names) > 1],
             statistic={
-                s.name: {name: getattr(inputs[s.input], name) for name in ("kind", "reason", "nbytes")} for s in sites
+                s.name: {
+                    "rows": s.rows,
+                    **{n: getattr(inputs[s.input], n) for n in ("kind", "reason", "nbytes", "skipped_rows")},
+                }
+                for s in sites
             },
             num_batches=statistics.num_batches,
             num_rows=statistics.num_rows,
@@ -95,10 +100,15 @@ class EvaReport:
             ("ranks", f"{sum(self.ranks.values())} of a budget of {self.budget}; {moved} moved between layers"),
             ("without adapter", f"{removed} layers were given rank 0"),
             ("converged", f"{sum(self.converged.values())} of {n} layers; stopped: {self.stop_reason}"),
-            ("data", f"{self.num_rows:,} rows in {self.num_batches} batches"),
+            ("data", f"{self.num_rows:,} rows in {self.num_batches} batches{self._left_out(states)}"),
+            ("rows that count", "; ".join(sorted({state["rows"] for state in self.statistic.values()}))),
             ("time", f"{total:.1f} s, {self.seconds['refresh']:.1f} s of it small algebra after the forwards"),
             ("statistics", f"{kinds.count('gram')} exact, {kinds.count('subspace')} subspace; {megabytes:.1f} MiB"),
         ]
+
+    def _left_out(self, states: dict[tuple[str, ...], dict[str, Any]]) -> str:
+        skipped = sum(state["skipped_rows"] for state in states.values())
+        return f"; {skipped:,} rows of layers' inputs left out for NaN or Inf" if skipped else ""
 
     def _inputs(self) -> list[list[str]]:
         shared = {name for names in self.shared_inputs for name in names}

@@ -22,6 +22,7 @@ class SiteStatistics:
         in_features: Width of its input.
         converged: Whether its components had converged when the pass ended.
         components_converged: How many leading components had.
+        rows: What chose the rows of its input that count: "all rows", "attention_mask and labels", ...
     """
 
     name: str
@@ -30,6 +31,7 @@ class SiteStatistics:
     in_features: int
     converged: bool
     components_converged: int
+    rows: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class InputStatistics:
         total_scatter: Σ ‖x − mean‖² over those rows.
         nbytes: Memory its state took during the pass.
         reason: Why this kind was chosen.
+        skipped_rows: Rows left out because they held NaN or Inf (``nonfinite="skip"``).
         eigenvalues: (q,) float64, of the centred scatter, descending.
         components: (q, d) float32, orthonormal rows: the leading principal directions.
     """
@@ -51,6 +54,7 @@ class InputStatistics:
     total_scatter: float
     nbytes: int
     reason: str
+    skipped_rows: int
     eigenvalues: Tensor
     components: Tensor
 
@@ -58,6 +62,26 @@ class InputStatistics:
         """Eigenvalues over the total scatter of all directions, kept or not (PEFT's ratio, not eq. 6)."""
         total = max(self.total_scatter, float(self.eigenvalues.sum()))
         return self.eigenvalues / total if total > 0 else torch.zeros_like(self.eigenvalues)
+
+    def check(self, index: int) -> None:
+        """Raise ValueError unless the numbers can be those of a statistic."""
+        values, rows = self.eigenvalues, self.components
+        if (
+            values.ndim != 1
+            or rows.ndim != 2
+            or rows.shape[0] != values.shape[0]
+            or not 0 < len(values) <= rows.shape[1]
+        ):
+            raise ValueError(
+                f"input {index}: expected eigenvalues (q,) and components (q, d) with 1 ≤ q ≤ d, got shapes "
+                f"{tuple(values.shape)} and {tuple(rows.shape)}"
+            )
+        if values.dtype != torch.float64 or rows.dtype != torch.float32:
+            raise ValueError(f"input {index}: expected float64 and float32, got {values.dtype} and {rows.dtype}")
+        if not (bool(values.isfinite().all()) and bool(rows.isfinite().all()) and bool((values >= 0).all())):
+            raise ValueError(f"input {index}: expected finite components, and eigenvalues of at least 0")
+        if min(self.num_rows, self.nbytes, self.skipped_rows) < 0 or not 0 <= self.total_scatter < float("inf"):
+            raise ValueError(f"input {index}: its totals are out of range")
 
 
 @dataclass(frozen=True)
@@ -98,18 +122,24 @@ class EvaStatistics:
         tensors, facts = storage.load(path, "statistics")
         try:
             inputs = [
-                InputStatistics(**entry, eigenvalues=tensors[f"{i}.eigenvalues"], components=tensors[f"{i}.components"])
+                storage.checked(
+                    InputStatistics,
+                    entry,
+                    eigenvalues=tensors.pop(f"{i}.eigenvalues"),
+                    components=tensors.pop(f"{i}.components"),
+                )
                 for i, entry in enumerate(facts.pop("inputs"))
             ]
-            sites = [SiteStatistics(**entry) for entry in facts.pop("sites")]
-            statistics = cls(sites=sites, inputs=inputs, config=EvaConfig.from_dict(facts.pop("config")), **facts)
-        except (KeyError, TypeError) as error:
+            sites = [storage.checked(SiteStatistics, entry) for entry in facts.pop("sites")]
+            config = EvaConfig.from_dict(facts.pop("config"))
+            statistics = storage.checked(cls, facts, sites=sites, inputs=inputs, config=config)
+            statistics._check(tensors)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is no complete statistics file: {error}") from error
-        statistics._check(path)
         return statistics
 
     def _facts(self) -> dict[str, Any]:
-        names = ("kind", "num_rows", "total_scatter", "nbytes", "reason")
+        names = ("kind", "num_rows", "total_scatter", "nbytes", "reason", "skipped_rows")
         return {
             "sites": [asdict(site) for site in self.sites],
             "inputs": [{name: getattr(entry, name) for name in names} for entry in self.inputs],
@@ -121,14 +151,22 @@ class EvaStatistics:
             "stop_reason": self.stop_reason,
         }
 
-    def _check(self, path: str | Path) -> None:
+    def _check(self, unknown: dict[str, Tensor]) -> None:
+        """Raise ValueError where the parts of a file do not fit together."""
+        names = [site.name for site in self.sites]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("expected sites of different names")
+        if unknown:
+            raise ValueError(f"unknown tensors {sorted(unknown)}")
+        if min(self.num_batches, self.num_rows) < 0 or not {"total", "forward", "refresh"} <= set(self.seconds):
+            raise ValueError("its totals are out of range or incomplete")
+        for i, entry in enumerate(self.inputs):
+            entry.check(i)
         for site in self.sites:
             if not 0 <= site.input < len(self.inputs):
-                raise ValueError(f"path: {path}: site {site.name} names input {site.input} of {len(self.inputs)}")
-            entry = self.inputs[site.input]
-            expected = (entry.eigenvalues.numel(), site.in_features)
-            if entry.components.shape != expected:
-                raise ValueError(
-                    f"path: {path}: components of {site.name} have shape {tuple(entry.components.shape)}, "
-                    f"expected {expected}"
-                )
+                raise ValueError(f"site {site.name} names input {site.input} of {len(self.inputs)}")
+            width = self.inputs[site.input].components.shape[1]
+            if site.in_features != width:
+                raise ValueError(f"components of {site.name} have width {width}, expected {site.in_features}")
+            if site.rank < 1 or site.components_converged < 0:
+                raise ValueError(f"site {site.name} has rank {site.rank}, expected at least 1")
