@@ -12,6 +12,7 @@ from eva_kernels.streaming_svd import Statistic
 
 from .adapters import LoraSite
 from .batches import RowMask
+from .restoring import without_autocast
 
 MakeStatistic = Callable[[int], tuple[Statistic, str]]  # site index -> its statistic, and why this kind
 
@@ -181,7 +182,8 @@ class Capture:
         mask, num_rows = self._mask.of(x, self.sites[site].name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
-        entry.statistic.accumulate_(x.detach(), mask, num_rows=num_rows, sign=sign)
+        with without_autocast(x.device):
+            entry.statistic.accumulate_(x.detach(), mask, num_rows=num_rows, sign=sign)
 
     def _split(self, entry: Input, site: int) -> Input:
         """Give ``site`` a statistic of its own, without the calls it did not share."""

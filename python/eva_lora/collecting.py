@@ -32,7 +32,7 @@ from .capture import Capture, Input
 from .checkpoint import Checkpoint, identity
 from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, REFRESH_PERIOD, EvaConfig
 from .preflight import require_loaded
-from .restoring import borrowed
+from .restoring import borrowed, without_autocast
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 from .streams import Stream
 
@@ -105,12 +105,14 @@ def collect(
                             with run.capture.batch(again, early_stop=early_stop):
                                 forward(model, batch)
                         run.fail_nonfinite(again.skipped)
-                run.finish_batch(mask)
+                with without_autocast(device):
+                    run.finish_batch(mask)
                 bar.update()
                 bar.set_postfix_str(f"{run.history[-1]}/{len(adapter.sites)} layers converged, {run.num_rows} rows")
             if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
                 saving.save(run, stream)
-    return run.result()
+    with without_autocast(device):
+        return run.result()
 
 
 _END = object()

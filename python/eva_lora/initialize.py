@@ -66,8 +66,9 @@ def eva_initialize(
         checkpoint=checkpoint, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     eva_plan = plan(statistics)
-    adapter.apply(eva_plan)
-    return EvaReport.of(statistics, eva_plan)
+    report = EvaReport.of(statistics, eva_plan)
+    adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
+    return report
 
 
 def apply(model: nn.Module, eva_plan: EvaPlan) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["borrowed"]
+__all__ = ["borrowed", "without_autocast"]
 
 _FLAGS = ("training", "gradient_checkpointing")  # the second is transformers' switch
 _ABSENT = object()
@@ -34,6 +34,13 @@ def borrowed(model: nn.Module) -> Iterator[None]:
             if vars(module).get("gradient_checkpointing") is True:
                 vars(module)["gradient_checkpointing"] = False
         torch.set_grad_enabled(False)
+        yield
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Within it no product is rounded to the caller's autocast dtype: the statistics need every bit of theirs."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -22,7 +22,7 @@ class Tiny(nn.Module):
     def forward(self, x, attention_mask=None):  # (batch, tokens, WIDTH)
         for block in self.blocks:
             x = x + torch.tanh(block["q"](x) * block["k"](x) + block["v"](x))
-            x = block["down"](torch.relu(block["up"](x)))
+            x = block["down"](torch.sin(9 * block["up"](x)))  # of another spectrum: ranks move
             x = x + block["down"](x)
         return x
 
@@ -37,7 +37,7 @@ def tiny_model(seed=0, rank=2, base_seed=0):
 
 def tiny_batches(count=8, shape=(2, 9), seed=1):
     generator = torch.Generator().manual_seed(seed)
-    scales = torch.arange(WIDTH, 0, -1.0)
+    scales = 0.6 ** torch.arange(WIDTH)
     return [
         {
             "x": torch.randn(*shape, WIDTH, generator=generator) * scales,
