@@ -124,7 +124,7 @@ class Statistic(ABC):
 
         Raises:
             ValueError: an entry is missing or unknown, or of another type, shape or dtype than a statistic of
-                this size holds, or a negative count. The statistic is then unchanged.
+                this size holds, a negative count, NaN or Inf. The statistic is then unchanged.
         """
         own = self.state()
         if set(state) != set(own):
@@ -144,12 +144,16 @@ class Statistic(ABC):
             fits = isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
             expected = f"{own.dtype} of shape {tuple(own.shape)}"
         else:
-            fits = type(value) is type(own) and value >= 0
-            expected = f"{type(own).__name__} of at least 0"
+            fits = type(value) is type(own) and 0 <= value < 2**63
+            expected = f"{type(own).__name__} from 0 on"
         if not fits:
             got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"state: expected {name} {expected}, got {got}")
-        return value.to(self.basis.device, copy=True) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"state: expected {name} without NaN and Inf")
+        return value.to(self.basis.device, copy=True)
 
     def nbytes(self) -> int:
         """Bytes held by the state's tensors."""

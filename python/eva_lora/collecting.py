@@ -206,6 +206,13 @@ class Run:
         self.num_batches += 1
         for name, rule in mask.rules.items():
             self.rules.setdefault(name, set()).add(rule)
+        for entry in self.capture.inputs:  # what the first layer fed by an input found out holds for the others
+            names = [self.sites[site].name for site in entry.sites]
+            rules = set[str]().union(*(self.rules.get(name, ()) for name in names))
+            self.rules.update({name: set(rules) for name in names})
+            side = next((self.sides[name] for name in names if name in self.sides), None)
+            if side is not None:
+                self.sides.update(dict.fromkeys(names, side))
         for name, count in mask.skipped.items():
             self.skipped[name] = self.skipped.get(name, 0) + count
         self.num_rows += self.capture.rows_in_batch

@@ -167,6 +167,6 @@ def _as(expected: Any, value: Any, name: str) -> Any:
     elif origin is dict:
         if isinstance(value, dict):
             return {key: _as(arguments[1], entry, name) for key, entry in value.items()}
-    elif type(value) is expected:
+    elif type(value) is expected and not (expected is int and abs(value) >= 2**63):
         return value
     raise TypeError(f"{name}: expected {getattr(expected, '__name__', expected)}, got {type(value).__name__}")
