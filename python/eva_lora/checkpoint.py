@@ -176,10 +176,11 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
             Input(statistic, entry.reason, entry.sites, [], taken, is_new=False, pending_batches=entry.pending_batches)
         )
     tracker_state = _unpacked(facts["tracker"], tensors)
-    tracker = None
+    tracker = decision = None
     if tracker_state is not None:
         tracker = run.make_tracker([int(group) for group in tracker_state["groups"]])
         tracker.load_state_dict(tracker_state)
+        decision = tracker.decision()
     digests = tensors["digests"]
     if digests.dtype != torch.uint8 or digests.shape != (progress.num_batches, DIGEST_BYTES):
         raise ValueError(f"expected a digest for each of {progress.num_batches} batches")
@@ -191,8 +192,7 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
         for site in recovered.sites:
             run.capture.input_of[site] = recovered
     run.capture.wanted, run.capture._expected = set(progress.wanted), progress.expected
-    run.tracker = tracker
-    run.decision = None if tracker is None else tracker.decision()
+    run.tracker, run.decision = tracker, decision
     run.num_batches, run.num_rows, run.history = progress.num_batches, progress.num_rows, progress.history
     run.seconds, run.started = progress.seconds, time.perf_counter() - progress.seconds["total"]
     run.stop_reason, run.gram_bytes = progress.stop_reason, progress.gram_bytes
