@@ -239,13 +239,16 @@ def test_an_optimizer_of_other_parameters_is_no_obstacle():
     assert initialise(model).num_batches == 3
 
 
-class DistributedDataParallel(torch.nn.Module):  # stands for torch's, which needs a process group
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
+
+def sharded(model):
+    return torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
 
 
 def compiled(model):
@@ -258,25 +261,27 @@ def compiled(model):
     [
         (torch.compile, r"compiled by torch\.compile"),
         (compiled, r"compiled by module\.compile\(\)"),
-        (DistributedDataParallel, "wrapped in DistributedDataParallel"),
+        (torch.nn.parallel.DistributedDataParallel, "wrapped in DistributedDataParallel"),
+        (sharded, "sharded by fully_shard"),
     ],
 )
-def test_wrapped_models_are_refused_before_a_rank_changes(wrap, said):
+def test_wrapped_models_are_refused_before_a_rank_changes(wrap, said, alone):
     model = tiny_model()
     eva_plan = plan(collect(model, tiny_batches(2), EvaConfig(max_batches=2), progress=False))
     assert eva_plan.ranks != dict.fromkeys(eva_plan.ranks, 2)
-    wrapped, before = wrap(model), state_of(model)
+    wrapped = wrap(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match=rf"^model: it is {said}, and a new rank .* Initialise before wrapping; or"):
         eva_initialize(wrapped, tiny_batches(), progress=False)
     with pytest.raises(ValueError, match=rf"^model: it is {said}"):
         apply(wrapped, eva_plan)
-    assert state_of(model) == before
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_a_wrapped_model_is_initialised_when_no_rank_changes():
+def test_a_wrapped_model_is_initialised_when_no_rank_changes(alone):
     model, plain = tiny_model(), tiny_model()
     config = EvaConfig(rho=1.0, max_batches=3)
-    eva_initialize(DistributedDataParallel(model), tiny_batches(2), config, progress=False)
+    eva_initialize(torch.nn.parallel.DistributedDataParallel(model), tiny_batches(2), config, progress=False)
     eva_initialize(plain, tiny_batches(2), config, progress=False)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
 

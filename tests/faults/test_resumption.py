@@ -9,6 +9,7 @@ import torch
 
 from eva_lora import EvaConfig, collect, eva_initialize, storage
 from eva_lora.checkpoint import Checkpoint
+from support.models import load_minilm, lora, minilm_text_batches
 from support.tiny import fingerprint_of, state_of, tiny_batches, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -21,15 +22,16 @@ class Cut(Exception):
 
 
 class Cutting:
-    """A loader that fails after a number of batches."""
+    """A loader that fails after a number of batches, over all its rounds."""
 
     def __init__(self, loader, after):
-        self.loader, self.after = loader, after
+        self.loader, self.left = loader, after
 
     def __iter__(self):
-        for number, batch in enumerate(self.loader):
-            if number == self.after:
+        for batch in self.loader:
+            if self.left == 0:
                 raise Cut
+            self.left -= 1
             yield batch
 
 
@@ -155,6 +157,54 @@ def test_a_shuffling_dataloader_resumes_when_it_is_seeded(tmp_path):
     with pytest.raises(Cut):
         run(Cutting(loader(), 3), path)
     assert fingerprint_of(run(loader(), path)) == expected
+
+
+@pytest.mark.parametrize("cut", [2, 4, 6])
+def test_torchdatas_stateful_loader_resumes_within_a_round_and_at_its_end(tmp_path, cut):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    rows = [{name: value[i] for name, value in batch.items()} for batch in tiny_batches(4) for i in range(2)]
+
+    class CuttingStateful(Cutting):
+        def state_dict(self):
+            return self.loader.state_dict()
+
+        def load_state_dict(self, state):
+            self.loader.load_state_dict(state)
+
+    def loader():
+        torch.manual_seed(5)
+        return stateful(rows, batch_size=2, shuffle=True)
+
+    path = tmp_path / "pass.safetensors"
+    expected = fingerprint_of(run_plain(loader()))
+    with pytest.raises(Cut):
+        run(CuttingStateful(loader(), cut), path)
+    assert fingerprint_of(run(loader(), path)) == expected
+
+
+def test_a_real_model_resumes_bit_equal(tmp_path):
+    """MiniLM on real text, cut by Ctrl-C in the middle of a forward."""
+    batches = [{name: value[:3, :32] for name, value in batch.items()} for batch in minilm_text_batches()[:3]]
+    config = EvaConfig(max_batches=5)
+    path, forwards = tmp_path / "pass.safetensors", 0
+
+    def interrupted(model, batch):
+        nonlocal forwards
+        forwards += 1
+        if forwards == 4:
+            model(**batch, output_hidden_states=True)
+            raise KeyboardInterrupt
+        model(**batch)
+
+    def collected(forward_fn, **options):
+        model = lora(load_minilm(), target_modules=["query", "key", "value", "dense"])
+        return collect(model, batches, config, progress=False, forward_fn=forward_fn, **options)
+
+    expected = fingerprint_of(collected(lambda model, batch: model(**batch)))
+    with pytest.raises(KeyboardInterrupt):
+        collected(interrupted, checkpoint=path, checkpoint_every=1)
+    resumed = collected(lambda model, batch: model(**batch), checkpoint=path)
+    assert fingerprint_of(resumed) == expected
 
 
 def test_layers_that_part_ways_resume(tmp_path):
@@ -335,6 +385,7 @@ import torch
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 import peft, transformers.pytorch_utils, eva_lora
+from support.models import load_minilm, lora, minilm_text_batches
 from support.tiny import fingerprint_of, tiny_batches, tiny_model
 
 path, seed, kills = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
