@@ -17,7 +17,7 @@ from torch import Tensor
 from eva_kernels.streaming_svd import Statistic
 from eva_lora import EvaConfig, collect
 from eva_lora.capture import Capture
-from eva_lora.collecting import _Run
+from eva_lora.collecting import Run
 from eva_lora.demo import load_smollm2, packed_text
 
 
@@ -30,7 +30,7 @@ def cost(blocks: int, batches: list[dict[str, Tensor]]) -> float:
     with (
         time_calls(Capture, "_fold", time.process_time) as hooks,
         time_calls(Statistic, "finish_", time.process_time) as finish,
-        time_calls(_Run, "finish_batch", time.process_time) as refreshes,
+        time_calls(Run, "finish_batch", time.process_time) as refreshes,
     ):
         collect(model, batches, config, progress=False)
     return (hooks[0] + refreshes[0] + finish[0]) / len(batches)

@@ -19,7 +19,7 @@ RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis to
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
 CPU_CACHE_BYTES = 2**21  # bases refreshed at a time on a CPU: about what its second-level cache holds
 
-SOLVED, NOT_FINITE, HARD = range(3)  # what became of an extraction; a hard one is done again with care
+SOLVED, NOT_FINITE, OBLIQUE, INDEFINITE = range(4)  # what became of an extraction; the last two are mended
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,16 @@ def _evidence(members: Sequence[Statistic], eigenvalues: Tensor, cross: Tensor) 
 def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refreshed]:
     status = host[:, -1].astype(int)
     evidence = host[:, :-1].reshape(len(host), 4, -1)
-    hard = np.flatnonzero(status == HARD)
-    if hard.size:
-        again = nystrom_with_care(extraction.sample[hard], extraction.product[hard])
-        extraction.basis[hard], extraction.eigenvalues[hard], cross = again
-        members = [extraction.members[i] for i in hard]
-        evidence[hard] = _evidence(members, extraction.eigenvalues[hard], cross).cpu().numpy()
+    mended = np.flatnonzero(status >= OBLIQUE)
+    if mended.size:
+        sample, basis, values = (x[mended] for x in (extraction.sample, extraction.basis, extraction.eigenvalues))
+        again = np.flatnonzero(status[mended] == INDEFINITE)
+        if again.size:
+            basis[again], values[again] = nystrom_of_indefinite(sample[again], extraction.product[mended[again]])
+        basis = straighten(sample, basis, values)
+        extraction.basis[mended], extraction.eigenvalues[mended] = basis, values
+        members = [extraction.members[i] for i in mended]
+        evidence[mended] = _evidence(members, values, (sample.mT @ basis).double()).cpu().numpy()
     for i, member in enumerate(extraction.members):
         if status[i] != NOT_FINITE:
             member.adopt_(extraction.basis[i].clone(), extraction.eigenvalues[i].clone())
@@ -132,8 +136,9 @@ def nystrom(
 
     ΩᵀY is scaled to about a unit diagonal before it is factored, so that outlier directions of any size
     cost the small ones nothing; the q × q algebra is float64. The third result is Ωᵀ times the eigenvectors, the
-    fourth says SOLVED, NOT_FINITE (NaN or Inf is in the product) or HARD (see :func:`nystrom_with_care`); the others
-    mean something only where it is SOLVED. Nothing here waits for the device.
+    fourth says SOLVED, NOT_FINITE (NaN or Inf is in the product), INDEFINITE (rounding made ΩᵀY so) or OBLIQUE (the
+    spectrum is too steep for orthonormal columns); what they mean for the others is mended by
+    :func:`nystrom_of_indefinite` and :func:`straighten`. Nothing here waits for the device.
     """
     core, scale, scaled = _scaled_core(sample, product)
     finite = scaled.isfinite().flatten(1).all(1)  # what is not finite in Y is not finite in ΩᵀY
@@ -141,32 +146,48 @@ def nystrom(
     factor, info = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], scaled, eye), upper=True)
     factor = torch.where((info == 0)[:, None, None], factor, eye)
     root = scale[:, :, None] * torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
-    sketch = product @ root.to(product.dtype)  # B: B Bᵀ is the approximation
-    square = (sketch.mT @ sketch).double()
-    values, vectors = symmetric_eigen(torch.where(finite[:, None, None], square, eye))
-    alive = values > RELATIVE_ORTHOGONAL * values[:, :1]
-    turn = vectors * torch.where(alive, values.where(alive, 1).rsqrt(), 0)[:, None, :]
-    status = torch.where(finite, torch.where((info == 0) & alive.all(1), SOLVED, HARD), NOT_FINITE)
+    sketch, values, turn = _turned(product, root, finite)
+    steep = (values <= RELATIVE_ORTHOGONAL * values[:, :1]).any(1)
+    solved = torch.where(info != 0, INDEFINITE, torch.where(steep, OBLIQUE, SOLVED))
+    status = torch.where(finite, solved, NOT_FINITE)
     return sketch @ turn.to(sketch.dtype), values, core @ (root @ turn), status
 
 
-def nystrom_with_care(
+def nystrom_of_indefinite(
     sample: Tensor,  # (b, d, q)
-    product: Tensor,  # (b, d, q)
-) -> tuple[Tensor, Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending, (b, q, q) float64
-    """As :func:`nystrom` for finite products of any conditioning: eigenvalues in place of the Cholesky factor, and a
-    basis made orthonormal, in which directions without variance are the sample's."""
+    product: Tensor,  # (b, d, q), finite
+) -> tuple[Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending
+    """As :func:`nystrom` where there is no Cholesky factor: the same inverse root through eigenvalues."""
     _, scale, scaled = _scaled_core(sample, product)
     values, vectors = symmetric_eigen(scaled)
     root = scale[:, :, None] * vectors * values.clamp_min(RELATIVE_JITTER).rsqrt()[:, None, :]
+    sketch, values, turn = _turned(product, root, torch.ones(len(sample), dtype=torch.bool, device=sample.device))
+    return sketch @ turn.to(sketch.dtype), values
+
+
+def straighten(
+    sample: Tensor,  # (b, d, q)
+    basis: Tensor,  # (b, d, q)
+    values: Tensor,  # (b, q) descending
+) -> Tensor:  # (b, d, q)
+    """The basis with orthonormal columns, in which directions without variance are the sample's."""
+    alive = values > RELATIVE_RANK * values[:, :1]
+    return orthonormalize(torch.where(alive[:, None, :], basis, sample))
+
+
+def _turned(
+    product: Tensor,  # (b, d, q)
+    root: Tensor,  # (b, q, q): its square is (ΩᵀY)⁻¹
+    finite: Tensor,  # (b,)
+) -> tuple[Tensor, Tensor, Tensor]:  # (b, d, q), (b, q), (b, q, q)
+    """B with B Bᵀ the approximation, its squared singular values, and what turns B into singular vectors."""
+    eye = torch.eye(root.shape[-1], dtype=torch.float64, device=root.device)
     sketch = product @ root.to(product.dtype)
-    values, vectors = symmetric_eigen((sketch.mT @ sketch).double())
+    square = torch.where(finite[:, None, None], (sketch.mT @ sketch).double(), eye)
+    values, vectors = symmetric_eigen(square)
     values = values.clamp_min(0)
     alive = values > RELATIVE_RANK * values[:, :1]
-    inverse = torch.where(alive, values.where(alive, 1).rsqrt(), 0)
-    basis = sketch @ (vectors * inverse[:, None, :]).to(sketch.dtype)
-    basis = orthonormalize(torch.where(alive[:, None, :], basis, sample))
-    return basis, values, (sample.mT @ basis).double()
+    return sketch, values, vectors * torch.where(alive, values.where(alive, 1).rsqrt(), 0)[:, None, :]
 
 
 def _scaled_core(sample: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (b, q, q), (b, q), (b, q, q)

@@ -6,7 +6,7 @@ scatter of all rows so far, times my basis", so that one refresh (:mod:`.refresh
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,12 +15,11 @@ from torch import Tensor
 from .._rows import shifted_chunks
 from ..gram import gram_accumulate_
 from ..orthonormal import orthonormalize
-from ..orthonormal.reference import cholesky_qr
 from ..subspace import subspace_accumulate_
 
 S = TypeVar("S", bound="Statistic")
 
-START_SPREAD = 1e-2  # of the unit columns of a first basis: enough to complete the span of fewer rows than columns
+_OPTIONS = {"num_features", "num_components", "impl"}  # attributes that come from the arguments, not from rows
 
 
 class Statistic(ABC):
@@ -133,6 +132,46 @@ class Statistic(ABC):
         )
         return other
 
+    def state(self) -> dict[str, Tensor | int | float | bool | None]:
+        """Everything that rows have left here, by attribute: tensors (not copied) and plain numbers."""
+        return {name: value for name, value in vars(self).items() if name not in _OPTIONS}
+
+    def load_state_(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave of a statistic made with the same arguments.
+
+        Raises:
+            ValueError: an entry is missing or unknown, or of another type, shape or dtype than a statistic of
+                this size holds, a negative count, NaN or Inf. The statistic is then unchanged.
+        """
+        own = self.state()
+        if set(state) != set(own):
+            raise ValueError(f"state: expected the entries {sorted(own)}, got {sorted(state)}")
+        loaded = {name: self._checked(name, own[name], state[name]) for name in own}
+        self.__dict__.update(loaded)
+
+    def _checked(self, name: str, own: Any, value: Any) -> Any:
+        """``value`` on this statistic's device, if it can stand where ``own`` stands in a fresh statistic."""
+        if own is None and value is None:
+            return None
+        if own is None:  # what the first rows bring: a vector or a matrix of the statistic's own widths
+            sizes = {self.num_features, self.num_components}
+            fits = isinstance(value, Tensor) and set(value.shape) <= sizes and value.dtype == self.basis.dtype
+            expected = f"None or {self.basis.dtype} of sizes {sorted(sizes)}"
+        elif isinstance(own, Tensor):
+            fits = isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
+            expected = f"{own.dtype} of shape {tuple(own.shape)}"
+        else:
+            fits = type(value) is type(own) and 0 <= value < 2**63
+            expected = f"{type(own).__name__} from 0 on"
+        if not fits:
+            got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"state: expected {name} {expected}, got {got}")
+        if not isinstance(value, Tensor):
+            return value
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"state: expected {name} without NaN and Inf")
+        return value.to(self.basis.device, copy=True)
+
     def nbytes(self) -> int:
         """Bytes held by the state's tensors."""
         return sum(v.numel() * v.element_size() for v in self.__dict__.values() if isinstance(v, Tensor))
@@ -238,9 +277,7 @@ class Statistic(ABC):
                 row += len(part)
         self.shift = (total / num_rows).to(self.basis.dtype)
         sums -= tally * self.shift
-        norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-        start = (sums / norms.where(norms > 0, 1)).T + START_SPREAD * self.basis
-        self.basis = cholesky_qr(torch.where(norms.isfinite().all(), start, self.basis)[None])[0][0]
+        self.basis = orthonormalize(torch.where(sums.isfinite().all(), sums.T, self.basis))
 
 
 class GramStatistic(Statistic):

@@ -13,6 +13,7 @@ from eva_kernels.streaming_svd import Statistic
 
 from .adapters import LoraSite, Rows, Taken
 from .batches import RowMask
+from .restoring import without_autocast
 
 MakeStatistic = Callable[[int], tuple[Statistic, str]]  # stream -> its statistic, and why this kind
 
@@ -214,18 +215,10 @@ class Capture:
         mask, num_rows = self._mask.of_rows(taken.batch or shape, x.device, site.name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
-        if taken.tokens is not None:  # how many of these count is not known without looking
-            mask = None if mask is None else mask.reshape(-1)[taken.tokens]
-            entry.statistic.accumulate_(x, mask, sign=sign)
-            return
-        if rows is None:
-            entry.statistic.accumulate_(x, mask, num_rows=num_rows, sign=sign)
-            return
-        start = 0
-        for piece in rows.pieces(x):
-            part = None if mask is None else mask.reshape(-1)[start : start + len(piece)]
-            entry.statistic.accumulate_(piece, part, sign=sign)
-            start += len(piece)
+        with without_autocast(x.device):
+            for piece, part, count in _pieces(x, rows, mask, num_rows, taken.tokens):
+                part, count = self._mask.finite(piece, part, count, site.name)
+                entry.statistic.accumulate_(piece, part, num_rows=count, sign=sign)
 
     def _split(self, entry: Input, stream: int) -> Input:
         """Give ``stream`` a statistic of its own, without the calls it did not share."""
@@ -258,3 +251,24 @@ class Capture:
 
 def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version  # inference tensors keep no version, so they are never shared
+
+
+def _pieces(
+    x: Tensor,
+    rows: Rows | None,
+    mask: Tensor | None,
+    num_rows: int,
+    tokens: Tensor | None,
+) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+    """What of an input is folded in at a time, the mask of its rows, and how many count."""
+    if rows is None and tokens is None:
+        yield x, mask, num_rows
+        return
+    start = 0
+    for piece in [x] if rows is None else rows.pieces(x):
+        part = None
+        if mask is not None:
+            part = mask.reshape(-1)
+            part = part[tokens] if tokens is not None else part[start : start + len(piece)]
+        yield piece, part, len(piece) if part is None else int(part.sum())
+        start += len(piece)

@@ -5,8 +5,8 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,10 +18,24 @@ from eva_kernels.convergence import ConvergenceTracker, Decision
 from eva_kernels.streaming_svd import GramStatistic, Refreshed, Statistic, SubspaceStatistic, refresh_
 
 from .adapters import LoraAdapter, LoraSite, find_adapter
-from .batches import ForwardFn, RowMaskFn, default_forward, endless, first_batch, row_mask, to_device
+from .batches import (
+    ALL_ROWS,
+    FITS_NO_MASK,
+    ForwardFn,
+    RowMask,
+    RowMaskFn,
+    default_forward,
+    is_encoder_decoder,
+    row_mask,
+    to_device,
+)
 from .capture import Capture, Input
+from .checkpoint import Checkpoint, identity
 from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, REFRESH_PERIOD, EvaConfig
+from .preflight import require_loaded
+from .restoring import borrowed, without_autocast
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
+from .streams import Stream
 
 __all__ = ["collect"]
 
@@ -35,8 +49,8 @@ def collect(
     row_mask_fn: RowMaskFn | None = None,
     sites: Sequence[LoraSite] | None = None,
     progress: bool = True,
-    checkpoint: None = None,
-    checkpoint_every: None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
 ) -> EvaStatistics:
     """Run the frozen model over batches until every layer's components have converged (or a bound is met).
 
@@ -54,13 +68,13 @@ def collect(
             first batch does not reach, NaN or Inf in a layer's input (the layer and the batch are named).
     """
     config = EvaConfig.of(config)
-    for name, value in (("checkpoint", checkpoint), ("checkpoint_every", checkpoint_every)):
-        if value is not None:
-            raise ValueError(f"{name}: not available yet; supported values: None")
+    if checkpoint is None and checkpoint_every is not None:
+        raise ValueError("checkpoint_every: expected None without a checkpoint to write")
     adapter = find_adapter(model, sites)
     return collect_with(
-        adapter, model, loader, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
-    )
+        adapter, model, loader, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
+        checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
 
 
 def collect_with(
@@ -72,45 +86,75 @@ def collect_with(
     forward_fn: ForwardFn | None = None,
     row_mask_fn: RowMaskFn | None = None,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
 ) -> EvaStatistics:
     """:func:`collect` for an adapter that is known already."""
     if adapter.skipped:
         named = "; ".join(f"{name}: {reason}" for name, reason in adapter.skipped.items())
         warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=3)
-    run = _Run(adapter, config, head=_head(model, adapter))
-    first, rest = first_batch(loader)
+    require_loaded(model)
+    run = Run(adapter, config, head=_head(model, adapter))
+    device = _input_device(model)
+    saving = position = None
+    if checkpoint is not None:
+        known = identity(model, run, device, forward_fn=forward_fn, row_mask_fn=row_mask_fn)
+        saving = Checkpoint(checkpoint, checkpoint_every, known)
+        position = saving.load_into(run)
     early_stop = _may_stop_early(model, config, forward_fn)
     forward = forward_fn or default_forward
-    device = _input_device(model)
-    bar = tqdm(total=None, desc="EVA", unit="batch", disable=None if progress else True)
-    with bar, _frozen(model), adapter.disabled(), run.capture.hooks():
-        for batch in endless(first, rest, loader):
-            batch = to_device(batch, device)
-            mask = row_mask(batch, config, row_mask_fn)
-            if mask.num_rows != 0:
-                tick = time.perf_counter()
-                with run.capture.batch(mask, early_stop=early_stop):
-                    forward(model, batch)
-                run.seconds["forward"] += time.perf_counter() - tick
-            run.finish_batch()
-            bar.update()
-            bar.set_postfix_str(f"{run.history[-1]}/{len(adapter.sites)} layers converged, {run.num_rows} rows")
-            if run.stop_reason:
-                break
-        else:
-            run.stop_reason = "end of the data"
-    return run.result()
+    two_sided = is_encoder_decoder(model)
+    bar = tqdm(total=None, initial=run.num_batches, desc="EVA", unit="batch", disable=None if progress else True)
+    with bar, borrowed(model), adapter.disabled(), run.capture.hooks():
+        stream = Stream(loader, fingerprints=saving is not None, position=position)
+        while not run.stop_reason:
+            batch = next(stream, _END)
+            if batch is _END:
+                run.stop_reason = "end of the data"
+            else:
+                # The mask first: counted where the loader left it, no device has to be waited for.
+                mask = row_mask(batch, config, row_mask_fn, encoder_decoder=two_sided).to(device)
+                mask.sides = run.sides
+                batch = to_device(batch, device)
+                if mask.num_rows != 0:
+                    tick = time.perf_counter()
+                    with run.capture.batch(mask, early_stop=early_stop):
+                        forward(model, batch)
+                    run.seconds["forward"] += time.perf_counter() - tick
+                    if run.nonfinite_inputs():
+                        again = mask.counting()
+                        if not _others_wait():
+                            with run.capture.batch(again, early_stop=early_stop):
+                                forward(model, batch)
+                        run.fail_nonfinite(again.skipped)
+                with without_autocast(device):
+                    run.finish_batch(mask)
+                bar.update()
+                bar.set_postfix_str(f"{run.history[-1]}/{len(adapter.sites)} layers converged, {run.num_rows} rows")
+            if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
+                saving.save(run, stream)
+    with without_autocast(device):
+        return run.result()
 
 
-class _Run:
+_END = object()
+
+
+_KINDS: dict[str, type[GramStatistic] | type[SubspaceStatistic]] = {
+    kind.kind: kind for kind in (GramStatistic, SubspaceStatistic)
+}
+SHOWN_INPUTS = 3
+
+
+class Run:
     """The state of one pass: what the hooks fill, what the tracker decides, and when to stop."""
 
-    def __init__(self, adapter: LoraAdapter, config: EvaConfig, head: nn.Module | None) -> None:
+    def __init__(self, adapter: LoraAdapter, config: EvaConfig, *, head: nn.Module | None = None) -> None:
         self.config, self.sites, self.skipped = config, list(adapter.sites), dict(adapter.skipped)
         widths = [site.in_features for site in self.sites]
         self.members = list(range(len(self.sites)))  # sites the tracker follows: those that have data
         self.candidates = self._candidates()
-        self._make_tracker(groups=[0] * len(self.sites))  # the widest sharing there can be: demands fail here or never
+        self.make_tracker(groups=[0] * len(self.sites))  # the widest sharing there can be: demands fail here or never
         oversampling = config.oversampling or DEFAULT_OVERSAMPLING
         self.columns = [
             min(width, math.ceil(k * oversampling)) for width, k in zip(widths, self.candidates.tolist(), strict=True)
@@ -124,7 +168,10 @@ class _Run:
         self.started = time.perf_counter()
         self.seconds = {"total": 0.0, "forward": 0.0, "refresh": 0.0}
         self.stop_reason = ""
-        self._latest: dict[int, Refreshed] = {}  # per stream
+        self.rules: dict[str, set[str]] = {}  # layer -> what its rows were chosen by
+        self.sides: dict[str, str] = {}  # layer of an encoder–decoder model -> which side its rows are of
+        self.skipped_rows: dict[str, int] = {}  # layer -> rows left out for NaN or Inf
+        self.latest: dict[int, Refreshed] = {}  # per stream
 
     def _make_statistic(self, stream: int) -> tuple[Statistic, str]:
         index = self.capture.site_of[stream]
@@ -142,12 +189,57 @@ class _Run:
             kind, reason = GramStatistic, f"at most {GRAM_MAX_WIDENING} times as wide as its {columns} columns"
         if kind is GramStatistic:
             self.gram_bytes += gram_bytes
-        options = {"device": _device_of(site.module), "seed": config.seed + stream, "impl": config.impl}
-        return kind(width, columns, **options, watch_gain=config.convergence == "captured"), reason
+        return self.new_statistic(stream, kind.kind, columns), reason
 
-    def finish_batch(self) -> None:
+    def new_statistic(self, stream: int, kind: str, columns: int) -> Statistic:
+        """An empty statistic of a layer's input."""
+        site = self.sites[self.capture.site_of[stream]]
+        return _KINDS[kind](
+            site.in_features, columns, device=_device_of(site.module), seed=self.config.seed + stream,
+            impl=self.config.impl, watch_gain=self.config.convergence == "captured",
+        )  # fmt: skip
+
+    def names(self, entry: Input) -> list[str]:
+        """Of the layers fed by an input."""
+        return list(dict.fromkeys(self.sites[self.capture.site_of[stream]].name for stream in entry.streams))
+
+    def nonfinite_inputs(self) -> list[Input]:
+        """The inputs that NaN or Inf has reached, found through their sums of squares: one synchronisation."""
+        inputs = self.capture.inputs
+        if not inputs:
+            return []
+        sums = torch.stack([entry.statistic.square_sum.to(inputs[0].statistic.square_sum.device) for entry in inputs])
+        if bool(sums.sum().isfinite()):
+            return []
+        return [entry for entry, ok in zip(inputs, sums.isfinite().tolist(), strict=True) if not ok]
+
+    def fail_nonfinite(self, counts: dict[str, int]) -> NoReturn:
+        """Say where NaN or Inf is. ``counts``: rows that hold it in a second forward of the same batch, by layer."""
+        reached = []
+        for entry in self.nonfinite_inputs():
+            names = self.names(entry)
+            count = sum(counts.get(name, 0) for name in names)
+            reached.append(f"{', '.join(names)} ({count or 'an unknown number of'} rows)")
+        more = f" and {len(reached) - SHOWN_INPUTS} other inputs" if len(reached) > SHOWN_INPUTS else ""
+        raise ValueError(
+            f"batch {self.num_batches + 1}: NaN or Inf reached the input of {'; '.join(reached[:SHOWN_INPUTS])}{more}. "
+            "Float16 overflows at 65504: bfloat16 or float32 may mend it; nonfinite='skip' leaves such rows out"
+        )
+
+    def finish_batch(self, mask: RowMask) -> None:
         """After a forward: refresh what has enough new rows, all layers together; decide; check the bounds."""
         self.num_batches += 1
+        for name, rule in mask.rules.items():
+            self.rules.setdefault(name, set()).add(rule)
+        for entry in self.capture.inputs:  # what the first layer fed by an input found out holds for the others
+            names = self.names(entry)
+            rules = set[str]().union(*(self.rules.get(name, ()) for name in names))
+            self.rules.update({name: set(rules) for name in names})
+            side = next((self.sides[name] for name in names if name in self.sides), None)
+            if side is not None:
+                self.sides.update(dict.fromkeys(names, side))
+        for name, count in mask.skipped.items():
+            self.skipped_rows[name] = self.skipped_rows.get(name, 0) + count
         self.num_rows += self.capture.rows_in_batch
         self.capture.rows_in_batch = 0
         if self.num_rows:
@@ -197,9 +289,9 @@ class _Run:
         for entry, result in zip(inputs, refreshed, strict=True):
             entry.pending_batches = 0
             if not result.finite:
-                names = ", ".join(dict.fromkeys(self.sites[self.capture.site_of[s]].name for s in entry.streams))
-                raise ValueError(f"batch {self.num_batches}: NaN or Inf reached the input of {names}")
-            self._latest.update(dict.fromkeys(entry.streams, result))
+                names = ", ".join(self.names(entry))
+                raise ValueError(f"batch {self.num_batches}: the products of the input of {names} overflow float32")
+            self.latest.update(dict.fromkeys(entry.streams, result))
         self._decide({self.capture.site_of[stream] for entry in inputs for stream in entry.streams})
         self.seconds["refresh"] += time.perf_counter() - tick
 
@@ -208,15 +300,15 @@ class _Run:
         if self.tracker is None or called != self.members:
             # Which layers are called, and which share an input, is known only now; a layer that is called for the
             # first time in a later batch starts the count anew for all.
-            self.members, self.tracker = called, self._make_tracker(self.groups(called), called)
-            updated = {self.capture.site_of[stream] for stream in self._latest}
+            self.members, self.tracker = called, self.make_tracker(self.groups(called), called)
+            updated = {self.capture.site_of[stream] for stream in self.latest}
         rows = len(called), int(self._candidates(self.groups(called), called).max())
         cosines, overlaps, ratios, gains = (np.zeros(rows) for _ in range(4))
         for row, site in enumerate(called):
-            parts = [s for s in self.capture.streams_of[site] if s in self._latest]
+            parts = [s for s in self.capture.streams_of[site] if s in self.latest]
             weights = self._weights(parts)
             for stream, weight in zip(parts, weights, strict=True):
-                result = self._latest[stream]
+                result = self.latest[stream]
                 k = min(rows[1], len(result.cosines))
                 cosines[row, :k] += weight * result.cosines[:k]
                 overlaps[row, :k] += weight * result.overlaps[:k]
@@ -254,7 +346,8 @@ class _Run:
             groups=groups, rank_multiple=self.config.rank_multiple, divisors=[site.rank_multiple for site in sites],
         )  # fmt: skip
 
-    def _make_tracker(self, groups: list[int], members: list[int] | None = None) -> ConvergenceTracker:
+    def make_tracker(self, groups: list[int], members: list[int] | None = None) -> ConvergenceTracker:
+        """The tracker of sites (None: all), given a label of each one's input."""
         config = self.config
         members = self.members if members is None else members
         sites = [self.sites[i] for i in members]
@@ -272,6 +365,13 @@ class _Run:
                 f"loader: {self.num_batches} batches held no unmasked row; check attention_mask, and labels "
                 f"against label_mask_value ({self.config.label_mask_value}) or set use_label_mask=False"
             )
+        empty = [site.name for site, entry in zip(self.sites, self.capture.input_of, strict=True)
+                 if entry is not None and entry.statistic.num_rows == 0]  # fmt: skip
+        if empty:
+            raise ValueError(
+                f"loader: {self.num_batches} batches held no row that counts for {', '.join(empty)}: all were masked, "
+                "or left out for NaN or Inf"
+            )
         self._refresh([e for e in self.capture.inputs if e.statistic.pending_rows])
         tick = time.perf_counter()
         for entry in self.capture.inputs:
@@ -281,6 +381,13 @@ class _Run:
         assert self.decision is not None
         done = dict(zip(self.members, self.decision.done, strict=True))
         converged = dict(zip(self.members, self.decision.components_converged, strict=True))
+        astray = [name for name, rules in self.rules.items() if FITS_NO_MASK in rules]
+        if astray:
+            warnings.warn(
+                f"the inputs of {len(astray)} layers, the first is {astray[0]}, have rows that fit no mask of the "
+                "batch; all of their rows counted, padding included; see report.statistic[name]['rows']",
+                stacklevel=4,
+            )
         pending = int((~self.decision.done).sum())
         if pending:
             warnings.warn(
@@ -293,11 +400,11 @@ class _Run:
                 SiteStatistics(
                     name=site.name, inputs=self._inputs_of(i), rank=site.rank, in_features=site.in_features,
                     converged=bool(done.get(i, False)), components_converged=int(converged.get(i, 0)),
-                    rank_multiple=site.rank_multiple, removable=site.removable,
+                    rank_multiple=site.rank_multiple, removable=site.removable, rows=self._rows(site.name),
                 )
                 for i, site in enumerate(self.sites)
             ],
-            inputs=[_input_statistics(entry.statistic, entry.reason) for entry in self.capture.inputs],
+            inputs=[self._input_statistics(entry) for entry in self.capture.inputs],
             config=self.config, num_batches=self.num_batches, num_rows=self.num_rows, seconds=self.seconds,
             history=self.history, stop_reason=self.stop_reason, notes=self._notes(),
         )  # fmt: skip
@@ -307,42 +414,28 @@ class _Run:
         entries = [self.capture.input_of[stream] for stream in self.capture.streams_of[site]]
         return tuple(-1 if entry is None else index[id(entry)] for entry in entries)
 
+    def _rows(self, name: str) -> str:
+        rules = self.rules.get(name, set())
+        return "; ".join(sorted(rules - {ALL_ROWS} or rules))
+
     def _notes(self) -> tuple[str, ...]:
         skipped = [f"{name} is not initialised by EVA: {reason}" for name, reason in self.skipped.items()]
         return (*skipped, *(f"{name} saw no input: it keeps its rank and its initial A" for name in self.silent()))
+
+    def _input_statistics(self, entry: Input) -> InputStatistics:
+        statistic = entry.statistic
+        return InputStatistics(
+            kind=statistic.kind, num_rows=statistic.num_rows, total_scatter=float(statistic.total_scatter()),
+            nbytes=statistic.nbytes(), reason=entry.reason,
+            skipped_rows=sum(self.skipped_rows.get(name, 0) for name in self.names(entry)),
+            eigenvalues=statistic.eigenvalues.cpu(), components=statistic.basis.T.float().cpu().contiguous(),
+        )  # fmt: skip
 
 
 def _device_of(module: nn.Module) -> torch.device:
     """The device of the first parameter or buffer that is on one."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
-
-
-def _input_statistics(statistic: Statistic, reason: str) -> InputStatistics:
-    return InputStatistics(
-        kind=statistic.kind, num_rows=statistic.num_rows, total_scatter=float(statistic.total_scatter()),
-        nbytes=statistic.nbytes(), reason=reason, eigenvalues=statistic.eigenvalues.cpu(),
-        components=statistic.basis.T.float().cpu().contiguous(),
-    )  # fmt: skip
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module's training flag is what it was."""
-    training = [module for module in model.modules() if module.training]
-    # In eval mode these would pack padded batches into nested tensors, which have no rows of a common shape.
-    nesting: list[Any] = [module for module in model.modules() if getattr(module, "use_nested_tensor", False)]
-    model.eval()
-    try:
-        for module in nesting:
-            module.use_nested_tensor = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in nesting:
-            module.use_nested_tensor = True
-        for module in training:
-            module.training = True
 
 
 def _may_stop_early(model: nn.Module, config: EvaConfig, forward_fn: ForwardFn | None) -> bool:
@@ -365,6 +458,11 @@ def _head(model: nn.Module, adapter: LoraAdapter) -> nn.Module | None:
     if not isinstance(head, nn.Module) or {*head.modules()} & {site.module for site in adapter.sites}:
         return None
     return head
+
+
+def _others_wait() -> bool:
+    """Whether other processes would wait in vain if this one ran a forward of its own."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _input_device(model: nn.Module) -> torch.device:

@@ -12,11 +12,6 @@ DEFAULT_OVERSAMPLING = 3.0
 GRAM_MAX_WIDENING = 4  # d / q up to which the exact Gram costs at most twice what the subspace product does
 REFRESH_PERIOD = 4
 
-#: Values that are planned but not built yet, by field: refused with the values that work today.
-_BUILT = {
-    "nonfinite": ("error",),
-}
-
 
 @dataclass(frozen=True)
 class EvaConfig:
@@ -49,7 +44,9 @@ class EvaConfig:
         early_stop: End each forward at the last input still needed. "auto": unless the model is offloaded,
             compiled, wrapped for distribution, or called through a ``forward_fn``.
         share_inputs: Keep one statistic for layers that are fed the very same tensor (q, k and v, say).
-        nonfinite: What NaN or Inf in an input does; "error" names the layer.
+        nonfinite: What NaN or Inf in a layer's input does. "error" names the layer, the batch and the number of
+            rows. "skip" leaves such rows out of that layer's statistic as if they were masked, and the report counts
+            them; it reads every input once more.
         uncalled: What a layer that the first batch does not reach does; "error" names it, "default" waits for it
             to be called, and if it never is (experts nobody was routed to) it keeps its rank and its initial A.
         impl: Implementation of the accumulating ops; "auto" takes Triton on a GPU, compiled code on a CPU that
@@ -142,7 +139,14 @@ class EvaConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EvaConfig":
-        """Inverse of :meth:`to_dict`. Raises ValueError on a name this version does not know."""
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError: ``values`` is no mapping.
+            ValueError: a name this version does not know, or a value out of range.
+        """
+        if not isinstance(values, dict):
+            raise TypeError(f"config: expected its fields, got {type(values).__name__}")
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"config: unknown fields {unknown}; written by a newer version?")
@@ -152,9 +156,6 @@ class EvaConfig:
         value = getattr(self, name)
         if value not in known:
             raise ValueError(f"{name}: expected one of {known}, got {value!r}")
-        built = _BUILT.get(name, known)
-        if value not in built:
-            raise ValueError(f"{name}: {value!r} is not available yet; supported values: {built}")
 
     def _number(self, name: str, low: float, high: float | None, optional: bool = False) -> None:
         value = getattr(self, name)

@@ -1,6 +1,7 @@
 """The one call: collect → plan → apply → report."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -8,7 +9,9 @@ from torch import nn
 from .adapters import LoraSite, find_adapter
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect
+from .config import EvaConfig
 from .planning import EvaPlan, plan
+from .preflight import require_changeable
 from .report import EvaReport
 
 __all__ = ["apply", "eva_initialize"]
@@ -23,8 +26,8 @@ def eva_initialize(
     row_mask_fn: RowMaskFn | None = None,
     sites: Sequence[LoraSite] | None = None,
     progress: bool = True,
-    checkpoint: None = None,
-    checkpoint_every: None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
 ) -> EvaReport:
     """Initialise a model's LoRA layers with EVA (Paischer et al., arXiv 2410.07170).
 
@@ -44,8 +47,10 @@ def eva_initialize(
         sites: The LoRA layers, where they are not to be looked for: :class:`eva_lora.ParameterSite` for layers that
             keep A and B as parameters. None: those of the model's adapter.
         progress: Show a progress bar (on standard error).
-        checkpoint: Not available yet.
-        checkpoint_every: Not available yet.
+        checkpoint: A file to save the pass in, and to go on from where it exists. With a loader that replays or
+            has ``state_dict()``, the result is bit-equal to a pass that was never cut off, on one device with the
+            same number of threads. The file stays when the pass is done, and a rerun takes its result from it.
+        checkpoint_every: Batches between two saves. None: 10.
 
     Returns:
         What was done. Warns where layers had not converged when a bound or the data's end was reached.
@@ -55,15 +60,16 @@ def eva_initialize(
         ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was.
     """
     adapter = find_adapter(model, sites)
-    if config is None:
-        config = adapter.eva_config
+    config = EvaConfig.of(adapter.eva_config if config is None else config)
+    require_changeable(model, ranks_change=config.rho != 1 or config.rank_multiple != 1)
     statistics = collect(
         model, loader, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, sites=sites, progress=progress,
         checkpoint=checkpoint, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     eva_plan = plan(statistics)
-    adapter.apply(eva_plan)
-    return EvaReport.of(statistics, eva_plan)
+    report = EvaReport.of(statistics, eva_plan)
+    adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
+    return report
 
 
 def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | None = None) -> None:
@@ -76,6 +82,10 @@ def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | No
 
     Raises:
         TypeError: ``model`` is no module, or ``sites`` cannot be written.
-        ValueError: the model has no LoRA layers, or others than the plan's.
+        ValueError: the model has no LoRA layers, or others than the plan's; it is compiled or wrapped and a rank
+            changes; or an optimizer holds its LoRA parameters.
     """
-    find_adapter(model, sites).apply(eva_plan)
+    adapter = find_adapter(model, sites)
+    changed = any(site.rank != site.configured_rank for site in eva_plan.sites.values())
+    require_changeable(model, ranks_change=changed)
+    adapter.apply(eva_plan)

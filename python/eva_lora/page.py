@@ -24,8 +24,9 @@ def plot_ranks(report: "EvaReport") -> Figure:
     figure = Figure(figsize=(2 + 0.9 * len(grid.columns), 1.5 + 0.24 * len(grid.rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xticks(range(len(grid.columns)), grid.columns, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(grid.rows)), [row or "outside blocks" for row in grid.rows], fontsize=8)
+    columns, rows = ([_plain(name) for name in names] for names in (grid.columns, grid.rows))
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), [row or "outside blocks" for row in rows], fontsize=8)
     middle = max(report.ranks.values()) / 2
     for y, row in enumerate(grid.rows):
         for x, column in enumerate(grid.columns):
@@ -36,6 +37,11 @@ def plot_ranks(report: "EvaReport") -> Figure:
                 )
     figure.colorbar(image, ax=axes, label="rank")
     return figure
+
+
+def _plain(name: str) -> str:
+    """A layer's name as matplotlib text: what stands between two dollars would be read as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def plot_spectra(report: "EvaReport") -> Figure:

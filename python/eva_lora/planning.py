@@ -1,6 +1,5 @@
 """From statistics to ranks and A matrices, under one budget. No model, no data, no forward pass."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,22 +78,40 @@ class EvaPlan:
         """Read what :meth:`save` wrote; raises as :func:`eva_lora.storage.load` does."""
         lora_a, facts = storage.load(path, "plan")
         try:
-            sites = {entry["name"]: _planned_site(entry) for entry in facts["sites"]}
-            result = cls(sites, lora_a, EvaConfig.from_dict(facts["config"]), facts["budget"], tuple(facts["notes"]))
-        except (KeyError, TypeError) as error:
+            entries = [storage.checked(PlannedSite, entry) for entry in facts.pop("sites")]
+            config = EvaConfig.from_dict(facts.pop("config"))
+            result = storage.checked(
+                cls, facts, sites={site.name: site for site in entries}, lora_a=lora_a, config=config
+            )
+            result._check(len(entries))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is no complete plan file: {error}") from error
-        for name, site in sites.items():
-            if name not in lora_a and site.rank == site.configured_rank and site.input == -1:
-                continue
-            shape = tuple(lora_a[name].shape) if name in lora_a else None
-            expected = (site.parts * site.rank, site.in_features)
-            if shape != expected:
-                raise ValueError(f"path: {path}: A of {name} has shape {shape}, expected {expected}")
         return result
 
-
-def _planned_site(entry: Mapping[str, Any]) -> PlannedSite:
-    return PlannedSite(**{**entry, "explained_variance_ratio": tuple(entry["explained_variance_ratio"])})
+    def _check(self, count: int) -> None:
+        """Raise ValueError where the parts of a file do not fit together."""
+        if not count or len(self.sites) < count:
+            raise ValueError("expected sites of different names")
+        called = {name for name, site in self.sites.items() if site.input >= 0}
+        if set(self.lora_a) != called:
+            raise ValueError(f"A of {sorted(called ^ set(self.lora_a))} is missing or has no site")
+        for name, site in self.sites.items():
+            ratios = site.explained_variance_ratio
+            if name not in called:
+                if site.input != -1 or site.rank != site.configured_rank or site.rank < 1 or ratios:
+                    raise ValueError(f"site {name} saw no input, so it keeps its rank")
+                continue
+            a, expected = self.lora_a[name], (site.parts * site.rank, site.in_features)
+            if tuple(a.shape) != expected or a.dtype != torch.float32:
+                raise ValueError(
+                    f"A of {name} is {a.dtype} of shape {tuple(a.shape)}, expected float32 of shape {expected}"
+                )
+            if min(site.configured_rank, site.parts) < 1 or len(ratios) < site.rank:
+                raise ValueError(f"site {name} is out of range or has fewer ratios than ranks")
+            if not all(0 <= ratio < float("inf") for ratio in ratios):
+                raise ValueError(f"site {name} has a ratio that is negative or not finite")
+            if not bool(a.isfinite().all()):
+                raise ValueError(f"A of {name} holds NaN or Inf")
 
 
 def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = None) -> EvaPlan:

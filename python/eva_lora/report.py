@@ -26,8 +26,9 @@ class EvaReport:
         components_converged: How many leading components had converged.
         converged: Whether the layer as a whole had.
         shared_inputs: Layers fed by the same tensor, which share one statistic.
-        statistic: Per layer: "kind", "reason" it was chosen, and "nbytes"; where a layer has several matrices A
-            (experts), those of all together, and "rows", how many each of them saw. Empty where it saw no input.
+        statistic: Per layer: "kind", "reason" it was chosen, "nbytes", "rows" (what chose the rows that count) and
+            "skipped_rows" (left out for NaN or Inf); where a layer has several matrices A (experts), those of all
+            together, and "expert_rows", how many each of them saw. Empty where it saw no input.
         num_batches: Batches seen.
         num_rows: Unmasked rows (tokens) seen.
         seconds: Wall time: "total", "forward" (statistics included), "refresh".
@@ -97,10 +98,15 @@ class EvaReport:
             ("ranks", f"{sum(self.ranks.values())} of a budget of {self.budget}; {moved} moved between layers"),
             ("without adapter", f"{removed} layers were given rank 0"),
             ("converged", f"{sum(self.converged.values())} of {n} layers; stopped: {self.stop_reason}"),
-            ("data", f"{self.num_rows:,} rows in {self.num_batches} batches"),
+            ("data", f"{self.num_rows:,} rows in {self.num_batches} batches{self._left_out(states)}"),
+            ("rows that count", "; ".join(sorted({state["rows"] for state in self.statistic.values()}))),
             ("time", f"{total:.1f} s, {self.seconds['refresh']:.1f} s of it small algebra after the forwards"),
             ("statistics", f"{kinds.count('gram')} exact, {kinds.count('subspace')} subspace; {megabytes:.1f} MiB"),
         ]
+
+    def _left_out(self, states: dict[tuple[str, ...], dict[str, Any]]) -> str:
+        skipped = sum(state["skipped_rows"] for state in states.values())
+        return f"; {skipped:,} rows of layers' inputs left out for NaN or Inf" if skipped else ""
 
     def _inputs(self) -> list[list[str]]:
         shared = {name for names in self.shared_inputs for name in names}
@@ -132,10 +138,12 @@ def _statistic(site: SiteStatistics, statistics: EvaStatistics) -> dict[str, Any
     if not entries:
         return {}
     facts: dict[str, Any] = {
-        "kind": entries[0].kind, "reason": entries[0].reason, "nbytes": sum(entry.nbytes for entry in entries),
+        "rows": site.rows, "kind": entries[0].kind, "reason": entries[0].reason,
+        "nbytes": sum(entry.nbytes for entry in entries),
+        "skipped_rows": sum(entry.skipped_rows for entry in entries),
     }  # fmt: skip
     if len(site.inputs) > 1:
-        facts["rows"] = [statistics.inputs[index].num_rows if index >= 0 else 0 for index in site.inputs]
+        facts["expert_rows"] = [statistics.inputs[index].num_rows if index >= 0 else 0 for index in site.inputs]
     return facts
 
 

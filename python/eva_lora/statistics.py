@@ -25,6 +25,7 @@ class SiteStatistics:
         components_converged: How many leading components had.
         rank_multiple: What its rank must be a multiple of.
         removable: Whether its rank may become 0.
+        rows: What chose the rows of its input that count: "all rows", "attention_mask and labels", ...
     """
 
     name: str
@@ -35,6 +36,7 @@ class SiteStatistics:
     components_converged: int
     rank_multiple: int = 1
     removable: bool = True
+    rows: str = ""
 
     @property
     def input(self) -> int:
@@ -52,6 +54,7 @@ class InputStatistics:
         total_scatter: Σ ‖x − mean‖² over those rows.
         nbytes: Memory its state took during the pass.
         reason: Why this kind was chosen.
+        skipped_rows: Rows left out because they held NaN or Inf (``nonfinite="skip"``).
         eigenvalues: (q,) float64, of the centred scatter, descending.
         components: (q, d) float32, orthonormal rows: the leading principal directions.
     """
@@ -61,6 +64,7 @@ class InputStatistics:
     total_scatter: float
     nbytes: int
     reason: str
+    skipped_rows: int
     eigenvalues: Tensor
     components: Tensor
 
@@ -68,6 +72,26 @@ class InputStatistics:
         """Eigenvalues over the total scatter of all directions, kept or not (PEFT's ratio, not eq. 6)."""
         total = max(self.total_scatter, float(self.eigenvalues.sum()))
         return self.eigenvalues / total if total > 0 else torch.zeros_like(self.eigenvalues)
+
+    def check(self, index: int) -> None:
+        """Raise ValueError unless the numbers can be those of a statistic."""
+        values, rows = self.eigenvalues, self.components
+        if (
+            values.ndim != 1
+            or rows.ndim != 2
+            or rows.shape[0] != values.shape[0]
+            or not 0 < len(values) <= rows.shape[1]
+        ):
+            raise ValueError(
+                f"input {index}: expected eigenvalues (q,) and components (q, d) with 1 ≤ q ≤ d, got shapes "
+                f"{tuple(values.shape)} and {tuple(rows.shape)}"
+            )
+        if values.dtype != torch.float64 or rows.dtype != torch.float32:
+            raise ValueError(f"input {index}: expected float64 and float32, got {values.dtype} and {rows.dtype}")
+        if not (bool(values.isfinite().all()) and bool(rows.isfinite().all()) and bool((values >= 0).all())):
+            raise ValueError(f"input {index}: expected finite components, and eigenvalues of at least 0")
+        if min(self.num_rows, self.nbytes, self.skipped_rows) < 0 or not 0 <= self.total_scatter < float("inf"):
+            raise ValueError(f"input {index}: its totals are out of range")
 
 
 @dataclass(frozen=True)
@@ -110,19 +134,24 @@ class EvaStatistics:
         tensors, facts = storage.load(path, "statistics")
         try:
             inputs = [
-                InputStatistics(**entry, eigenvalues=tensors[f"{i}.eigenvalues"], components=tensors[f"{i}.components"])
+                storage.checked(
+                    InputStatistics,
+                    entry,
+                    eigenvalues=tensors.pop(f"{i}.eigenvalues"),
+                    components=tensors.pop(f"{i}.components"),
+                )
                 for i, entry in enumerate(facts.pop("inputs"))
             ]
-            sites = [SiteStatistics(**{**entry, "inputs": tuple(entry["inputs"])}) for entry in facts.pop("sites")]
-            facts["notes"] = tuple(facts["notes"])
-            statistics = cls(sites=sites, inputs=inputs, config=EvaConfig.from_dict(facts.pop("config")), **facts)
-        except (KeyError, TypeError) as error:
+            sites = [storage.checked(SiteStatistics, entry) for entry in facts.pop("sites")]
+            config = EvaConfig.from_dict(facts.pop("config"))
+            statistics = storage.checked(cls, facts, sites=sites, inputs=inputs, config=config)
+            statistics._check(tensors)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is no complete statistics file: {error}") from error
-        statistics._check(path)
         return statistics
 
     def _facts(self) -> dict[str, Any]:
-        names = ("kind", "num_rows", "total_scatter", "nbytes", "reason")
+        names = ("kind", "num_rows", "total_scatter", "nbytes", "reason", "skipped_rows")
         return {
             "sites": [asdict(site) for site in self.sites],
             "inputs": [{name: getattr(entry, name) for name in names} for entry in self.inputs],
@@ -135,17 +164,22 @@ class EvaStatistics:
             "notes": self.notes,
         }
 
-    def _check(self, path: str | Path) -> None:
+    def _check(self, unknown: dict[str, Tensor]) -> None:
+        """Raise ValueError where the parts of a file do not fit together."""
+        names = [site.name for site in self.sites]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("expected sites of different names")
+        if unknown:
+            raise ValueError(f"unknown tensors {sorted(unknown)}")
+        if min(self.num_batches, self.num_rows) < 0 or not {"total", "forward", "refresh"} <= set(self.seconds):
+            raise ValueError("its totals are out of range or incomplete")
+        for i, entry in enumerate(self.inputs):
+            entry.check(i)
         for site in self.sites:
-            for index in site.inputs:
-                if index == -1:
-                    continue
-                if not 0 <= index < len(self.inputs):
-                    raise ValueError(f"path: {path}: site {site.name} names input {index} of {len(self.inputs)}")
-                entry = self.inputs[index]
-                expected = (entry.eigenvalues.numel(), site.in_features)
-                if entry.components.shape != expected:
-                    raise ValueError(
-                        f"path: {path}: components of {site.name} have shape {tuple(entry.components.shape)}, "
-                        f"expected {expected}"
-                    )
+            if not site.inputs or not all(-1 <= index < len(self.inputs) for index in site.inputs):
+                raise ValueError(f"site {site.name} names inputs {site.inputs} of {len(self.inputs)}")
+            for width in {self.inputs[index].components.shape[1] for index in site.inputs if index >= 0}:
+                if site.in_features != width:
+                    raise ValueError(f"components of {site.name} have width {width}, expected {site.in_features}")
+            if min(site.rank, site.rank_multiple, site.in_features) < 1 or site.components_converged < 0:
+                raise ValueError(f"site {site.name} has rank {site.rank}, expected at least 1")

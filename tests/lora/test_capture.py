@@ -216,9 +216,3 @@ def test_a_row_mask_fits_inputs_of_these_shapes(shape, rows_expected):
     got, count = mask.of(torch.zeros(*shape, D), "layer")
     assert got.int().tolist() == rows_expected
     assert count == sum(got.flatten().int().tolist())
-
-
-def test_a_row_mask_that_fits_nothing_names_the_layer():
-    mask = RowMask(torch.ones(2, 5, dtype=torch.bool), 10)
-    with pytest.raises(ValueError, match=r"^layer vision\.proj: .* \(2, 7\), which fits no row mask"):
-        mask.of(torch.zeros(2, 7, D), "vision.proj")

@@ -31,7 +31,7 @@ def guarded(model):
         ({"tau": 1.5}, ValueError, r"^tau: expected a number between 0\.0 and 1\.0, got 1\.5"),
         ({"tau": -0.1}, ValueError, r"^tau: "),
         ({"convergence": "cosine"}, ValueError, r"^convergence: expected one of \('component', .* got 'cosine'"),
-        ({"nonfinite": "skip"}, ValueError, r"^nonfinite: 'skip' is not available yet; supported values: \('error',\)"),
+        ({"nonfinite": "ignore"}, ValueError, r"^nonfinite: expected one of \('error', 'skip'\), got 'ignore'"),
         ({"uncalled": "skip"}, ValueError, r"^uncalled: expected one of \('error', 'default'\), got 'skip'"),
         ({"impl": "cuda"}, ValueError, r"^impl: expected one of"),
         ({"statistic": "svd"}, ValueError, r"^statistic: expected one of"),
@@ -51,12 +51,6 @@ def test_options_are_checked_once_and_named(options, error, message):
 def test_a_config_of_another_kind_is_refused():
     with pytest.raises(TypeError, match=r"^config: expected eva_lora.EvaConfig or peft.EvaConfig, got dict"):
         eva_initialize(guarded(lora(tiny_llama())), token_batches(), {"rho": 2})
-
-
-@pytest.mark.parametrize("name", ["checkpoint", "checkpoint_every"])
-def test_arguments_of_later_versions_are_refused(name):
-    with pytest.raises(ValueError, match=f"^{name}: not available yet; supported values: None"):
-        eva_initialize(guarded(lora(tiny_llama())), token_batches(), **{name: 1})
 
 
 @pytest.mark.parametrize(("options", "name"), [({"min_rank": 5}, "budget"), ({"min_rank": 9}, "min_rank")])
@@ -191,7 +185,10 @@ def test_nonfinite_activations_name_the_layer_and_the_batch(value):
 
     model.base_model.model.model.layers[1].mlp.register_forward_hook(poison)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"^batch 2: NaN or Inf reached the input of model\.layers\.2\.self_attn"):
+    with pytest.raises(
+        ValueError,
+        match=r"^batch 2: NaN or Inf reached the input of model\.layers\.2\.self_attn.* \(an unknown number of rows\)",
+    ):
         eva_initialize(model, token_batches(), progress=False)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
@@ -211,8 +208,8 @@ def test_layers_that_are_not_called_are_named():
 
 
 def test_attention_masks_of_other_layouts_are_refused():
-    batch = {**token_batches(1)[0], "attention_mask": torch.ones(4, 1, 24, 24)}
-    with pytest.raises(ValueError, match=r"^attention_mask: expected shape \(batch, tokens\), got \(4, 1, 24, 24\)"):
+    batch = {**token_batches(1)[0], "attention_mask": torch.ones(4, 1, 1, 24, 24)}
+    with pytest.raises(ValueError, match=r"^attention_mask: expected shape \(batch, tokens\) or .* got \(4, 1, 1, 24,"):
         eva_initialize(lora(tiny_llama()), [batch], progress=False)
 
 

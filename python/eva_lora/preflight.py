@@ -1,0 +1,98 @@
+"""What must not have happened to a model before its ranks change: said before any work is done."""
+
+import gc
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["require_changeable", "require_loaded"]
+
+_WRAPPERS = {
+    "OptimizedModule": "compiled by torch.compile",
+    "DistributedDataParallel": "wrapped in DistributedDataParallel",
+    "FullyShardedDataParallel": "sharded by FullyShardedDataParallel",
+    "FSDPModule": "sharded by fully_shard",
+    "DeepSpeedEngine": "wrapped in a DeepSpeedEngine",
+}
+
+
+def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
+    """Raise unless the parameters of the LoRA layers may be replaced.
+
+    Args:
+        model: The model with LoRA layers.
+        ranks_change: Whether any rank may change. Without, A is written in place, which wrappers survive.
+
+    Raises:
+        ValueError: it is compiled or wrapped and ranks change, or an optimizer holds its LoRA parameters.
+    """
+    state = wrapped(model) if ranks_change else None
+    if state is not None:
+        raise ValueError(
+            f"model: it is {state}, and a new rank means new parameters that the wrapper would not see. Initialise "
+            "before wrapping; or collect, plan, build the model with plan.ranks as its rank_pattern, and apply; or "
+            "keep every rank with rho=1"
+        )
+    name = parameter_in_optimizer(model)
+    if name is not None:
+        raise ValueError(
+            f"model: an optimizer already holds {name}, and would go on training the parameter that EVA replaces. "
+            "Initialise first and make the optimizer (or Trainer) afterwards"
+        )
+
+
+def require_loaded(model: nn.Module) -> None:
+    """Raise ValueError if a weight of the base model is on the meta device and nothing will load it."""
+    on_meta = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if not hasattr(module, "_hf_hook")  # accelerate's: loads the weights when the module runs
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.device.type == "meta" and not is_lora(f"{prefix}.{name}")
+    ]
+    if on_meta:
+        raise ValueError(
+            f"model: {len(on_meta)} weights are on the meta device, the first is {on_meta[0]}; load them first"
+        )
+
+
+def wrapped(model: nn.Module) -> str | None:
+    """How the model or a part of it is compiled or wrapped, or None."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _WRAPPERS:
+                return _WRAPPERS[kind.__name__]
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return "compiled by module.compile()"
+    return None
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter's name is an adapter's, in any of the LoRA libraries: ``lora_A``, ``lora_down``, …"""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def parameter_in_optimizer(model: nn.Module) -> str | None:
+    """The name of a LoRA parameter that a living optimizer holds, or None."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if is_lora(name)}
+    found = _first_held(names)
+    if found is not None:
+        gc.collect()  # an optimizer that nobody can reach any more holds nothing
+        found = _first_held(names)
+    return found
+
+
+def _first_held(names: dict[int, str]) -> str | None:
+    return next((names[id(p)] for optimizer in _optimizers() for p in _held(optimizer) if id(p) in names), None)
+
+
+def _optimizers() -> Iterator[torch.optim.Optimizer]:
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), torch.optim.Optimizer):  # isinstance would ask proxies for their __class__
+            yield candidate
+
+
+def _held(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for group in getattr(optimizer, "param_groups", []):  # absent while one is being made
+        yield from group["params"]

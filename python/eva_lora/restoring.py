@@ -1,0 +1,112 @@
+"""What a pass borrows of the model and of the process, and gives back however the pass ends."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["borrowed", "without_autocast"]
+
+_FLAGS = ("training", "gradient_checkpointing", "use_nested_tensor")  # the second is transformers' switch
+_ABSENT = object()
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode, without gradients and without gradient checkpointing.
+
+    Afterwards, also after an exception or Ctrl-C: every module's training flag, gradient checkpointing flag and
+    hooks, the grad and autocast modes, and the global random generators (torch's, also of the model's GPUs,
+    Python's and NumPy's) are what they were, whatever the loader or a ``forward_fn`` did to them.
+    """
+    with ExitStack() as stack:
+        for keep in (_modes, _generators):
+            stack.callback(keep(model))
+        modules = list(model.modules())
+        stack.callback(_module_flags(modules))
+        stack.callback(_hooks(modules))
+        for module in modules:
+            module.training = False  # not eval(), which some libraries override to merge weights
+            # In eval mode the last would pack padded batches into nested tensors, which have no common shape.
+            for name in ("gradient_checkpointing", "use_nested_tensor"):
+                if vars(module).get(name) is True:
+                    vars(module)[name] = False
+        torch.set_grad_enabled(False)
+        yield
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Within it no product is rounded to the caller's autocast dtype: the statistics need every bit of theirs."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _module_flags(modules: list[nn.Module]) -> Callable[[], None]:
+    flags = [(module, name, vars(module).get(name, _ABSENT)) for module in modules for name in _FLAGS]
+
+    def restore() -> None:
+        for module, name, value in flags:
+            if value is not _ABSENT:
+                vars(module)[name] = value
+            else:
+                vars(module).pop(name, None)
+
+    return restore
+
+
+def _hooks(modules: list[nn.Module]) -> Callable[[], None]:
+    tables = [table for module in modules for name, table in vars(module).items() if _is_hook_table(name)]
+    registered = [(table, dict(table)) for table in tables]
+
+    def restore() -> None:
+        for table, before in registered:
+            if table != before:
+                table.clear()
+                table.update(before)
+
+    return restore
+
+
+def _is_hook_table(name: str) -> bool:
+    return "_hooks" in name and ("_forward" in name or "_backward" in name)
+
+
+def _modes(model: nn.Module) -> Callable[[], None]:
+    grad = torch.is_grad_enabled()
+    kinds = {"cpu"} | {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    autocast = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in kinds
+        if torch.amp.is_autocast_available(kind)
+    ]
+    cache = torch.is_autocast_cache_enabled()
+
+    def restore() -> None:
+        torch.set_grad_enabled(grad)
+        for kind, enabled, dtype in autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(cache)
+
+    return restore
+
+
+def _generators(model: nn.Module) -> Callable[[], None]:
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    states: list[tuple[Callable[[Any], object], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),  # noqa: NPY002 - the global one is what users draw from
+        *((lambda state, gpu=gpu: torch.cuda.set_rng_state(state, gpu), torch.cuda.get_rng_state(gpu)) for gpu in gpus),
+    ]
+
+    def restore() -> None:
+        for set_state, state in states:
+            set_state(state)
+
+    return restore
