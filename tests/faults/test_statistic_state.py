@@ -68,10 +68,10 @@ def test_what_was_loaded_shares_no_memory(kind):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(kind, change, message):
-    statistic = started(kind)
+    statistic = kind(D, Q)
     with pytest.raises(ValueError, match=message):
-        statistic.load_state_({**kind(D, Q).state(), **change})
-    assert same(statistic, started(kind))
+        statistic.load_state_({**started(kind).state(), **change})
+    assert same(statistic, kind(D, Q))
 
 
 @KINDS
