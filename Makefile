@@ -74,6 +74,7 @@ wheel-check: | $(BIN)/python
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_convergence.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/end_to_end.py --dtype float32
 	$(BIN)/python benchmarks/end_to_end.py --dtype bfloat16
 

@@ -137,7 +137,7 @@ class Statistic(ABC):
         return {name: value for name, value in vars(self).items() if name not in _OPTIONS}
 
     def load_state_(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave of a statistic made with the same arguments.
+        """Go on, in a fresh statistic, from what :meth:`state` gave of one made with the same arguments.
 
         Raises:
             ValueError: an entry is missing or unknown, or of another type, shape or dtype than a statistic of

@@ -246,7 +246,7 @@ def identity(model: nn.Module, run: "Run", device: torch.device, **callables: An
     autocast = torch.is_autocast_enabled(device.type)
     known = {
         "version": {name: version for name, version in versions().items() if name != "python"},
-        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "compiled module": use_core("auto") is not None,
         "threads": torch.get_num_threads(),

@@ -55,8 +55,8 @@ def collect(
     """Run the frozen model over batches until every layer's components have converged (or a bound is met).
 
     Nothing of the model's is changed: adapters are disabled, modules are in eval mode and hooked only while
-    it runs, and the global random generators are left alone. Arguments are those of
-    :func:`eva_lora.eva_initialize`.
+    it runs, and the global random generators are given back as they were (:mod:`eva_lora.restoring`). Arguments
+    are those of :func:`eva_lora.eva_initialize`.
 
     Returns:
         The statistics of every distinct layer input: enough to plan ranks and write A.
@@ -65,7 +65,9 @@ def collect(
         TypeError: ``model`` is no module, ``loader`` not iterable, ``config`` of another type, or a layer's
             input no floating-point tensor.
         ValueError: no LoRA layers, an empty loader, batches without a single unmasked row, a layer that the
-            first batch does not reach, NaN or Inf in a layer's input (the layer and the batch are named).
+            first batch does not reach, NaN or Inf in a layer's input (the layer, the batch and the rows are
+            named), a checkpoint that is damaged or of another run, a loader that does not replay.
+        OSError: the checkpoint cannot be written.
     """
     config = EvaConfig.of(config)
     if checkpoint is None and checkpoint_every is not None:

@@ -87,10 +87,11 @@ def _first_held(names: dict[int, str]) -> str | None:
     return next((names[id(p)] for optimizer in _optimizers() for p in _held(optimizer) if id(p) in names), None)
 
 
-def _optimizers() -> Iterator[torch.optim.Optimizer]:
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), torch.optim.Optimizer):  # isinstance would ask proxies for their __class__
-            yield candidate
+def _optimizers() -> list[torch.optim.Optimizer]:
+    objects = gc.get_objects()
+    # By type, many objects at a time; isinstance would ask proxies for their __class__.
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.optim.Optimizer)}
+    return [candidate for candidate in objects if type(candidate) in kinds] if kinds else []
 
 
 def _held(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

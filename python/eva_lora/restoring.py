@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .preflight import wrapped
+
 __all__ = ["borrowed", "without_autocast"]
 
 _FLAGS = ("training", "gradient_checkpointing", "use_nested_tensor")  # the second is transformers' switch
@@ -19,16 +21,18 @@ _ABSENT = object()
 def borrowed(model: nn.Module) -> Iterator[None]:
     """Within it the model is in eval mode, without gradients and without gradient checkpointing.
 
-    Afterwards, also after an exception or Ctrl-C: every module's training flag, gradient checkpointing flag and
-    hooks, the grad and autocast modes, and the global random generators (torch's, also of the model's GPUs,
-    Python's and NumPy's) are what they were, whatever the loader or a ``forward_fn`` did to them.
+    Afterwards, also after an exception or Ctrl-C, these are what they were, whatever the loader or a ``forward_fn``
+    did to them: every module's training flag, gradient checkpointing flag and (unless the model is compiled or
+    wrapped) hooks; the grad and autocast modes; the global random generators, torch's (also of the model's GPUs),
+    Python's and NumPy's.
     """
     with ExitStack() as stack:
         for keep in (_modes, _generators):
             stack.callback(keep(model))
         modules = list(model.modules())
         stack.callback(_module_flags(modules))
-        stack.callback(_hooks(modules))
+        if wrapped(model) is None:  # wrappers hang hooks of their own on modules, some of them in the first forward
+            stack.callback(_hooks(modules))
         for module in modules:
             module.training = False  # not eval(), which some libraries override to merge weights
             # In eval mode the last would pack padded batches into nested tensors, which have no common shape.

@@ -73,7 +73,7 @@ class Stream:
 
     def position(self) -> Position:
         """The place before the next batch."""
-        return Position(self.digests, self._loader.state_dict() if _has_position(self._loader) else None)  # type: ignore[attr-defined]
+        return Position(self.digests, _state_of(self._loader))
 
     def _next(self) -> Any:
         while True:
@@ -110,6 +110,16 @@ class Stream:
 
 def _has_position(loader: Any) -> bool:
     return callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+
+
+def _state_of(loader: Any) -> Any | None:
+    """The loader's place, None if it keeps none: it is then read again from its start."""
+    if not _has_position(loader):
+        return None
+    try:
+        return loader.state_dict()
+    except (AttributeError, NotImplementedError):  # accelerate's wrapper has the methods whether or not its loader does
+        return None
 
 
 def fingerprint(batch: Any) -> bytes:

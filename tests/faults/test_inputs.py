@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BatchEncoding,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from eva_lora import EvaConfig, collect, eva_initialize
 from eva_lora.batches import FITS_NO_MASK, RowMask, row_mask, to_device
@@ -248,6 +256,35 @@ def test_layers_whose_rows_fit_no_mask_count_whole_and_are_named():
     assert report.statistic["vision"]["rows"] == "all rows: they fit no mask of the batch"
     assert report.statistic["text"]["rows"] == "attention_mask"
     assert "all rows: they fit no mask of the batch; attention_mask" in str(report)
+
+
+def test_a_vision_language_model_masks_its_text_and_names_its_images():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes), image_token_id=59,
+        text_config=LlamaConfig(vocab_size=60, num_key_value_heads=2, **sizes),
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    model = peft.get_peft_model(
+        LlavaForConditionalGeneration(config), peft.LoraConfig(r=2, target_modules="all-linear")
+    )
+    generator, loader = torch.Generator().manual_seed(0), []
+    for _ in range(4):
+        ids = torch.randint(0, 58, (3, 12), generator=generator)
+        ids[:, 1:5] = 59
+        keep = torch.arange(12).expand(3, 12) < torch.tensor([12, 9, 7])[:, None]
+        pixels = torch.randn(3, 3, 16, 16, generator=generator)
+        loader.append({"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels})
+    with pytest.warns(UserWarning, match=r"^the inputs of 14 layers, the first is model\.vision_tower\."):
+        statistics = run(loader, model)
+    for site in statistics.sites:
+        rows = statistics.inputs[site.input].num_rows
+        if site.name.startswith("model.language_model"):
+            assert (site.rows, rows) == ("attention_mask", 4 * (12 + 9 + 7))
+        else:
+            assert site.rows == FITS_NO_MASK
+            assert rows == 4 * 3 * (4 if "projector" in site.name else 5)  # patches, and a class token in the tower
 
 
 def t5():

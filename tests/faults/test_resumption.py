@@ -182,6 +182,36 @@ def test_torchdatas_stateful_loader_resumes_within_a_round_and_at_its_end(tmp_pa
     assert fingerprint_of(run(loader(), path)) == expected
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_loader_that_accelerate_has_prepared_resumes(tmp_path, stateful):
+    """Its wrapper has ``state_dict()`` whether or not there is a state."""
+    accelerate = pytest.importorskip("accelerate")
+    rows = [{name: value[i] for name, value in batch.items()} for batch in tiny_batches(4) for i in range(2)]
+    options = accelerate.DataLoaderConfiguration(use_stateful_dataloader=stateful)
+
+    def loader():
+        plain = torch.utils.data.DataLoader(rows, batch_size=2)
+        return accelerate.Accelerator(cpu=True, dataloader_config=options).prepare(plain)
+
+    path, forwards = tmp_path / "pass.safetensors", 0
+
+    def cut(model, batch):
+        nonlocal forwards
+        forwards += 1
+        if forwards == 7:
+            raise Cut
+        model(**batch)
+
+    def collected(forward_fn, **where):
+        config = EvaConfig(max_batches=BATCHES, tau=1.0)
+        return collect(tiny_model(), loader(), config, progress=False, forward_fn=forward_fn, **where)
+
+    expected = fingerprint_of(collected(lambda model, batch: model(**batch)))
+    with pytest.raises(Cut):
+        collected(cut, checkpoint=path, checkpoint_every=1)
+    assert fingerprint_of(collected(lambda model, batch: model(**batch), checkpoint=path)) == expected
+
+
 def test_a_real_model_resumes_bit_equal(tmp_path):
     """MiniLM on real text, cut by Ctrl-C in the middle of a forward."""
     batches = [{name: value[:3, :32] for name, value in batch.items()} for batch in minilm_text_batches()[:3]]
