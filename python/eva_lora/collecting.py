@@ -76,7 +76,7 @@ def collect_with(
     """:func:`collect` for an adapter that is known already."""
     if adapter.skipped:
         named = "; ".join(f"{name}: {reason}" for name, reason in adapter.skipped.items())
-        warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=3)
+        warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=4)
     run = _Run(adapter, config)
     first, rest = first_batch(loader)
     early_stop = _may_stop_early(model, config, forward_fn)
@@ -285,7 +285,7 @@ class _Run:
             warnings.warn(
                 f"EVA stopped at {self.stop_reason}, after {self.num_batches} batches and {self.num_rows} rows, with "
                 f"{pending} of {len(self.sites)} layers not converged; see report.converged",
-                stacklevel=4,
+                stacklevel=5,
             )
         return EvaStatistics(
             sites=[

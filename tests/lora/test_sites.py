@@ -96,6 +96,14 @@ def test_what_was_registered_last_is_asked_first(registry, batches):
     assert asked[:2] == ["two", "one"]
 
 
+def test_what_a_registered_function_returns_is_checked(registry, batches):
+    register_adapter(lambda model: iter(sites_of(model)))
+    with pytest.raises(
+        TypeError, match=r"^register_adapter: expected .* to return a list of sites, .* got list_iterator"
+    ):
+        eva_initialize(Net(), batches, progress=False)
+
+
 def test_sites_can_be_passed(batches):
     net = Net()
     sites = sites_of(net)
@@ -219,6 +227,11 @@ def test_a_failing_write_changes_nothing(batches, monkeypatch):
             lambda net: [ParameterSite.of("first", net.first, "A", "base.weight")],
             ValueError,
             r"^layer first: expected A and base\.weight of one rank, got 4 and 12",
+        ),
+        (
+            lambda net: [ParameterSite.of("first", net.first, "C")],
+            ValueError,
+            r"^layer first: expected a parameter C, a Pl",
         ),
         (lambda net: [ParameterSite.of("first", net.first, "base")], TypeError, r"^layer first: .* got Linear"),
         (lambda net: [ParameterSite.of("first", net.first, "base.bias")], TypeError, r"^layer first: .* got shape"),

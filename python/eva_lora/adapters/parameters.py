@@ -221,7 +221,10 @@ def _get(module: nn.Module, path: str) -> Any:
 
 
 def _matrix(name: str, module: nn.Module, path: str) -> Tensor:
-    value = _get(module, path)
+    try:
+        value = _get(module, path)
+    except AttributeError:
+        raise ValueError(f"layer {name}: expected a parameter {path}, a {type(module).__name__} has none") from None
     if not isinstance(value, nn.Parameter) or value.ndim != 2:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"layer {name}: expected {path} to be a matrix parameter, got {got}")
