@@ -109,8 +109,10 @@ class _Run:
         self.config, self.sites, self.skipped = config, list(adapter.sites), dict(adapter.skipped)
         widths = [site.in_features for site in self.sites]
         self.members = list(range(len(self.sites)))  # sites the tracker follows: those that have data
-        self.candidates = self._candidates()
-        self._make_tracker(groups=[0] * len(self.sites))  # the widest sharing there can be: demands fail here or never
+        self.candidates = self._candidates(self.members, None)
+        self._make_tracker(
+            self.members, [0] * len(self.sites)
+        )  # the widest sharing there can be: demands fail here or never
         oversampling = config.oversampling or DEFAULT_OVERSAMPLING
         self.columns = [
             min(width, math.ceil(k * oversampling)) for width, k in zip(widths, self.candidates.tolist(), strict=True)
@@ -204,13 +206,14 @@ class _Run:
         self.seconds["refresh"] += time.perf_counter() - tick
 
     def _decide(self, updated: set[int]) -> None:
-        called = sorted({self.capture.site_of[stream] for stream, entry in self._streams() if entry is not None})
+        entries = enumerate(self.capture.input_of)
+        called = sorted({self.capture.site_of[stream] for stream, entry in entries if entry is not None})
         if self.tracker is None or called != self.members:
             # Which layers are called, and which share an input, is known only now; a layer that is called for the
             # first time in a later batch starts the count anew for all.
-            self.members, self.tracker = called, self._make_tracker(self.groups(called), called)
+            self.members, self.tracker = called, self._make_tracker(called, self.groups(called))
             updated = {self.capture.site_of[stream] for stream in self._latest}
-        rows = len(called), int(self._candidates(self.groups(called), called).max())
+        rows = len(called), int(self._candidates(called, self.groups(called)).max())
         cosines, overlaps, ratios = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         for row, site in enumerate(called):
             parts = [s for s in self.capture.streams_of[site] if s in self._latest]
@@ -225,9 +228,6 @@ class _Run:
         self.decision = self.tracker.update(cosines, ratios, overlaps, updated=mask)
         done = {site for site, is_done in zip(called, self.decision.done, strict=True) if is_done}
         self.capture.wanted = set(range(len(self.sites))) - (set() if self.config.equal_data else done)
-
-    def _streams(self) -> Iterator[tuple[int, Input | None]]:
-        return enumerate(self.capture.input_of)
 
     def _weights(self, streams: list[int]) -> list[float]:
         """Each part's share of a site's rows: what its mean over parts is weighted with."""
@@ -246,16 +246,15 @@ class _Run:
             for parts in streams
         ]
 
-    def _candidates(self, groups: list[int] | None = None, members: list[int] | None = None) -> np.ndarray[Any, Any]:
-        sites = [self.sites[i] for i in (self.members if members is None else members)]
+    def _candidates(self, members: list[int], groups: list[int] | None) -> np.ndarray[Any, Any]:
+        sites = [self.sites[i] for i in members]
         return candidate_components(
             [site.rank for site in sites], self.config.rho, widths=[site.in_features for site in sites],
             groups=groups, rank_multiple=self.config.rank_multiple, divisors=[site.rank_multiple for site in sites],
         )  # fmt: skip
 
-    def _make_tracker(self, groups: list[int], members: list[int] | None = None) -> ConvergenceTracker:
+    def _make_tracker(self, members: list[int], groups: list[int]) -> ConvergenceTracker:
         config = self.config
-        members = self.members if members is None else members
         sites = [self.sites[i] for i in members]
         return ConvergenceTracker(
             self.candidates[members], groups=groups, budget=sum(site.rank for site in sites), tau=config.tau,
@@ -272,12 +271,13 @@ class _Run:
                 f"against label_mask_value ({self.config.label_mask_value}) or set use_label_mask=False"
             )
         self._refresh([e for e in self.capture.inputs if e.statistic.pending_rows])
+        if self.decision is None:
+            raise ValueError(f"model: none of its {len(self.sites)} LoRA layers saw an unmasked row: {self.silent()}")
         tick = time.perf_counter()
         for entry in self.capture.inputs:
             entry.statistic.finish_()
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
-        assert self.decision is not None
         done = dict(zip(self.members, self.decision.done, strict=True))
         converged = dict(zip(self.members, self.decision.components_converged, strict=True))
         pending = int((~self.decision.done).sum())

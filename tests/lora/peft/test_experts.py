@@ -224,3 +224,15 @@ def test_a_layer_with_fewer_rows_than_its_rank_is_completed_and_named():
     a = lora_a_of(model)["0"]
     torch.testing.assert_close(a @ a.T, torch.eye(5), rtol=0, atol=1e-5)
     assert captured_share(a, scatter(rows.double())) >= 0.9999
+
+
+def test_a_model_none_of_whose_layers_is_called_is_an_error():
+    model = peft.get_peft_model(Routed(), peft.LoraConfig(r=2, target_modules=["experts.2"]))
+    data = [{**batch, "attention_mask": torch.ones(30, 1)} for batch in routes([0], [1])]
+
+    def forward(model, batch):
+        return model(x=batch["x"], route=batch["route"])
+
+    config = EvaConfig(max_batches=2, uncalled="default")
+    with pytest.raises(ValueError, match=r"^model: none of its 1 LoRA layers saw an unmasked row: \['experts\.2'\]"):
+        eva_initialize(model, data, config, forward_fn=forward, progress=False)
