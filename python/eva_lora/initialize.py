@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import LoraSite, find_adapter
+from .adapters import LoraSite, SiteAdapter, find_adapter
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect
 from .planning import EvaPlan, plan
@@ -55,6 +55,8 @@ def eva_initialize(
         ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was.
     """
     adapter = find_adapter(model, sites)
+    if isinstance(adapter, SiteAdapter):
+        adapter.writable()  # an error now, not after the pass
     if config is None:
         config = adapter.eva_config
     statistics = collect(

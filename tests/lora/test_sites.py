@@ -250,6 +250,9 @@ def test_sites_that_can_only_be_watched_are_refused_for_writing(batches):
     statistics = collect(net, batches, EvaConfig(max_batches=2), sites=sites, progress=False)
     with pytest.raises(TypeError, match=r"^sites: expected ParameterSite, which can be written, got \['LoraSite'\]"):
         apply(net, plan(statistics), sites=sites)
+    net.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass ran"))
+    with pytest.raises(TypeError, match=r"^sites: expected ParameterSite"):
+        eva_initialize(net, batches, sites=sites, progress=False)
 
 
 @pytest.mark.parametrize("piece", [1, 100, 10**6])
