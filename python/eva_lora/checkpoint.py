@@ -188,7 +188,7 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
     tracker_state = _unpacked(facts["tracker"], tensors)
     tracker = decision = None
     if tracker_state is not None:
-        tracker = run.make_tracker([int(group) for group in tracker_state["groups"]], progress.members)
+        tracker = run.make_tracker(progress.members, [int(group) for group in tracker_state["groups"]])
         tracker.load_state_dict(tracker_state)
         decision = tracker.decision()
     digests = tensors["digests"]

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,7 +94,7 @@ def collect_with(
     """:func:`collect` for an adapter that is known already."""
     if adapter.skipped:
         named = "; ".join(f"{name}: {reason}" for name, reason in adapter.skipped.items())
-        warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=3)
+        warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=4)
     require_loaded(model)
     run = Run(adapter, config, head=_head(model, adapter))
     device = _input_device(model)
@@ -155,8 +155,10 @@ class Run:
         self.config, self.sites, self.skipped = config, list(adapter.sites), dict(adapter.skipped)
         widths = [site.in_features for site in self.sites]
         self.members = list(range(len(self.sites)))  # sites the tracker follows: those that have data
-        self.candidates = self._candidates()
-        self.make_tracker(groups=[0] * len(self.sites))  # the widest sharing there can be: demands fail here or never
+        self.candidates = self._candidates(self.members, None)
+        self.make_tracker(
+            self.members, [0] * len(self.sites)
+        )  # the widest sharing there is: demands fail here or never
         oversampling = config.oversampling or DEFAULT_OVERSAMPLING
         self.columns = [
             min(width, math.ceil(k * oversampling)) for width, k in zip(widths, self.candidates.tolist(), strict=True)
@@ -283,6 +285,12 @@ class Run:
         streams = [[self.capture.input_of[s] for s in self.capture.streams_of[i]] for i in range(len(self.sites))]
         return [self.sites[i].name for i, entries in enumerate(streams) if not any(entries)]
 
+    def _rows_of(self, site: int) -> int | None:
+        """Rows that a site's inputs hold; None where it was not called."""
+        entries = [self.capture.input_of[stream] for stream in self.capture.streams_of[site]]
+        counts = [entry.statistic.num_rows for entry in entries if entry is not None]
+        return sum(counts) if counts else None
+
     def _refresh(self, inputs: list[Input]) -> None:
         if not inputs:
             return
@@ -298,13 +306,14 @@ class Run:
         self.seconds["refresh"] += time.perf_counter() - tick
 
     def _decide(self, updated: set[int]) -> None:
-        called = sorted({self.capture.site_of[stream] for stream, entry in self._streams() if entry is not None})
+        entries = enumerate(self.capture.input_of)
+        called = sorted({self.capture.site_of[stream] for stream, entry in entries if entry is not None})
         if self.tracker is None or called != self.members:
             # Which layers are called, and which share an input, is known only now; a layer that is called for the
             # first time in a later batch starts the count anew for all.
-            self.members, self.tracker = called, self.make_tracker(self.groups(called), called)
+            self.members, self.tracker = called, self.make_tracker(called, self.groups(called))
             updated = {self.capture.site_of[stream] for stream in self.latest}
-        rows = len(called), int(self._candidates(self.groups(called), called).max())
+        rows = len(called), int(self._candidates(called, self.groups(called)).max())
         cosines, overlaps, ratios, gains = (np.zeros(rows) for _ in range(4))
         for row, site in enumerate(called):
             parts = [s for s in self.capture.streams_of[site] if s in self.latest]
@@ -320,9 +329,6 @@ class Run:
         self.decision = self.tracker.update(cosines, ratios, overlaps, gains, updated=mask)
         done = {site for site, is_done in zip(called, self.decision.done, strict=True) if is_done}
         self.capture.wanted = set(range(len(self.sites))) - (set() if self.config.equal_data else done)
-
-    def _streams(self) -> Iterator[tuple[int, Input | None]]:
-        return enumerate(self.capture.input_of)
 
     def _weights(self, streams: list[int]) -> list[float]:
         """Each part's share of a site's rows: what its mean over parts is weighted with."""
@@ -341,17 +347,16 @@ class Run:
             for parts in streams
         ]
 
-    def _candidates(self, groups: list[int] | None = None, members: list[int] | None = None) -> np.ndarray[Any, Any]:
-        sites = [self.sites[i] for i in (self.members if members is None else members)]
+    def _candidates(self, members: list[int], groups: list[int] | None) -> np.ndarray[Any, Any]:
+        sites = [self.sites[i] for i in members]
         return candidate_components(
             [site.rank for site in sites], self.config.rho, widths=[site.in_features for site in sites],
             groups=groups, rank_multiple=self.config.rank_multiple, divisors=[site.rank_multiple for site in sites],
         )  # fmt: skip
 
-    def make_tracker(self, groups: list[int], members: list[int] | None = None) -> ConvergenceTracker:
-        """The tracker of sites (None: all), given a label of each one's input."""
+    def make_tracker(self, members: list[int], groups: list[int]) -> ConvergenceTracker:
+        """The tracker of some of the sites, given a label of each one's input."""
         config = self.config
-        members = self.members if members is None else members
         sites = [self.sites[i] for i in members]
         return ConvergenceTracker(
             self.candidates[members], groups=groups, budget=sum(site.rank for site in sites), tau=config.tau,
@@ -367,20 +372,20 @@ class Run:
                 f"loader: {self.num_batches} batches held no unmasked row; check attention_mask, and labels "
                 f"against label_mask_value ({self.config.label_mask_value}) or set use_label_mask=False"
             )
-        empty = [site.name for site, entry in zip(self.sites, self.capture.input_of, strict=True)
-                 if entry is not None and entry.statistic.num_rows == 0]  # fmt: skip
+        empty = [site.name for i, site in enumerate(self.sites) if self._rows_of(i) == 0]
         if empty:
             raise ValueError(
                 f"loader: {self.num_batches} batches held no row that counts for {', '.join(empty)}: all were masked, "
                 "or left out for NaN or Inf"
             )
         self._refresh([e for e in self.capture.inputs if e.statistic.pending_rows])
+        if self.decision is None:
+            raise ValueError(f"model: none of its {len(self.sites)} LoRA layers saw an unmasked row: {self.silent()}")
         tick = time.perf_counter()
         for entry in self.capture.inputs:
             entry.statistic.finish_()
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
-        assert self.decision is not None
         done = dict(zip(self.members, self.decision.done, strict=True))
         converged = dict(zip(self.members, self.decision.components_converged, strict=True))
         astray = [name for name, rules in self.rules.items() if FITS_NO_MASK in rules]
@@ -395,7 +400,7 @@ class Run:
             warnings.warn(
                 f"EVA stopped at {self.stop_reason}, after {self.num_batches} batches and {self.num_rows} rows, with "
                 f"{pending} of {len(self.sites)} layers not converged; see report.converged",
-                stacklevel=4,
+                stacklevel=5,
             )
         return EvaStatistics(
             sites=[

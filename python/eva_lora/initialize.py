@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import LoraSite, find_adapter
+from .adapters import LoraSite, SiteAdapter, find_adapter
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect
 from .config import EvaConfig
@@ -60,6 +60,8 @@ def eva_initialize(
         ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was.
     """
     adapter = find_adapter(model, sites)
+    if isinstance(adapter, SiteAdapter):
+        adapter.writable()  # an error now, not after the pass
     config = EvaConfig.of(adapter.eva_config if config is None else config)
     require_changeable(model, ranks_change=config.rho != 1 or config.rank_multiple != 1)
     statistics = collect(

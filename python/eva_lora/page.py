@@ -87,7 +87,7 @@ def render(report: "EvaReport") -> str:
             "captured": report.captured(name),
             "converged": report.converged[name],
             "components": report.components_converged[name],
-            "statistic": report.statistic[name]["kind"],
+            "statistic": report.statistic[name].get("kind", "none"),
         }
         for name, rank in report.ranks.items()
     ]
@@ -101,7 +101,7 @@ def render(report: "EvaReport") -> str:
     config = {name: repr(value) for name, value in report.config.items()}
     return environment.get_template("report.html").render(
         facts=report.facts(), figures=figures, layers=layers, shared=report.shared_inputs, config=config,
-        versions=report.to_dict()["versions"],
+        versions=report.to_dict()["versions"], notes=report.notes,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -303,7 +303,7 @@ class _PreparedSite(LoraSite):
     """A site whose rows a function of the caller's chooses. It shares its input with none."""
 
     full_name: str = ""
-    prepared: _Prepared = field(default=None)  # type: ignore[assignment]
+    prepared: _Prepared | None = None
 
     @classmethod
     def of(cls, site: LoraSite, prefix: str, prepared: _Prepared) -> "_PreparedSite | LoraSite":
@@ -315,6 +315,7 @@ class _PreparedSite(LoraSite):
         )  # fmt: skip
 
     def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:
+        assert self.prepared is not None
         return (Taken(self.prepared.rows(args or tuple(kwargs.values()), self.full_name)),)
 
 

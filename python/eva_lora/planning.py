@@ -177,7 +177,7 @@ def _allocate(
                     f"rho: {config.rho} asks for {candidates[i]} components of {site.name}, but the statistics hold "
                     f"{len(known)}; collect with this rho"
                 )
-            ratios[i, : candidates[i]] += known[: candidates[i]] * (entry.num_rows / rows)
+            ratios[i, : candidates[i]] += known[: candidates[i]] * (entry.num_rows / max(1, rows))
     allocated = allocate_ranks(
         ratios, candidates, budget, groups=groups, min_rank=config.least_rank(s.removable for s in sites),
         max_rank=config.max_rank, rank_multiple=config.rank_multiple, divisors=divisors,
@@ -194,11 +194,13 @@ def _lora_a(
     few = [i for i, entry in enumerate(entries) if entry is None or entry.num_rows <= rank]
     if rank == 0 or not few:
         return torch.cat([_rows(name, e.components, e.eigenvalues, rank, config) for e in entries if e is not None]), ""
+    components, eigenvalues, known = _pooled([entry for entry in entries if entry is not None], rank, config.seed)
     if len(entries) == 1:
         assert entries[0] is not None
-        note = f"{name} saw only {entries[0].num_rows} rows for its rank of {rank}: the directions beyond are arbitrary"
-        return _rows(name, entries[0].components, entries[0].eigenvalues, rank, config), note
-    components, eigenvalues, known = _pooled([entry for entry in entries if entry is not None], rank, config.seed)
+        note = (
+            f"{name} saw only {entries[0].num_rows} rows for its rank of {rank}: {rank - known} of its rows are random"
+        )
+        return _rows(name, components, eigenvalues, rank, config), note
     parts = []
     for i, entry in enumerate(entries):
         source = (components, eigenvalues) if i in few or entry is None else (entry.components, entry.eigenvalues)
@@ -218,13 +220,14 @@ def _pooled(entries: list[InputStatistics], rank: int, seed: int) -> tuple[Tenso
     orthonormal ones; and how many there are before those."""
     weighted = torch.cat([e.components.double() * e.eigenvalues.clamp_min(0).sqrt()[:, None] for e in entries])
     _, singular_values, rows = torch.linalg.svd(weighted, full_matrices=False)
-    tolerance = float(singular_values[0]) * torch.finfo(torch.float32).eps * max(weighted.shape)
-    known = min(rank, int((singular_values > tolerance).sum()))
+    variances = singular_values.square()
+    rounding = float(variances[0]) * torch.finfo(torch.float32).eps * max(weighted.shape)  # of a float32 product
+    known = min(rank, int((variances > rounding).sum()))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rank - known, weighted.shape[1], generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(torch.cat([rows[:known], noise]).T).Q.T
     eigenvalues = torch.zeros(rank, dtype=torch.float64)
-    eigenvalues[:known] = singular_values[:known].square()
+    eigenvalues[:known] = variances[:known]
     return basis.float(), eigenvalues, known
 
 

@@ -89,7 +89,7 @@ class EvaReport:
         n = len(self.ranks)
         states = {tuple(names): self.statistic[names[0]] for names in self._inputs()}
         megabytes = sum(state.get("nbytes", 0) for state in states.values()) / 2**20
-        kinds = [state["kind"] for state in states.values() for _ in state.get("rows", [0]) if state]
+        kinds = [state["kind"] for state in states.values() for _ in state.get("expert_rows", [0]) if state]
         moved = sum(abs(self.ranks[k] - self.configured_ranks[k]) for k in self.ranks) // 2
         removed = sum(rank == 0 for rank in self.ranks.values())
         total = self.seconds["total"]
@@ -99,13 +99,13 @@ class EvaReport:
             ("without adapter", f"{removed} layers were given rank 0"),
             ("converged", f"{sum(self.converged.values())} of {n} layers; stopped: {self.stop_reason}"),
             ("data", f"{self.num_rows:,} rows in {self.num_batches} batches{self._left_out(states)}"),
-            ("rows that count", "; ".join(sorted({state["rows"] for state in self.statistic.values()}))),
+            ("rows that count", "; ".join(sorted({state["rows"] for state in self.statistic.values() if state}))),
             ("time", f"{total:.1f} s, {self.seconds['refresh']:.1f} s of it small algebra after the forwards"),
             ("statistics", f"{kinds.count('gram')} exact, {kinds.count('subspace')} subspace; {megabytes:.1f} MiB"),
         ]
 
     def _left_out(self, states: dict[tuple[str, ...], dict[str, Any]]) -> str:
-        skipped = sum(state["skipped_rows"] for state in states.values())
+        skipped = sum(state.get("skipped_rows", 0) for state in states.values())
         return f"; {skipped:,} rows of layers' inputs left out for NaN or Inf" if skipped else ""
 
     def _inputs(self) -> list[list[str]]:

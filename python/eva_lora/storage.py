@@ -150,8 +150,10 @@ def checked(cls: type[D], values: Any, **others: Any) -> D:
 def _as(expected: Any, value: Any, name: str) -> Any:
     """``value``, read from JSON, as the declared type; JSON knows lists alone where a type may be a tuple."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if expected is Any or (expected is float and type(value) is int):
+    if expected is Any:
         return value
+    if expected is float and type(value) is int and abs(value) < 2**63:
+        return float(value)
     if origin in (Union, types.UnionType):
         for option in arguments:
             try:

@@ -16,7 +16,7 @@ pytestmark = [
 
 def initialise(kind, model):
     batches = kind.batches()
-    return eva_initialize(model, batches, EvaConfig(max_batches=len(batches), **kind.config), progress=False)
+    return eva_initialize(model, batches, EvaConfig(max_batches=len(batches), tau=1.0, **kind.config), progress=False)
 
 
 def outputs(model, batch):

@@ -96,6 +96,14 @@ def test_what_was_registered_last_is_asked_first(registry, batches):
     assert asked[:2] == ["two", "one"]
 
 
+def test_what_a_registered_function_returns_is_checked(registry, batches):
+    register_adapter(lambda model: iter(sites_of(model)))
+    with pytest.raises(
+        TypeError, match=r"^register_adapter: expected .* to return a list of sites, .* got list_iterator"
+    ):
+        eva_initialize(Net(), batches, progress=False)
+
+
 def test_sites_can_be_passed(batches):
     net = Net()
     sites = sites_of(net)
@@ -220,6 +228,11 @@ def test_a_failing_write_changes_nothing(batches, monkeypatch):
             ValueError,
             r"^layer first: expected A and base\.weight of one rank, got 4 and 12",
         ),
+        (
+            lambda net: [ParameterSite.of("first", net.first, "C")],
+            ValueError,
+            r"^layer first: expected a parameter C, a Pl",
+        ),
         (lambda net: [ParameterSite.of("first", net.first, "base")], TypeError, r"^layer first: .* got Linear"),
         (lambda net: [ParameterSite.of("first", net.first, "base.bias")], TypeError, r"^layer first: .* got shape"),
     ],
@@ -237,6 +250,9 @@ def test_sites_that_can_only_be_watched_are_refused_for_writing(batches):
     statistics = collect(net, batches, EvaConfig(max_batches=2), sites=sites, progress=False)
     with pytest.raises(TypeError, match=r"^sites: expected ParameterSite, which can be written, got \['LoraSite'\]"):
         apply(net, plan(statistics), sites=sites)
+    net.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass ran"))
+    with pytest.raises(TypeError, match=r"^sites: expected ParameterSite"):
+        eva_initialize(net, batches, sites=sites, progress=False)
 
 
 @pytest.mark.parametrize("piece", [1, 100, 10**6])

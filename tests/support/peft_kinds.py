@@ -221,7 +221,7 @@ def unet_batches():
             "timestep": torch.randint(0, 1000, (6,), generator=generator),
             "encoder_hidden_states": torch.randn(6, 7, 24, generator=generator),
         }
-        for _ in range(3)
+        for _ in range(6)
     ]
 
 

@@ -80,8 +80,15 @@ def find_adapter(model: nn.Module, sites: Sequence[LoraSite] | None = None) -> L
 
     for find in (*reversed(_registered), peft.find):
         found = find(model)
-        if found:
-            return SiteAdapter(found) if isinstance(found, Sequence) else found
+        if isinstance(found, Sequence) and found:
+            return SiteAdapter(found)
+        if found is not None and not isinstance(found, Sequence):
+            if not all(hasattr(found, name) for name in ("sites", "skipped", "eva_config", "disabled", "apply")):
+                raise TypeError(
+                    f"register_adapter: expected {find!r} to return a list of sites, a LoraAdapter or None, got "
+                    f"{type(found).__name__}"
+                )
+            return found
     raise ValueError(
         "model: found no LoRA layers. Add them first, for example peft.get_peft_model(model, LoraConfig(...)); for "
         "layers of your own see eva_lora.register_adapter. Known: PEFT's LoRA."

@@ -161,6 +161,18 @@ class SiteAdapter:
             for factor, value in zip(second, values, strict=True):
                 factor.data.copy_(value)
 
+    def writable(self) -> list[ParameterSite]:
+        """The sites, all of which can be written.
+
+        Raises:
+            TypeError: some can only be watched.
+        """
+        writable = [site for site in self.sites if isinstance(site, ParameterSite)]
+        if len(writable) < len(self.sites):
+            kinds = sorted({type(site).__name__ for site in self.sites} - {type(site).__name__ for site in writable})
+            raise TypeError(f"sites: expected ParameterSite, which can be written, got {kinds}")
+        return writable
+
     @torch.no_grad()
     def apply(self, plan: "EvaPlan") -> None:
         """Write A, zero B and set the ranks: all of it, or nothing.
@@ -170,10 +182,7 @@ class SiteAdapter:
             ValueError: the plan is for other layers, or for layers of another rank or width.
         """
         check_plan(plan, self.sites)
-        writable = [site for site in self.sites if isinstance(site, ParameterSite)]
-        if len(writable) < len(self.sites):
-            kinds = sorted({type(site).__name__ for site in self.sites} - {type(site).__name__ for site in writable})
-            raise TypeError(f"sites: expected ParameterSite, which can be written, got {kinds}")
+        writable = self.writable()
         snapshots = [site.snapshot() for site in writable]
         try:
             for site in writable:
@@ -221,7 +230,10 @@ def _get(module: nn.Module, path: str) -> Any:
 
 
 def _matrix(name: str, module: nn.Module, path: str) -> Tensor:
-    value = _get(module, path)
+    try:
+        value = _get(module, path)
+    except AttributeError:
+        raise ValueError(f"layer {name}: expected a parameter {path}, a {type(module).__name__} has none") from None
     if not isinstance(value, nn.Parameter) or value.ndim != 2:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"layer {name}: expected {path} to be a matrix parameter, got {got}")

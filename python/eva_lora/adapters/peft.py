@@ -153,6 +153,8 @@ class PeftAdapter:
         adapter = self.name
         old_rank, alpha = layer.r[adapter], layer.lora_alpha[adapter]
         on_meta = factors(layer, adapter)[0][0].device.type == "meta"
+        if lora_a is None and not on_meta:  # A stays, even where what depends on B starts over
+            lora_a = torch.cat([weight.clone().flatten(1) for weight in factors(layer, adapter)[0]])
         if site.rank != old_rank or on_meta or adapter in layer.lora_variant:
             if adjust:
                 growth = site.rank / old_rank

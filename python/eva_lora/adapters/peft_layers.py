@@ -141,6 +141,8 @@ def site_of(name: str, layer: Any, adapter: str) -> LoraSite:
         return ConvSite(name, layer, patches.width, rank, patches=patches)
     if not isinstance(lora_a, nn.Linear):
         raise Skipped(f"its A is a {type(lora_a).__name__}")
+    if lora_a.weight.shape[0] != rank:
+        raise ValueError(f"model: A of {name} has shape {tuple(lora_a.weight.shape)}, expected rank {rank}")
     return LoraSite(name, layer, lora_a.weight.shape[1], rank)
 
 

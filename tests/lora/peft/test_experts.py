@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from eva_lora import EvaConfig, EvaPlan, EvaStatistics, apply, collect, eva_initialize, plan
+from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, apply, collect, eva_initialize, plan
 from support.kinds import call
 from support.models import captured_share, lora_a_of, scatter, token_batches
 from support.peft_kinds import EXPERTS, gpt_oss, mixtral
@@ -62,7 +62,7 @@ def test_counts_are_those_of_each_expert():
     report = eva_initialize(adapted(mixtral()), batches, EvaConfig(max_batches=3), progress=False)
     rows = routed(mixtral(), batches)
     for parameter in ("gate_up_proj", "down_proj"):
-        assert report.statistic[f"model.layers.0.mlp.experts.{parameter}"]["rows"] == [len(r) for r in rows]
+        assert report.statistic[f"model.layers.0.mlp.experts.{parameter}"]["expert_rows"] == [len(r) for r in rows]
     assert not report.notes
 
 
@@ -73,7 +73,7 @@ def test_padding_is_routed_nowhere():
     model = adapted(mixtral())
     report = eva_initialize(model, batches, EvaConfig(max_batches=3), progress=False)
     rows = routed(mixtral(), batches, lambda batch: batch["attention_mask"])
-    assert report.statistic["model.layers.0.mlp.experts.gate_up_proj"]["rows"] == [len(r) for r in rows]
+    assert report.statistic["model.layers.0.mlp.experts.gate_up_proj"]["expert_rows"] == [len(r) for r in rows]
     for a, mine in zip(first_gate_up(model), rows, strict=True):
         assert captured_share(a, scatter(torch.stack(mine))) >= 0.999
 
@@ -83,7 +83,7 @@ def test_an_expert_without_rows_takes_the_leading_directions_of_all(tmp_path):
     model = adapted(shunning(1))
     report = eva_initialize(model, batches, EvaConfig(max_batches=4), progress=False)
     gate_up = "model.layers.0.mlp.experts.gate_up_proj"
-    assert report.statistic[gate_up]["rows"][1] == 0
+    assert report.statistic[gate_up]["expert_rows"][1] == 0
     assert sum(gate_up in note for note in report.notes) == 1
     note = next(note for note in report.notes if gate_up in note)
     assert re.search(
@@ -163,6 +163,10 @@ def test_layers_that_are_never_called_keep_rank_and_a_where_that_is_allowed(tmp_
     assert eva_plan.ranks["experts.2"] == 2
     assert sum(eva_plan.ranks.values()) == 6
     assert eva_plan.notes == ("experts.2 saw no input: it keeps its rank and its initial A",)
+    report = EvaReport.of(statistics, eva_plan)
+    assert report.statistic["experts.2"] == {}
+    assert eva_plan.notes[0] in (report.save(tmp_path / "report") / "report.html").read_text("utf-8")
+    assert eva_plan.notes[0] in str(report)
     base, rows = Routed(), []
     base.experts[1].register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
     with torch.no_grad():
@@ -190,3 +194,45 @@ def test_a_budget_that_layers_without_input_eat_up_is_refused():
     statistics = collect(routed_model(), routes([0], [0]), EvaConfig(max_batches=2, uncalled="default"), progress=False)
     with pytest.raises(ValueError, match=r"^budget: expected more than the 4 that layers without input keep, got 4"):
         plan(statistics, budget=4)
+
+
+def test_a_layer_that_keeps_its_a_under_dora_still_computes_its_base():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.used, self.spare = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x, both=False):
+            return self.used(x) + (self.spare(x) if both else 0)
+
+    config = peft.LoraConfig(r=2, target_modules=["used", "spare"], use_dora=True, init_lora_weights=False)
+    model = peft.get_peft_model(Wide(), config)
+    before = lora_a_of(model)["spare"].clone()
+    data = [{"x": torch.randn(20, 8)} for _ in range(2)]
+    eva_initialize(model, data, EvaConfig(max_batches=2, uncalled="default"), progress=False)
+    assert torch.equal(lora_a_of(model)["spare"], before)
+    with torch.no_grad():
+        assert torch.equal(model(data[0]["x"], both=True), Wide()(data[0]["x"], both=True))
+
+
+def test_a_layer_with_fewer_rows_than_its_rank_is_completed_and_named():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(r=5, target_modules=["0"]))
+    rows = torch.randn(3, 8)
+    report = eva_initialize(model, [rows], EvaConfig(max_batches=1, rho=1.0), progress=False)
+    assert report.notes == ("0 saw only 3 rows for its rank of 5: 3 of its rows are random",)
+    a = lora_a_of(model)["0"]
+    torch.testing.assert_close(a @ a.T, torch.eye(5), rtol=0, atol=1e-5)
+    assert captured_share(a, scatter(rows.double())) >= 0.9999
+
+
+def test_a_model_none_of_whose_layers_is_called_is_an_error():
+    model = peft.get_peft_model(Routed(), peft.LoraConfig(r=2, target_modules=["experts.2"]))
+    data = [{**batch, "attention_mask": torch.ones(30, 1)} for batch in routes([0], [1])]
+
+    def forward(model, batch):
+        return model(x=batch["x"], route=batch["route"])
+
+    config = EvaConfig(max_batches=2, uncalled="default")
+    with pytest.raises(ValueError, match=r"^model: none of its 1 LoRA layers saw an unmasked row: \['experts\.2'\]"):
+        eva_initialize(model, data, config, forward_fn=forward, progress=False)

@@ -7,7 +7,7 @@ from torch import nn
 
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
 from support.kinds import attention, call, watched
-from support.models import captured_share, scatter, token_batches
+from support.models import captured_share, lora_a_of, scatter, token_batches
 from support.peft_kinds import EXPERTS, Attentive, mixtral, seeded, tensors, unet, unet_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -51,6 +51,33 @@ def test_an_encoder_that_packs_its_padding_is_captured():
             mixed.append(attention(first.get_base_layer(), (alone, alone, alone), {})[1])
     a = first.base_layer.out_proj.lora_A["default"].weight.detach()
     assert captured_share(a, scatter(torch.cat(mixed).detach())) >= 0.9999
+
+
+class Called(nn.Module):
+    """One layer called by keyword, with rows alone, and with a strided view."""
+
+    def __init__(self):
+        super().__init__()
+        self.keyword, self.rows, self.strided = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.keyword(x=x).mean() + self.rows(x[:, 0]).mean() + self.strided(x.transpose(0, 1)[::2]).mean()
+
+
+def test_layers_are_captured_however_they_are_called():
+    class Keyword(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    base = seeded(Called)()
+    base.keyword = Keyword(8, 8)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["keyword", "rows", "strided"]))
+    data = tensors(20, 6, 8, count=3)
+    eva_initialize(model, data, EvaConfig(max_batches=3, tau=1.0), progress=False)
+    x = torch.cat(data).double()
+    seen = {"keyword": x, "rows": x[:, 0], "strided": x[:, ::2]}
+    for name, a in lora_a_of(model).items():
+        assert captured_share(a, scatter(seen[name].reshape(-1, 8))) >= 0.9999
 
 
 class SequenceFirst(nn.Module):
