@@ -33,7 +33,7 @@ def save(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict[st
         raise IsADirectoryError(f"path: expected a file name for the {kind}, got the folder {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     written = json.dumps(facts, allow_nan=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     header = {
         "kind": kind,
         "format_version": str(FORMAT_VERSION),
@@ -98,6 +98,17 @@ def remove_leftovers(path: str | Path) -> None:
     path = Path(path)
     for staging in path.parent.glob(f"{_staging_prefix(path)}*"):
         staging.unlink(missing_ok=True)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each in memory of its own: safetensors writes no two from one."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return result
 
 
 def _staging_prefix(path: Path) -> str:

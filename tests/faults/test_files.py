@@ -274,6 +274,13 @@ def test_a_save_that_fails_leaves_what_was_there(files, kind, tmp_path, monkeypa
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    x = torch.arange(6.0)
+    tensors = {"all": x, "same": x, "part": x[2:], "turned": x.view(2, 3).T, "none": x[:0]}
+    loaded, _ = storage.load(storage.save(tmp_path / "file", "plan", tensors, {}), "plan")
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+
+
 def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     steps = []
     for name in ("fsync", "replace"):
