@@ -1,5 +1,6 @@
 """Forward hooks that fold each distinct layer input into its statistic, once, while it is alive."""
 
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class Capture:
         self.input_of: list[Input | None] = [None] * len(sites)
         self.wanted = set(range(len(sites)))  # sites still accumulating; the others' hooks do nothing
         self.rows_in_batch = 0
+        self.seconds = 0.0  # on the host, folding rows in; on a GPU, launching the work
         self._mask = RowMask(None, None)
         self._live: dict[int, tuple[Input, int]] = {}  # id of a tensor in this forward -> input, index of the call
         self._num_calls = [0] * len(sites)
@@ -181,7 +183,9 @@ class Capture:
         mask, num_rows = self._mask.of(x, self.sites[site].name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
+        tick = time.perf_counter()
         entry.statistic.accumulate_(x.detach(), mask, num_rows=num_rows, sign=sign)
+        self.seconds += time.perf_counter() - tick
 
     def _split(self, entry: Input, site: int) -> Input:
         """Give ``site`` a statistic of its own, without the calls it did not share."""

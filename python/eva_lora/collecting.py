@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from eva_kernels.allocation import candidate_components
 from eva_kernels.convergence import ConvergenceTracker, Decision
@@ -20,6 +19,8 @@ from .adapters import LoraAdapter, find_adapter
 from .batches import ForwardFn, RowMaskFn, default_forward, endless, first_batch, row_mask, to_device
 from .capture import Capture, Input
 from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, REFRESH_PERIOD, EvaConfig
+from .measurements import Trace, peak_memory
+from .progress import Progress
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
 __all__ = ["collect"]
@@ -62,7 +63,7 @@ def collect(
     early_stop = _may_stop_early(model, config, forward_fn)
     forward = forward_fn or default_forward
     device = _input_device(model)
-    bar = tqdm(total=None, desc="EVA", unit="batch", disable=None if progress else True)
+    bar = Progress(len(adapter.sites), config, enabled=progress)
     with bar, _frozen(model), adapter.disabled(), run.capture.hooks():
         for batch in endless(first, rest, loader):
             batch = to_device(batch, device)
@@ -73,8 +74,7 @@ def collect(
                     forward(model, batch)
                 run.seconds["forward"] += time.perf_counter() - tick
             run.finish_batch()
-            bar.update()
-            bar.set_postfix_str(f"{run.history[-1]}/{len(adapter.sites)} layers converged, {run.num_rows} rows")
+            bar.update(run.num_batches, run.num_rows, run.history[-1], run.trace)
             if run.stop_reason:
                 break
         else:
@@ -104,7 +104,8 @@ class _Run:
         self.num_batches = self.num_rows = 0
         self.history: list[int] = []
         self.started = time.perf_counter()
-        self.seconds = {"total": 0.0, "forward": 0.0, "refresh": 0.0}
+        self.seconds = {"total": 0.0, "forward": 0.0, "statistics": 0.0, "refresh": 0.0}
+        self.trace = Trace()
         self.stop_reason = ""
         self._latest: dict[int, Refreshed] = {}  # per site
 
@@ -190,6 +191,11 @@ class _Run:
             ratios[site, :k] = result.explained_variance_ratio[:k]
         mask = np.isin(np.arange(rows[0]), sorted(updated))
         self.decision = self.tracker.update(cosines, ratios, overlaps, updated=mask)
+        compared = [
+            self._latest.get(site) if entry is not None and entry.statistic.num_refreshes > 1 else None
+            for site, entry in enumerate(self.capture.input_of)
+        ]
+        self.trace.record(self.num_batches, self.num_rows, self.decision, compared, self.config.convergence)
         everyone = set(range(rows[0]))
         if self.config.equal_data:
             self.capture.wanted = everyone
@@ -228,7 +234,9 @@ class _Run:
             entry.statistic.finish_()
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
+        self.seconds["statistics"] = self.capture.seconds
         assert self.decision is not None
+        self.history[-1] = int(self.decision.done.sum())
         pending = int((~self.decision.done).sum())
         if pending:
             warnings.warn(
@@ -247,7 +255,7 @@ class _Run:
             ],
             inputs=[_input_statistics(entry.statistic, entry.reason) for entry in self.capture.inputs],
             config=self.config, num_batches=self.num_batches, num_rows=self.num_rows, seconds=self.seconds,
-            history=self.history, stop_reason=self.stop_reason,
+            history=self.history, stop_reason=self.stop_reason, trace=self.trace, peak_memory=peak_memory(),
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from .adapters import find_adapter
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect
 from .planning import EvaPlan, plan
-from .report import EvaReport
+from .report import EvaReport, command_line
 
 __all__ = ["apply", "eva_initialize"]
 
@@ -62,7 +62,21 @@ def eva_initialize(
     )  # fmt: skip
     eva_plan = plan(statistics)
     adapter.apply(eva_plan)
-    return EvaReport.of(statistics, eva_plan)
+    return EvaReport.of(statistics, eva_plan, run=_run_facts(model))
+
+
+def _run_facts(model: nn.Module) -> dict[str, str]:
+    """What a report can know of a library call: the process's command line and the model."""
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
+    name = getattr(getattr(inner, "config", None), "name_or_path", "")
+    parameters = list(inner.parameters())
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    devices = ", ".join(sorted({str(p.device) for p in parameters}))
+    size = sum(p.numel() for p in parameters)
+    facts = {"command": command_line(), "model": f"{type(inner).__name__} {name}".strip()}
+    facts["parameters"] = f"{size:,} with the adapter's, {dtypes}, on {devices}"
+    return {label: value for label, value in facts.items() if value}
 
 
 def apply(model: nn.Module, eva_plan: EvaPlan) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import storage
 from .config import EvaConfig
+from .measurements import Trace
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,12 @@ class EvaStatistics:
         config: The configuration of the pass.
         num_batches: Batches seen.
         num_rows: Unmasked rows (tokens) seen, each counted once.
-        seconds: Wall time: "total", and its parts "forward" (statistics included) and "refresh".
+        seconds: Wall time: "total", and its parts "forward" (statistics included), "statistics" (of the
+            forward, folding rows in; on a GPU only launching that) and "refresh".
         history: Per batch, how many sites had converged.
         stop_reason: Why the pass ended.
+        trace: Per batch with a refresh, how each site's components agreed with those before.
+        peak_memory: Device → most bytes in use at once up to the pass's end.
     """
 
     sites: list[SiteStatistics]
@@ -83,6 +87,8 @@ class EvaStatistics:
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[int] = field(default_factory=list)
     stop_reason: str = ""
+    trace: Trace = field(default_factory=Trace)
+    peak_memory: dict[str, int] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file; returns its path."""
@@ -102,7 +108,10 @@ class EvaStatistics:
                 for i, entry in enumerate(facts.pop("inputs"))
             ]
             sites = [SiteStatistics(**entry) for entry in facts.pop("sites")]
-            statistics = cls(sites=sites, inputs=inputs, config=EvaConfig.from_dict(facts.pop("config")), **facts)
+            trace = Trace(**facts.pop("trace", {}))
+            statistics = cls(
+                sites=sites, inputs=inputs, config=EvaConfig.from_dict(facts.pop("config")), trace=trace, **facts
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"path: {path} is no complete statistics file: {error}") from error
         statistics._check(path)
@@ -119,6 +128,8 @@ class EvaStatistics:
             "seconds": self.seconds,
             "history": self.history,
             "stop_reason": self.stop_reason,
+            "trace": asdict(self.trace),
+            "peak_memory": self.peak_memory,
         }
 
     def _check(self, path: str | Path) -> None:
