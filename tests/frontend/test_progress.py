@@ -13,7 +13,6 @@ from eva_lora import EvaConfig
 from eva_lora.measurements import Trace, peak_memory
 from eva_lora.progress import Progress, predict_batches
 
-
 STATUS = Path("/proc/self/status")
 
 
