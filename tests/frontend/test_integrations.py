@@ -39,7 +39,9 @@ def test_a_trainer_that_reports_to_tensorboard_shows_the_report_there(report, tm
     written = events(tmp_path / "runs" / "eva")
     assert written.Scalars("eva/budget")[0].value == 84
     assert [event.value for event in written.Scalars("eva/layers_converged_by_batch")] == report.history
-    assert {"eva/ranks", "eva/spectra", "eva/convergence", "eva/budget"} <= set(written.Tags()["images"])
+    assert {f"eva/plots/{name}" for name in ("ranks", "spectra", "convergence", "budget")} <= set(
+        written.Tags()["images"]
+    )
 
 
 def test_other_ranks_write_nothing(report, tmp_path):

@@ -58,7 +58,7 @@ def log_tensorboard(report: EvaReport, writer: Any, *, step: int = 0) -> None:
     for batch, converged in enumerate(report.history, 1):
         writer.add_scalar("eva/layers_converged_by_batch", converged, batch)
     for name, figure in _figures(report).items():
-        writer.add_figure(f"eva/{name}", figure, step)
+        writer.add_figure(f"eva/plots/{name}", figure, step)
     writer.add_text("eva/summary", f"```\n{report}\n```", step)
     writer.flush()
 
@@ -82,7 +82,7 @@ def log_wandb(report: EvaReport, run: Any) -> None:
     ]
     run.log(
         {
-            **{f"eva/{name}": wandb.Image(_pixels(figure)) for name, figure in _figures(report).items()},
+            **{f"eva/plots/{name}": wandb.Image(_pixels(figure)) for name, figure in _figures(report).items()},
             "eva/layers": wandb.Table(columns=columns, data=rows),
             "eva/report": wandb.Html(render(report), inject=False),
         }
