@@ -90,7 +90,8 @@ def load_directions(path: str | Path) -> dict[str, Tensor]:
     if (path / PLAN_FILE).is_file():
         path = path / PLAN_FILE
     if path.is_file():
-        return EvaPlan.load(path).lora_a
+        plan = EvaPlan.load(path)
+        return {name: plan.lora_a[name] for name in plan.sites}  # in the model's order
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_FILE).is_file():
             return _adapter_directions(folder / ADAPTER_FILE)

@@ -171,7 +171,7 @@ class EvaReport:
         if waiting:
             found.append(
                 f"{len(waiting)} of {len(self.ranks)} layers had not converged when the pass ended at "
-                f"{self.stop_reason}: {_some(waiting)}. More data, or a lower tau, lets them."
+                f"{self.stop_reason}: {_some(waiting)}. More batches, or a lower tau, would let them."
             )
         removed = [name for name, rank in self.ranks.items() if rank == 0]
         if removed:

@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import eva_lora
+from conftest import EVA_LORA, eva_lora
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, plan
 from eva_lora.cli import COMMANDS, main
-from eva_lora.cli.running import is_refusal
+from eva_lora.cli.running import duration, is_refusal
 
 
 def invoke(*arguments):
@@ -135,6 +135,20 @@ def test_only_errors_raised_on_purpose_are_refusals():
     assert is_refusal(caught(lambda: EvaConfig(rho=0.1)))
     assert not is_refusal(caught(lambda: torch.ones(2) @ torch.ones(3)))  # a RuntimeError of somebody else's
     assert not is_refusal(caught(lambda: int("x")))
+
+
+def test_a_reader_that_has_enough_is_no_bug(run_folder):
+    folder, _ = run_folder
+    script = f"{EVA_LORA} report {folder} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0123, "0.012 s"), (66, "66 s"), (660, "11 min"), (7200, "2.0 h")]
+)  # fmt: skip
+def test_durations_read_well(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_an_interrupt_exits_with_130(monkeypatch, tmp_path):

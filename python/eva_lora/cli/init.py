@@ -10,6 +10,7 @@ from .options import config_options, lora_options, model_options, take_config, t
 from .running import (
     EXIT_NOT_CONVERGED,
     Command,
+    duration,
     json_option,
     print_facts,
     print_json,
@@ -160,7 +161,7 @@ def _dry_run(pretrained: Any, batches: Any, config: Any, as_json: bool) -> None:
             ("statistics", size(expected.statistics_bytes)),
             ("one batch", f"{expected.rows:,} tokens at most: forward {expected.forward_flops / 1e9:,.1f} GFLOP, "
                           f"statistics {expected.statistics_flops / 1e9:,.1f} GFLOP"),
-            ("predicted", f"{seconds:.2g} s a batch, {seconds * planned:.2g} s for {planned} batches "
+            ("predicted", f"{duration(seconds)} a batch, {duration(seconds * planned)} for {planned} batches "
                           f"(a run ends when converged, at {expected.max_batches} batches at the latest)"),
             ("based on", f"a 1024 x 1024 product on {pretrained.device}, {rate / 1e9:,.0f} GFLOP/s just now; "
                          "reading data and small algebra come on top, padding comes off"),

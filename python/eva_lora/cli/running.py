@@ -17,6 +17,8 @@ EXIT_NOT_CONVERGED = 3
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 
+Decorator = Callable[[Any], Any]
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -52,6 +54,8 @@ class Command(click.Command):
             except KeyboardInterrupt:
                 click.echo("interrupted; nothing was written after this point", err=True)
                 context.exit(EXIT_INTERRUPTED)
+            except BrokenPipeError:  # whoever read the output has enough; click ends quietly
+                raise
             except Exception as error:
                 if is_refusal(error):
                     if debug:
@@ -147,12 +151,16 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people, to about two digits."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text.removesuffix("%").strip() or "0")
     except ValueError:
         return text in ("-", "")
     return True
-
-
-Decorator = Callable[[Any], Any]
