@@ -128,9 +128,11 @@ def _charts(report: "EvaReport", index: dict[str, int]) -> dict[str, Markup | No
     for names in report.inputs():
         first, label, key = names[0], ", ".join(names), _key(names, index)
         ratios = report.explained_variance_ratio[first]
+        if not ratios:  # a layer that saw no input
+            continue
         curve = list(enumerate(accumulate(ratios, initial=0.0)))
         spectra.append(Line(list(enumerate(ratios, 1)), label, colors[first], key))
-        cumulative.append(Line(curve, label, colors[first], key, mark=curve[report.ranks[first]]))
+        cumulative.append(Line(curve, label, colors[first], key, mark=curve[min(report.ranks[first], len(ratios))]))
     captured = sorted(report.captured(name) for name in report.ranks)
     told = f"{len(spectra)} curves, one per distinct input"
     reached = ", ".join(f"{100 * captured[i]:.1f} %" for i in (0, len(captured) // 2, -1))
@@ -192,8 +194,8 @@ def _row(report: "EvaReport", name: str) -> dict[str, Any]:
         "converged": report.converged[name],
         "components": report.components_converged[name],
         "batch": _converged_at(report, name),
-        "statistic": report.statistic[name]["kind"],
-        "reason": report.statistic[name]["reason"],
+        "statistic": report.statistic[name].get("kind", "none"),
+        "reason": report.statistic[name].get("reason", "saw no input"),
         "spark": sparkline(
             ratios, report.ranks[name], f"cumulative explained variance, {100 * captured:.1f} % at the rank"
         ),
@@ -223,7 +225,7 @@ def _costs(report: "EvaReport") -> list[dict[str, Any]]:
 
 
 def _memory(report: "EvaReport") -> list[tuple[str, int]]:
-    states = sum(report.statistic[names[0]]["nbytes"] for names in report.inputs())
+    states = sum(report.statistic[names[0]].get("nbytes", 0) for names in report.inputs())
     peaks = [
         ("peak of the process" if device == "cpu" else f"peak of PyTorch on {device}", nbytes)
         for device, nbytes in report.peak_memory.items()

@@ -52,7 +52,7 @@ def plot_spectra(report: "EvaReport") -> Figure:
         style = {"color": colors(columns.index(column) % 10), "linewidth": 0.8, "alpha": 0.7}
         single.plot(range(1, len(ratios) + 1), ratios, **style)
         curve = [0.0, *accumulate(ratios)]
-        rank = report.ranks[name]
+        rank = min(report.ranks[name], len(ratios))
         cumulative.plot(curve, label=labels.pop(column, None), **style)
         cumulative.plot(rank, curve[rank], ".", markersize=3, color=style["color"], label="_")
     if any(any(ratios) for ratios in report.explained_variance_ratio.values()):

@@ -179,7 +179,7 @@ class EvaReport:
                 f"{len(removed)} layers were given rank 0 and have no adapter any more: {_some(removed)}. "
                 "min_rank=1 keeps one everywhere."
             )
-        constant = [name for name, ratios in self.explained_variance_ratio.items() if not any(ratios)]
+        constant = [name for name, ratios in self.explained_variance_ratio.items() if ratios and not any(ratios)]
         if constant:
             found.append(f"The inputs of {len(constant)} layers did not vary at all: {_some(constant)}.")
         widest = max(self.in_features.values(), default=0)
@@ -194,8 +194,8 @@ class EvaReport:
         """The summary, as (label, value) pairs."""
         n = len(self.ranks)
         states = [self.statistic[names[0]] for names in self.inputs()]
-        megabytes = sum(state["nbytes"] for state in states) / 2**20
-        kinds = [state["kind"] for state in states]
+        megabytes = sum(state.get("nbytes", 0) for state in states) / 2**20
+        kinds = [state["kind"] for state in states if state]
         moved = sum(abs(self.ranks[k] - self.configured_ranks[k]) for k in self.ranks) // 2
         removed = sum(rank == 0 for rank in self.ranks.values())
         total = self.seconds["total"]

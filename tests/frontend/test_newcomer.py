@@ -71,6 +71,7 @@ def logits(adapter, base):
 def test_from_install_to_a_served_adapter(installed, tmp_path):
     site, run = installed
     eva_lora = site / "bin" / "eva-lora"
+    assert json.loads(run(eva_lora, "report", "--schema", cwd=tmp_path))["title"] == "EVA report"
     save_tiny_model(tmp_path / "base")
     texts = paragraphs(32)
     chats = [[{"role": "user", "content": "what is"}, {"role": "assistant", "content": text}] for text in texts]

@@ -1,5 +1,6 @@
 """The report: its members, its text, its files."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -153,6 +154,21 @@ def test_warnings_name_what_deserves_a_look(report):
     assert removed[0] in warning
     few = eva_initialize(lora(tiny_llama()), [{"input_ids": torch.arange(40)[None]}], EvaConfig(max_batches=1))
     assert "Only 40 rows were seen, fewer than the widest input has features (48)" in "".join(few.warnings())
+
+
+def test_a_layer_without_data_has_its_row_and_no_curve(report, tmp_path):
+    name = "model.layers.2.mlp.down_proj"
+    bare = dataclasses.replace(
+        report,
+        explained_variance_ratio={**report.explained_variance_ratio, name: ()},
+        statistic={**report.statistic, name: {}},
+    )
+    bare.save(tmp_path, plots=["svg"])
+    jsonschema.validate(json.loads((tmp_path / "report.json").read_text()), schema())
+    page = Page((tmp_path / "report.html").read_text())
+    [row] = [row for row in page.rows if row[0] == name]
+    assert (row[4], row[7]) == ("0.0 %", "none")
+    assert "11 curves, one per distinct input" in "".join(a["aria-label"] for t, a in page.tags if t == "svg")
 
 
 def test_layer_names_are_escaped(tmp_path):
