@@ -106,6 +106,13 @@ def test_what_the_library_refuses_is_one_sentence_and_exits_with_1(arguments, me
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, files):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    done = invoke("init", files / "base", "--data", files / "train.jsonl", "--dry-run")
+    assert done.exit_code == 1
+    assert "error: datasets is not installed; this needs: pip install 'eva-kernels[cli]'" in done.output
+
+
 def test_machines_are_told_of_refusals_in_json(tmp_path):
     done = invoke("report", tmp_path / "absent", "--json")
     assert done.exit_code == 1

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from .options import PLANNING_FIELDS, config_options, lora_options, model_options, take_config, take_pretrained
-from .running import Command, json_option, print_facts, print_json, quiet_progress_bars
+from .running import Command, json_option, need_libraries, print_facts, print_json, quiet_progress_bars
 
 
 @click.command(cls=Command, name="plan")
@@ -75,6 +75,7 @@ def apply(plan_file: Path, model: str, output: Path, as_json: bool, **params: An
 @json_option
 def export(adapter: Path, output: Path, rank: int | None, vllm: bool, as_json: bool) -> None:
     """Write ADAPTER anew with one rank and a scaling of 1, as serving engines need it."""
+    need_libraries("peft")
     from ..export import VLLM_RANKS, export_uniform
 
     if rank is not None and vllm:

@@ -96,8 +96,18 @@ def _quiet_libraries() -> None:
     warnings.showwarning = show
 
 
+def need_libraries(*names: str) -> None:
+    """Import what a command needs; raises ImportError saying how to install what is missing."""
+    for name in names:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{error.name} is not installed; this needs: pip install 'eva-kernels[cli]'") from error
+
+
 def quiet_progress_bars() -> None:
     """No bars of the libraries' own, for loading weights and reading data."""
+    need_libraries("datasets", "transformers", "peft")
     import datasets
     import transformers
 
