@@ -1,16 +1,23 @@
 """EVA for LoRA models: ``eva_initialize(model, loader)`` before training, and the steps it is made of.
 
-This package knows models, loaders and LoRA libraries; the numerics are in :mod:`eva_kernels`.
+This package knows models, loaders and LoRA libraries; the numerics are in :mod:`eva_kernels`. Names are
+resolved on first use, so that the command line answers without importing torch.
 """
 
-from .adapters import LoraSite, ParameterSite, register_adapter
-from .collecting import collect
-from .config import EvaConfig
-from .export import export_uniform
-from .initialize import apply, eva_initialize
-from .planning import EvaPlan, plan
-from .report import EvaReport
-from .statistics import EvaStatistics
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import LoraSite, ParameterSite, register_adapter
+    from .collecting import collect
+    from .comparing import compare
+    from .config import EvaConfig
+    from .estimating import estimate
+    from .export import export_uniform
+    from .initialize import apply, eva_initialize
+    from .planning import EvaPlan, plan
+    from .report import EvaReport
+    from .statistics import EvaStatistics
 
 __all__ = [
     "EvaConfig",
@@ -21,8 +28,37 @@ __all__ = [
     "ParameterSite",
     "apply",
     "collect",
+    "compare",
+    "estimate",
     "eva_initialize",
     "export_uniform",
     "plan",
     "register_adapter",
 ]
+
+_HOME = {
+    "EvaConfig": "config",
+    "EvaPlan": "planning",
+    "EvaReport": "report",
+    "EvaStatistics": "statistics",
+    "LoraSite": "adapters",
+    "ParameterSite": "adapters",
+    "apply": "initialize",
+    "collect": "collecting",
+    "compare": "comparing",
+    "estimate": "estimating",
+    "eva_initialize": "initialize",
+    "export_uniform": "export",
+    "plan": "planning",
+    "register_adapter": "adapters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'eva_lora' has no attribute {name!r}")
+    return getattr(import_module(f"eva_lora.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

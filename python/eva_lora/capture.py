@@ -1,6 +1,7 @@
 """Forward hooks that fold each distinct layer input into its statistic, once, while it is alive."""
 
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ class Capture:
         self.input_of: list[Input | None] = [None] * len(self.site_of)  # of each stream
         self.wanted = set(range(len(sites)))  # sites still accumulating; the others' hooks do nothing
         self.rows_in_batch = 0
+        self.seconds = 0.0  # on the host, folding rows in; on a GPU, launching the work
         self._mask = RowMask(None, None)
         self._live: dict[tuple[int, Rows | None], tuple[Input, int]] = {}  # a tensor's id -> input, index of the call
         self._num_calls = [0] * len(sites)
@@ -215,10 +217,12 @@ class Capture:
         mask, num_rows = self._mask.of_rows(taken.batch or shape, x.device, site.name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
+        tick = time.perf_counter()
         with without_autocast(x.device):
             for piece, part, count in _pieces(x, rows, mask, num_rows, taken.tokens):
                 part, count = self._mask.finite(piece, part, count, site.name)
                 entry.statistic.accumulate_(piece, part, num_rows=count, sign=sign)
+        self.seconds += time.perf_counter() - tick
 
     def _split(self, entry: Input, stream: int) -> Input:
         """Give ``stream`` a statistic of its own, without the calls it did not share."""

@@ -18,6 +18,7 @@ from eva_kernels.streaming_svd import Refreshed
 
 from . import storage
 from .capture import Input
+from .measurements import Trace
 from .preflight import is_lora
 from .report import versions
 from .streams import DIGEST_BYTES, Position, Stream
@@ -60,6 +61,7 @@ class Progress:
     rules: dict[str, list[str]]
     sides: dict[str, str]
     skipped_rows: dict[str, int]
+    trace: dict[str, Any]
 
 
 class Checkpoint:
@@ -114,7 +116,7 @@ class Checkpoint:
             num_batches=run.num_batches,
             num_rows=run.num_rows,
             history=run.history,
-            seconds={**run.seconds, "total": time.perf_counter() - run.started},
+            seconds={**run.seconds, "statistics": run.capture.seconds, "total": time.perf_counter() - run.started},
             stop_reason=run.stop_reason,
             gram_bytes=run.gram_bytes,
             wanted=sorted(run.capture.wanted),
@@ -123,6 +125,7 @@ class Checkpoint:
             rules={name: sorted(rules) for name, rules in run.rules.items()},
             sides=run.sides,
             skipped_rows=run.skipped_rows,
+            trace=asdict(run.trace),
         )
         for number, result in run.latest.items():
             rows = (result.cosines, result.overlaps, result.explained_variance_ratio, result.gains)
@@ -166,6 +169,7 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
     progress = storage.checked(Progress, facts["progress"])
     saved = [storage.checked(SavedInput, entry) for entry in facts["inputs"]]
     _check(progress, saved, run)
+    trace = storage.checked(Trace, progress.trace)
     layouts = set(facts["transposed"])
     state: dict[int, dict[str, Any]] = {i: dict(entry.numbers) for i, entry in enumerate(saved)}
     latest = {}
@@ -205,6 +209,7 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
     run.tracker, run.decision, run.members, run.latest = tracker, decision, progress.members, latest
     run.num_batches, run.num_rows, run.history = progress.num_batches, progress.num_rows, progress.history
     run.seconds, run.started = progress.seconds, time.perf_counter() - progress.seconds["total"]
+    run.trace, run.capture.seconds = trace, progress.seconds["statistics"]
     run.stop_reason, run.gram_bytes = progress.stop_reason, progress.gram_bytes
     run.rules = {name: set(rules) for name, rules in progress.rules.items()}
     run.sides, run.skipped_rows = progress.sides, progress.skipped_rows

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from eva_kernels.allocation import candidate_components
 from eva_kernels.convergence import ConvergenceTracker, Decision
@@ -32,7 +31,9 @@ from .batches import (
 from .capture import Capture, Input
 from .checkpoint import Checkpoint, identity
 from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, REFRESH_PERIOD, EvaConfig
+from .measurements import Trace, agreement, peak_memory
 from .preflight import require_loaded
+from .progress import Progress
 from .restoring import borrowed, without_autocast
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 from .streams import Stream
@@ -106,7 +107,7 @@ def collect_with(
     early_stop = _may_stop_early(model, config, forward_fn)
     forward = forward_fn or default_forward
     two_sided = is_encoder_decoder(model)
-    bar = tqdm(total=None, initial=run.num_batches, desc="EVA", unit="batch", disable=None if progress else True)
+    bar = Progress(len(adapter.sites), config, seen=(run.num_batches, run.num_rows), enabled=progress)
     with bar, borrowed(model), adapter.disabled(), run.capture.hooks():
         stream = Stream(loader, fingerprints=saving is not None, position=position)
         while not run.stop_reason:
@@ -131,8 +132,7 @@ def collect_with(
                         run.fail_nonfinite(again.skipped)
                 with without_autocast(device):
                     run.finish_batch(mask)
-                bar.update()
-                bar.set_postfix_str(f"{run.history[-1]}/{len(adapter.sites)} layers converged, {run.num_rows} rows")
+                bar.update(run.num_batches, run.num_rows, run.history[-1], run.trace)
             if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
                 saving.save(run, stream)
     with without_autocast(device):
@@ -170,7 +170,8 @@ class Run:
         self.num_batches = self.num_rows = 0
         self.history: list[int] = []
         self.started = time.perf_counter()
-        self.seconds = {"total": 0.0, "forward": 0.0, "refresh": 0.0}
+        self.seconds = {"total": 0.0, "forward": 0.0, "statistics": 0.0, "refresh": 0.0}
+        self.trace = Trace()
         self.stop_reason = ""
         self.rules: dict[str, set[str]] = {}  # layer -> what its rows were chosen by
         self.sides: dict[str, str] = {}  # layer of an encoder–decoder model -> which side its rows are of
@@ -329,6 +330,20 @@ class Run:
         self.decision = self.tracker.update(cosines, ratios, overlaps, gains, updated=mask)
         done = {site for site, is_done in zip(called, self.decision.done, strict=True) if is_done}
         self.capture.wanted = set(range(len(self.sites))) - (set() if self.config.equal_data else done)
+        self._record(called, cosines, overlaps)
+
+    def _record(self, called: list[int], cosines: np.ndarray[Any, Any], overlaps: np.ndarray[Any, Any]) -> None:
+        """Add this refresh to the trace, for every site."""
+        assert self.decision is not None
+        agreements: list[float | None] = [None] * len(self.sites)
+        converged = [0] * len(self.sites)
+        for row, site in enumerate(called):
+            converged[site] = int(self.decision.done[row])
+            entries = [self.capture.input_of[stream] for stream in self.capture.streams_of[site]]
+            if all(entry.statistic.num_refreshes > 1 for entry in entries if entry is not None):
+                rank = int(self.decision.ranks[row])
+                agreements[site] = agreement(cosines[row], overlaps[row], rank, self.config.convergence)
+        self.trace.record(self.num_batches, self.num_rows, agreements, converged)
 
     def _weights(self, streams: list[int]) -> list[float]:
         """Each part's share of a site's rows: what its mean over parts is weighted with."""
@@ -386,6 +401,8 @@ class Run:
             entry.statistic.finish_()
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
+        self.seconds["statistics"] = self.capture.seconds
+        self.history[-1] = int(self.decision.done.sum())
         done = dict(zip(self.members, self.decision.done, strict=True))
         converged = dict(zip(self.members, self.decision.components_converged, strict=True))
         astray = [name for name, rules in self.rules.items() if FITS_NO_MASK in rules]
@@ -413,7 +430,8 @@ class Run:
             ],
             inputs=[self._input_statistics(entry) for entry in self.capture.inputs],
             config=self.config, num_batches=self.num_batches, num_rows=self.num_rows, seconds=self.seconds,
-            history=self.history, stop_reason=self.stop_reason, notes=self._notes(),
+            history=self.history, stop_reason=self.stop_reason, notes=self._notes(), trace=self.trace,
+            peak_memory=peak_memory(),
         )  # fmt: skip
 
     def _inputs_of(self, site: int) -> tuple[int, ...]:

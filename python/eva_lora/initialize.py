@@ -12,7 +12,7 @@ from .collecting import collect
 from .config import EvaConfig
 from .planning import EvaPlan, plan
 from .preflight import require_changeable
-from .report import EvaReport
+from .report import EvaReport, command_line
 
 __all__ = ["apply", "eva_initialize"]
 
@@ -69,9 +69,23 @@ def eva_initialize(
         checkpoint=checkpoint, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     eva_plan = plan(statistics)
-    report = EvaReport.of(statistics, eva_plan)
+    report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))
     adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
     return report
+
+
+def _run_facts(model: nn.Module) -> dict[str, str]:
+    """What a report can know of a library call: the process's command line and the model."""
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
+    name = getattr(getattr(inner, "config", None), "name_or_path", "")
+    parameters = list(inner.parameters())
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    devices = ", ".join(sorted({str(p.device) for p in parameters}))
+    size = sum(p.numel() for p in parameters)
+    facts = {"command": command_line(), "model": f"{type(inner).__name__} {name}".strip()}
+    facts["parameters"] = f"{size:,} with the adapter's, {dtypes}, on {devices}"
+    return {label: value for label, value in facts.items() if value}
 
 
 def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | None = None) -> None:

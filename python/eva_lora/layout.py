@@ -23,19 +23,14 @@ class Grid:
 
     @classmethod
     def of(cls, values: Mapping[str, float]) -> "Grid":
-        cells = {}
-        for name, value in values.items():
-            match = _BLOCK.match(name)
-            cells[(match["block"], match["layer"]) if match else ("", name)] = value
+        cells = {split_name(name): value for name, value in values.items()}
         rows = list(dict.fromkeys(row for row, _ in cells))
         columns = list(dict.fromkeys(column for _, column in cells))
         return cls(rows, columns, cells)
 
     def text(self) -> str:
         """A plain-text table; "·" where a block has no such layer."""
-        heads = [column.rpartition(".")[2] for column in self.columns]
-        if len(set(heads)) < len(heads):
-            heads = self.columns
+        heads = short_names(self.columns)
         first = max(len(row) for row in self.rows)
         lines = [" " * first + "  " + "  ".join(heads)]
         for row in self.rows:
@@ -43,3 +38,22 @@ class Grid:
             texts = [("·" if v is None else f"{v:g}").rjust(len(h)) for v, h in zip(entries, heads, strict=True)]
             lines.append(row.ljust(first) + "  " + "  ".join(texts))
         return "\n".join(lines)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A layer's block ("" outside blocks) and its name within the block."""
+    match = _BLOCK.match(name)
+    return (match["block"], match["layer"]) if match else ("", name)
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Each name's shortest dotted ending that no other name has."""
+    shorts = []
+    for name in names:
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            short = ".".join(parts[-count:])
+            if sum(other == short or other.endswith(f".{short}") for other in names) == 1:
+                break
+        shorts.append(short)
+    return shorts

@@ -1,17 +1,46 @@
-"""What a run did: as members, as text, as JSON and as a page with pictures."""
+"""What a run did: as members, as text, as JSON, as figures and as a page."""
 
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .layout import Grid
+from .measurements import Trace
 from .planning import EvaPlan
 from .statistics import EvaStatistics, SiteStatistics
 
-__all__ = ["EvaReport"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EvaReport", "command_line", "versions"]
+
+FORMAT_VERSION = 1
+
+
+def command_line() -> str:
+    """The command this process was started with; "" in a notebook or at a prompt, where none says anything."""
+    program = Path(sys.argv[0]).name if sys.argv else ""
+    if program in ("", "-c") or "ipykernel" in program:
+        return ""
+    start = ["python", *sys.argv] if program.endswith(".py") else [program, *sys.argv[1:]]
+    return shlex.join(start)
+
+
+def versions() -> dict[str, str]:
+    """The installed versions that a result depends on."""
+    versions = {"python": platform.python_version()}
+    for name in ("eva-kernels", "torch", "triton", "peft", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 @dataclass(frozen=True)
@@ -31,12 +60,19 @@ class EvaReport:
             together, and "expert_rows", how many each of them saw. Empty where it saw no input.
         num_batches: Batches seen.
         num_rows: Unmasked rows (tokens) seen.
-        seconds: Wall time: "total", "forward" (statistics included), "refresh".
+        seconds: Wall time: "total", and of it "forward" (statistics included), "statistics" (of the forward,
+            folding rows in; on a GPU only launching that) and "refresh" (the small algebra in between).
         history: Per batch, how many layers had converged.
         stop_reason: Why the pass ended.
         budget: Ranks there were to give.
         config: The options of the run.
         notes: Layers and experts that EVA could not initialise from their own data, each with the reason.
+        in_features: Width of each layer's input.
+        trace: Per batch with a refresh, how each layer's components agreed with those before; layers in the
+            order of ``ranks``.
+        peak_memory: Device → most bytes in use at once up to the end of the pass.
+        run: What was run, as label → text: "command", "model", "data" and so on, as far as known.
+        versions: Of what the result depends on.
     """
 
     ranks: dict[str, int]
@@ -54,14 +90,26 @@ class EvaReport:
     budget: int
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    in_features: dict[str, int] = field(default_factory=dict)
+    trace: Trace = field(default_factory=Trace)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    run: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)
 
     @classmethod
-    def of(cls, statistics: EvaStatistics, eva_plan: EvaPlan) -> "EvaReport":
+    def of(cls, statistics: EvaStatistics, eva_plan: EvaPlan, run: dict[str, str] | None = None) -> "EvaReport":
+        """The report of a pass and the plan made from it.
+
+        Args:
+            statistics, eva_plan: The pass's, and the plan's for the same layers.
+            run: Facts for :attr:`run`. None: the command line, where there is one.
+        """
         sites = statistics.sites
         sharing: dict[int, list[str]] = {}
         for site in sites:
             if len(site.inputs) == 1 and site.input >= 0:
                 sharing.setdefault(site.input, []).append(site.name)
+        command = command_line()
         return cls(
             ranks=eva_plan.ranks,
             configured_ranks={s.name: s.rank for s in sites},
@@ -78,18 +126,84 @@ class EvaReport:
             budget=eva_plan.budget,
             config=eva_plan.config.to_dict(),
             notes=eva_plan.notes,
-        )  # fmt: skip
+            in_features={s.name: s.in_features for s in sites},
+            trace=statistics.trace,
+            peak_memory=statistics.peak_memory,
+            run=run if run is not None else ({"command": command} if command else {}),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EvaReport":
+        """Read what :meth:`save` wrote: a ``report.json``, or the folder that holds it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is no report, or of another format version.
+        """
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"path: there is no file {path}")
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"path: {path} is no JSON: {error}") from error
+        version = stored.get("format_version") if isinstance(stored, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"path: expected a report of format version {FORMAT_VERSION}, {path} has {version}")
+        try:
+            values = {f.name: stored[f.name] for f in fields(cls)}
+            ratios = {name: tuple(values) for name, values in values["explained_variance_ratio"].items()}
+            read = {
+                "explained_variance_ratio": ratios,
+                "trace": Trace(**values["trace"]),
+                "notes": tuple(values["notes"]),
+            }
+            return cls(**{**values, **read})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"path: {path} is no complete report: {error}") from error
 
     def captured(self, name: str) -> float:
         """Share of the variance of a layer's input that its A keeps."""
         return sum(self.explained_variance_ratio[name][: self.ranks[name]])
 
+    def inputs(self) -> list[list[str]]:
+        """The layers of each distinct input, shared ones first."""
+        shared = {name for names in self.shared_inputs for name in names}
+        return self.shared_inputs + [[name] for name in self.ranks if name not in shared]
+
+    def warnings(self) -> list[str]:
+        """What deserves a second look, as sentences."""
+        found = []
+        waiting = [name for name, converged in self.converged.items() if not converged]
+        if waiting:
+            found.append(
+                f"{len(waiting)} of {len(self.ranks)} layers had not converged when the pass ended at "
+                f"{self.stop_reason}: {_some(waiting)}. More batches, or a lower tau, would let them."
+            )
+        removed = [name for name, rank in self.ranks.items() if rank == 0]
+        if removed:
+            found.append(
+                f"{len(removed)} layers were given rank 0 and have no adapter any more: {_some(removed)}. "
+                "min_rank=1 keeps one everywhere."
+            )
+        constant = [name for name, ratios in self.explained_variance_ratio.items() if ratios and not any(ratios)]
+        if constant:
+            found.append(f"The inputs of {len(constant)} layers did not vary at all: {_some(constant)}.")
+        widest = max(self.in_features.values(), default=0)
+        if self.num_rows < widest:
+            found.append(
+                f"Only {self.num_rows:,} rows were seen, fewer than the widest input has features ({widest:,}): "
+                "its directions rest on little data."
+            )
+        return [*found, *self.notes]
+
     def facts(self) -> list[tuple[str, str]]:
         """The summary, as (label, value) pairs."""
         n = len(self.ranks)
-        states = {tuple(names): self.statistic[names[0]] for names in self._inputs()}
-        megabytes = sum(state.get("nbytes", 0) for state in states.values()) / 2**20
-        kinds = [state["kind"] for state in states.values() for _ in state.get("expert_rows", [0]) if state]
+        states = [self.statistic[names[0]] for names in self.inputs()]
+        megabytes = sum(state.get("nbytes", 0) for state in states) / 2**20
+        kinds = [state["kind"] for state in states for _ in state.get("expert_rows", [0]) if state]
         moved = sum(abs(self.ranks[k] - self.configured_ranks[k]) for k in self.ranks) // 2
         removed = sum(rank == 0 for rank in self.ranks.values())
         total = self.seconds["total"]
@@ -104,32 +218,78 @@ class EvaReport:
             ("statistics", f"{kinds.count('gram')} exact, {kinds.count('subspace')} subspace; {megabytes:.1f} MiB"),
         ]
 
-    def _left_out(self, states: dict[tuple[str, ...], dict[str, Any]]) -> str:
-        skipped = sum(state.get("skipped_rows", 0) for state in states.values())
+    def _left_out(self, states: list[dict[str, Any]]) -> str:
+        skipped = sum(state.get("skipped_rows", 0) for state in states)
         return f"; {skipped:,} rows of layers' inputs left out for NaN or Inf" if skipped else ""
-
-    def _inputs(self) -> list[list[str]]:
-        shared = {name for names in self.shared_inputs for name in names}
-        return self.shared_inputs + [[name] for name in self.ranks if name not in shared]
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.facts())
         lines = ["EVA initialisation", *(f"  {label:<{width}}  {value}" for label, value in self.facts())]
-        notes = ["", "Notes", *(f"  {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([*lines, "", "Rank per layer", Grid.of(self.ranks).text(), *notes])
+        lines += [f"  ! {warning}" for warning in self.warnings()]
+        return "\n".join([*lines, "", "Rank per layer", Grid.of(self.ranks).text()])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from .page import render_fragment
+
+        return render_fragment(self)
+
+    def plot_ranks(self) -> "Figure":
+        """Rank per layer as a picture of the network: blocks × layers of a block."""
+        from . import plots
+
+        return plots.plot_ranks(self)
+
+    def plot_spectra(self) -> "Figure":
+        """Explained variance of each layer's candidate components: each one's, and cumulative."""
+        from . import plots
+
+        return plots.plot_spectra(self)
+
+    def plot_convergence(self) -> "Figure":
+        """Layers converged after each batch, and how far each layer was from the threshold."""
+        from . import plots
+
+        return plots.plot_convergence(self)
+
+    def plot_budget(self) -> "Figure":
+        """Ranks given and taken against the configured ones, by kind of layer and by block."""
+        from . import plots
+
+        return plots.plot_budget(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything above, with the versions it was made with, ready for JSON."""
-        return {"format_version": 1, **asdict(self), "versions": versions()}
+        """Everything above, ready for JSON; ``report.schema.json`` in this package describes it."""
+        return {"format_version": FORMAT_VERSION, **asdict(self), "warnings": self.warnings()}
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``report.json`` and ``report.html`` (self-contained, with plots); returns the folder."""
+    def save(self, folder: str | Path, *, plots: Iterable[str] = ()) -> Path:
+        """Write ``report.json``, ``report.html`` (one page that needs nothing else) and the plots asked for.
+
+        Args:
+            folder: Made if need be.
+            plots: File formats, of "png", "svg" and "pdf": one file a figure, for papers.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: another plot format; nothing is written then.
+        """
         from .page import render
 
+        formats = list(plots)
+        unknown = sorted(set(formats) - {"png", "svg", "pdf"})
+        if unknown:
+            raise ValueError(f"plots: expected formats of 'png', 'svg' and 'pdf', got {unknown}")
+        page = render(self)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        (folder / "report.html").write_text(render(self), encoding="utf-8")
+        (folder / "report.html").write_text(page, encoding="utf-8")
+        if formats:
+            from .plots import save_all
+
+            save_all(self, folder, formats)
         return folder
 
 
@@ -147,12 +307,6 @@ def _statistic(site: SiteStatistics, statistics: EvaStatistics) -> dict[str, Any
     return facts
 
 
-def versions() -> dict[str, str]:
-    """The installed versions that a result depends on."""
-    versions = {"python": platform.python_version()}
-    for name in ("eva-kernels", "torch", "triton", "peft", "transformers"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -46,7 +46,10 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
     """Within it no product is rounded to the caller's autocast dtype: the statistics need every bit of theirs."""
-    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+    with ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            if torch.amp.is_autocast_available(kind):  # not on "meta"
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

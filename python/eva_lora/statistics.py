@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import storage
 from .config import EvaConfig
+from .measurements import Trace
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ class EvaStatistics:
         config: The configuration of the pass.
         num_batches: Batches seen.
         num_rows: Unmasked rows (tokens) seen, each counted once.
-        seconds: Wall time: "total", and its parts "forward" (statistics included) and "refresh".
+        seconds: Wall time: "total", and its parts "forward" (statistics included), "statistics" (of the
+            forward, folding rows in; on a GPU only launching that) and "refresh".
         history: Per batch, how many sites had converged.
         stop_reason: Why the pass ended.
         notes: Layers that it does not cover, each with the reason.
+        trace: Per batch with a refresh, how each site's components agreed with those before.
+        peak_memory: Device → most bytes in use at once up to the pass's end.
     """
 
     sites: list[SiteStatistics]
@@ -119,6 +123,8 @@ class EvaStatistics:
     history: list[int] = field(default_factory=list)
     stop_reason: str = ""
     notes: tuple[str, ...] = ()
+    trace: Trace = field(default_factory=Trace)
+    peak_memory: dict[str, int] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file; returns its path."""
@@ -144,7 +150,8 @@ class EvaStatistics:
             ]
             sites = [storage.checked(SiteStatistics, entry) for entry in facts.pop("sites")]
             config = EvaConfig.from_dict(facts.pop("config"))
-            statistics = storage.checked(cls, facts, sites=sites, inputs=inputs, config=config)
+            trace = storage.checked(Trace, facts.pop("trace"))
+            statistics = storage.checked(cls, facts, sites=sites, inputs=inputs, config=config, trace=trace)
             statistics._check(tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is no complete statistics file: {error}") from error
@@ -162,6 +169,8 @@ class EvaStatistics:
             "history": self.history,
             "stop_reason": self.stop_reason,
             "notes": self.notes,
+            "trace": asdict(self.trace),
+            "peak_memory": self.peak_memory,
         }
 
     def _check(self, unknown: dict[str, Tensor]) -> None:

@@ -1,0 +1,169 @@
+"""``eva-lora init``: from a model and data to an initialised adapter and its report."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import EvaConfig
+from .options import config_options, lora_options, model_options, take_config, take_pretrained
+from .running import (
+    EXIT_NOT_CONVERGED,
+    Command,
+    duration,
+    json_option,
+    print_facts,
+    print_json,
+    print_table,
+    quiet_progress_bars,
+    size,
+)
+
+PREDICTION_BATCHES = 100  # the paper needs about 90
+
+
+@click.command(cls=Command, name="init")
+@click.argument("model")
+@click.option("--data", required=True, multiple=True, metavar="PATH",
+              help="jsonl, text, csv or parquet files, or one folder that datasets saved; repeatable.")  # fmt: skip
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder to write; must be new or empty."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print layers, shared inputs, memory and predicted time; load no weights."
+)
+@click.option("--require-convergence", is_flag=True, help="Exit with 3 if a layer had not converged.")
+@model_options
+@lora_options
+@click.option("--split", default="train", show_default=True, help="Part of a saved dataset.")
+@click.option("--limit", type=click.IntRange(1), help="Use only the first so many records.")
+@click.option("--text-field", help="Field that holds the text.  [default: text, or the only text there is]")
+@click.option("--chat-template", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Jinja file to render chats with.  [default: the tokenizer's own]")  # fmt: skip
+@click.option("--assistant-only", is_flag=True, help="Count only the assistant's tokens of a chat.")
+@click.option("--max-length", type=click.IntRange(1), default=512, show_default=True, help="Tokens per record.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Records per batch.")
+@click.option("--shuffle/--no-shuffle", default=True, show_default=True, help="Shuffle records by --seed.")
+@click.option("--plots", multiple=True, type=click.Choice(["png", "svg", "pdf"]), help="Save the figures, too.")
+@click.option("--checkpoint", type=click.Path(dir_okay=False, path_type=Path), help="File to continue from.")
+@click.option("--checkpoint-every", type=click.IntRange(1), metavar="BATCHES", help="How often to write it.")
+@click.option("--quiet", is_flag=True, help="No progress line; it is never shown off a terminal.")
+@json_option
+@config_options()
+@click.pass_context
+def init(context: click.Context, /, model: str, output: Path | None, **params: Any) -> None:
+    """Initialise LoRA for MODEL from data; write adapter, plan, statistics and report.
+
+    MODEL is a folder or id that transformers loads, or an adapter folder, whose base model and LoRA settings
+    are then taken.
+    """
+    config = take_config(params)
+    dry_run = params["dry_run"]
+    if output is None and not dry_run:
+        raise click.UsageError("--output is needed, except with --dry-run")
+    if output is not None and output.exists() and any(output.iterdir()):
+        raise click.UsageError(f"--output: {output} is not empty")
+    quiet_progress_bars()
+    from ..textdata import describe_files
+
+    pretrained = take_pretrained(model, params)
+    batches, num_records = _batches(pretrained, config, params)
+    if dry_run:
+        _dry_run(pretrained, batches, config, params["as_json"])
+        return
+    assert output is not None
+    run = {
+        "model": f"{pretrained.base}, {pretrained.model_class.__name__}",
+        "computed in": f"{str(pretrained.dtype).removeprefix('torch.')} on {pretrained.device}",
+        "LoRA": _describe_lora(pretrained.lora_config),
+        "data": describe_files(params["data"], num_records),
+        "batches": f"{len(batches)} of up to {params['batch_size']} x {params['max_length']} tokens, as {batches.kind}",
+    }
+    report = _initialize(pretrained, batches, config, output, run, params)
+    if params["as_json"]:
+        print_json({"output": str(output), "report": report.to_dict()})
+    else:
+        click.echo(str(report))
+        click.echo(f"\nadapter  {output / 'adapter'}\nreport   {output / 'report' / 'report.html'}")
+    if params["require_convergence"] and not all(report.converged.values()):
+        context.exit(EXIT_NOT_CONVERGED)
+
+
+def _batches(pretrained: Any, config: EvaConfig, params: dict[str, Any]) -> tuple[Any, int]:
+    from ..textdata import TextBatches, read_records
+
+    records = read_records(params["data"], split=params["split"], limit=params["limit"])
+    tokenizer = pretrained.tokenizer()
+    if params["chat_template"]:
+        tokenizer.chat_template = params["chat_template"].read_text(encoding="utf-8")
+    batches = TextBatches(
+        records, tokenizer, batch_size=params["batch_size"], max_length=params["max_length"],
+        text_field=params["text_field"], assistant_only=params["assistant_only"], with_labels=pretrained.takes_labels,
+        label_mask_value=config.label_mask_value, seed=config.seed if params["shuffle"] else None,
+    )  # fmt: skip
+    return batches, len(records)
+
+
+def _initialize(
+    pretrained: Any, batches: Any, config: Any, output: Path, run: dict[str, str], params: dict[str, Any]
+) -> Any:
+    from .. import EvaReport, apply, collect, plan
+    from ..report import command_line
+
+    model = pretrained.load()
+    statistics = collect(
+        model, batches, config, progress=not (params["quiet"] or params["as_json"]), checkpoint=params["checkpoint"],
+        checkpoint_every=params["checkpoint_every"],
+    )  # fmt: skip
+    eva_plan = plan(statistics)
+    apply(model, eva_plan)
+    report = EvaReport.of(statistics, eva_plan, run={"command": command_line(), **run})
+    pretrained.lora_config.save_pretrained(output / "lora")
+    statistics.save(output / "statistics.safetensors")
+    eva_plan.save(output / "plan.safetensors")
+    model.save_pretrained(output / "adapter")
+    report.save(output / "report", plots=params["plots"])
+    return report
+
+
+def _describe_lora(config: Any) -> str:
+    targets = config.target_modules
+    named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    variants = [name for name, on in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if on]
+    return ", ".join([f"rank {config.r}, alpha {config.lora_alpha:g}, {named}", *variants])
+
+
+def _dry_run(pretrained: Any, batches: Any, config: Any, as_json: bool) -> None:
+    from .. import estimate
+    from ..estimating import matmul_rate
+
+    expected = estimate(pretrained.shapes(), batches.example(), config)
+    rate = matmul_rate(pretrained.device, pretrained.dtype)
+    seconds = expected.seconds_per_batch(rate)
+    if as_json:
+        print_json({**vars(expected), "flops_per_second": rate, "seconds_per_batch": seconds})
+        return
+    kinds = dict(zip((names[0] for names in expected.inputs), expected.statistic, strict=True))
+    print_table(
+        ["input", "width", "statistic", "fed to"],
+        [
+            (i, expected.in_features[names[0]], kinds[names[0]], ", ".join(names))
+            for i, names in enumerate(expected.inputs)
+        ],
+    )
+    click.echo()
+    planned = min(expected.max_batches, PREDICTION_BATCHES)
+    print_facts(
+        [
+            ("layers", f"{len(expected.ranks)}, fed by {len(expected.inputs)} distinct inputs"),
+            ("budget", f"{sum(expected.ranks.values())} ranks"),
+            ("weights", f"{size(expected.weight_bytes)}, {str(pretrained.dtype).removeprefix('torch.')}"),
+            ("statistics", size(expected.statistics_bytes)),
+            ("one batch", f"{expected.rows:,} tokens at most: forward {expected.forward_flops / 1e9:,.1f} GFLOP, "
+                          f"statistics {expected.statistics_flops / 1e9:,.1f} GFLOP"),
+            ("predicted", f"{duration(seconds)} a batch, {duration(seconds * planned)} for {planned} batches "
+                          f"(a run ends when converged, at {expected.max_batches} batches at the latest)"),
+            ("based on", f"a 1024 x 1024 product on {pretrained.device}, {rate / 1e9:,.0f} GFLOP/s just now; "
+                         "reading data and small algebra come on top, padding comes off"),
+        ]
+    )  # fmt: skip

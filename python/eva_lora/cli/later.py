@@ -1,0 +1,91 @@
+"""What can be done with a run's files, without the data: ``plan``, ``apply``, ``export``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import PLANNING_FIELDS, config_options, lora_options, model_options, take_config, take_pretrained
+from .running import Command, json_option, need_libraries, print_facts, print_json, quiet_progress_bars
+
+
+@click.command(cls=Command, name="plan")
+@click.argument("statistics", type=click.Path(path_type=Path))
+@click.option("--budget", type=click.IntRange(1), help="Ranks to give.  [default: the sum of the configured ranks]")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Plan file to write.")
+@click.option("--report", type=click.Path(file_okay=False, path_type=Path), help="Folder to write a report to.")
+@json_option
+@config_options(PLANNING_FIELDS)
+def plan(statistics: Path, budget: int | None, output: Path | None, report: Path | None, **params: Any) -> None:
+    """Allot ranks anew from saved STATISTICS (a file, or a folder that init wrote). Runs no model."""
+    from .. import EvaReport, EvaStatistics
+    from .. import plan as make_plan
+    from ..layout import Grid
+
+    path = statistics / "statistics.safetensors" if statistics.is_dir() else statistics
+    loaded = EvaStatistics.load(path)
+    made = make_plan(loaded, take_config(params, loaded.config), budget)
+    if output is not None:
+        made.save(output)
+    if report is not None:
+        EvaReport.of(loaded, made).save(report)
+    if params["as_json"]:
+        print_json({"budget": made.budget, "ranks": made.ranks, "output": None if output is None else str(output)})
+        return
+    print_facts([("budget", str(made.budget)), ("given", str(sum(made.ranks.values())))])
+    click.echo()
+    click.echo(Grid.of(made.ranks).text())
+
+
+@click.command(cls=Command, name="apply")
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.argument("model")
+@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="Adapter folder to write; must be new or empty.")  # fmt: skip
+@model_options
+@lora_options
+@json_option
+def apply(plan_file: Path, model: str, output: Path, as_json: bool, **params: Any) -> None:
+    """Write PLAN into a new adapter for MODEL. Runs no forward pass.
+
+    MODEL and the LoRA options are those of init; the folder lora/ that init wrote stands for all of them.
+    """
+    from .. import EvaPlan
+    from .. import apply as apply_plan
+
+    if output.exists() and any(output.iterdir()):
+        raise click.UsageError(f"--output: {output} is not empty")
+    path = plan_file / "plan.safetensors" if plan_file.is_dir() else plan_file
+    loaded = EvaPlan.load(path)
+    quiet_progress_bars()
+    adapted = take_pretrained(model, params).load()
+    apply_plan(adapted, loaded)
+    adapted.save_pretrained(output)
+    if as_json:
+        print_json({"adapter": str(output), "ranks": loaded.ranks})
+    else:
+        click.echo(f"adapter  {output}")
+
+
+@click.command(cls=Command, name="export")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
+@click.option("--rank", type=click.IntRange(1), help="Rank to pad to.  [default: the largest there is]")
+@click.option("--vllm", is_flag=True, help="Pad to the smallest rank that vLLM knows and that fits.")
+@json_option
+def export(adapter: Path, output: Path, rank: int | None, vllm: bool, as_json: bool) -> None:
+    """Write ADAPTER anew with one rank and a scaling of 1, as serving engines need it."""
+    need_libraries("peft")
+    from ..export import VLLM_RANKS, export_uniform
+
+    if rank is not None and vllm:
+        raise click.UsageError("--rank and --vllm exclude each other")
+    if not (adapter / "adapter_config.json").is_file() and (adapter / "adapter").is_dir():
+        adapter = adapter / "adapter"  # a folder that init wrote
+    if output.resolve() == adapter.resolve():
+        raise click.UsageError("--output: expected another folder than the adapter's own")
+    export_uniform(adapter, output, rank=rank, buckets=VLLM_RANKS if vllm else None)
+    if as_json:
+        print_json({"adapter": str(output)})
+    else:
+        click.echo(f"adapter  {output}")

@@ -1,0 +1,75 @@
+"""``eva-lora demo``, ``eva-lora doctor`` and ``eva-lora completion``."""
+
+from pathlib import Path
+
+import click
+
+from .running import Command, json_option, print_json
+
+
+@click.command(cls=Command, name="demo")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=".", show_default=True,
+              help="Folder that eva_report/ and eva_adapter/ are written to.")  # fmt: skip
+@click.option("--max-batches", type=click.IntRange(2), default=24, show_default=True, help="Batches EVA may see.")
+@click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Training steps of each run.")
+def demo(output: Path, max_batches: int, steps: int) -> None:
+    """Run EVA on SmolLM2-135M and real text, reload the adapter, train a little."""
+    from .. import demo as module
+
+    try:
+        module.run(output, max_batches=max_batches, steps=steps, echo=click.echo)
+    except (FileNotFoundError, ImportError) as error:
+        raise click.ClickException(f"{error}\nThe demo needs: pip install 'eva-kernels[demo]'") from error
+
+
+@click.command(cls=Command, name="doctor")
+@click.option("--kernels", is_flag=True, help="Run every Triton kernel against its reference on this machine's GPU.")
+@json_option
+def doctor(kernels: bool, as_json: bool) -> None:
+    """Say what is built and what is not, why, and what to do about it."""
+    from eva_kernels._build import build_info
+
+    from ..report import versions
+
+    info = build_info()
+    checks = _check_kernels() if kernels else []
+    if as_json:
+        print_json({"versions": versions(), **info, "kernels": checks})
+    else:
+        remedies = info.pop("remedies")
+        for name, value in {**versions(), **info}.items():
+            shown = ", ".join(value) if isinstance(value, list) else value
+            click.echo(f"{name:<14} {shown or '-'}")
+        for remedy in remedies:
+            click.echo(f"-> {remedy}")
+        for check in checks:
+            state = "ok" if check["passed"] else "WRONG"
+            click.echo(f"{state:<6} {check['name']:<40} error {check['error']:.1e}, allowed {check['allowed']:.1e}")
+    if not all(check["passed"] for check in checks):
+        raise click.ClickException("--kernels: a kernel is wrong on this device; set impl='reference' and report it")
+
+
+def _check_kernels() -> list[dict[str, object]]:
+    import torch
+
+    from eva_kernels import check_kernels
+
+    if not torch.cuda.is_available():
+        raise click.ClickException("--kernels: expected a CUDA or HIP device, torch finds none")
+    return [
+        {"name": check.name, "passed": check.passed, "error": check.error, "allowed": check.allowed}
+        for check in check_kernels("cuda")
+    ]
+
+
+@click.command(cls=Command, name="completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes eva-lora's commands and options in SHELL."""
+    from click.shell_completion import get_completion_class
+
+    from . import main
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "eva-lora", "_EVA_LORA_COMPLETE").source())

