@@ -146,7 +146,7 @@ class SiteAdapter:
                 f"sites: expected unique names, got {sorted({n for n in names if names.count(n) > 1})} twice"
             )
         self.sites = list(sites)
-        self.skipped: dict[str, str] = {}
+        self.left_alone: dict[str, str] = {}
         self.eva_config = None
 
     @contextmanager
