@@ -13,7 +13,9 @@ from ..orthonormal import orthonormalize
 from ..symmetric_eigen import symmetric_eigen
 from .statistics import Statistic
 
-RELATIVE_JITTER = 1e-6  # of the unit diagonal of the scaled ΩᵀY: the rounding of a float32 product
+# Of the unit diagonal of the scaled ΩᵀY. Each refresh loses half of it in variance; a direction that is only rounding
+# may come out larger by the inverse of it. Above the rounding of a float32 product: the README has what less does.
+RELATIVE_JITTER = 1e-6
 RELATIVE_ALIGNMENT = 5e-4  # ωᵀCω below this fraction of ‖Cω‖ is rounding: no direction is that far from its image
 RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis too far from orthonormal
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
