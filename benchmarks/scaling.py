@@ -17,8 +17,8 @@ from torch import Tensor
 from eva_kernels.streaming_svd import Statistic
 from eva_lora import EvaConfig, collect
 from eva_lora.capture import Capture
-from eva_lora.collecting import Run
 from eva_lora.demo import load_smollm2, packed_text
+from eva_lora.running import Run
 
 
 def cost(blocks: int, batches: list[dict[str, Tensor]]) -> float:

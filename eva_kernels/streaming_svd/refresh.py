@@ -13,7 +13,9 @@ from ..orthonormal import orthonormalize
 from ..symmetric_eigen import symmetric_eigen
 from .statistics import Statistic
 
-RELATIVE_JITTER = 1e-6  # of the unit diagonal of the scaled ΩᵀY: the rounding of a float32 product
+# Of the unit diagonal of the scaled ΩᵀY. Each refresh loses half of it in variance; a direction that is only rounding
+# may come out larger by the inverse of it. Above the rounding of a float32 product: the README has what less does.
+RELATIVE_JITTER = 1e-6
 RELATIVE_ALIGNMENT = 5e-4  # ωᵀCω below this fraction of ‖Cω‖ is rounding: no direction is that far from its image
 RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis too far from orthonormal
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
@@ -157,10 +159,15 @@ def nystrom_of_indefinite(
     sample: Tensor,  # (b, d, q)
     product: Tensor,  # (b, d, q), finite
 ) -> tuple[Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending
-    """As :func:`nystrom` where there is no Cholesky factor: the same inverse root through eigenvalues."""
+    """As :func:`nystrom` where there is no Cholesky factor: the same inverse root through eigenvalues.
+
+    What the jitter alone keeps above zero, or not even that, is rounding; its inverse would be variance from nowhere.
+    """
     _, scale, scaled = _scaled_core(sample, product)
     values, vectors = symmetric_eigen(scaled)
-    root = scale[:, :, None] * vectors * values.clamp_min(RELATIVE_JITTER).rsqrt()[:, None, :]
+    seen = values > 2 * RELATIVE_JITTER
+    inverse = torch.where(seen, values.where(seen, 1).rsqrt(), 0)
+    root = scale[:, :, None] * vectors * inverse[:, None, :]
     sketch, values, turn = _turned(product, root, torch.ones(len(sample), dtype=torch.bool, device=sample.device))
     return sketch @ turn.to(sketch.dtype), values
 

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from eva_kernels._build import use_core
-from eva_kernels.streaming_svd import Refreshed
 
 from . import storage
 from .capture import Input
+from .following import Following
 from .measurements import Trace
 from .preflight import is_lora
 from .report import versions
 from .streams import DIGEST_BYTES, Position, Stream
 
 if TYPE_CHECKING:
-    from .collecting import Run
+    from .running import Run
 
 __all__ = ["DEFAULT_CHECKPOINT_EVERY", "Checkpoint"]
 
@@ -57,7 +57,6 @@ class Progress:
     gram_bytes: int
     wanted: list[int]
     expected: list[int] | None
-    members: list[int]
     rules: dict[str, list[str]]
     sides: dict[str, str]
     skipped_rows: dict[str, int]
@@ -121,15 +120,11 @@ class Checkpoint:
             gram_bytes=run.gram_bytes,
             wanted=sorted(run.capture.wanted),
             expected=run.capture._expected,
-            members=run.members,
             rules={name: sorted(rules) for name, rules in run.rules.items()},
             sides=run.sides,
             skipped_rows=run.skipped_rows,
             trace=asdict(run.trace),
         )
-        for number, result in run.latest.items():
-            rows = (result.cosines, result.overlaps, result.explained_variance_ratio, result.gains)
-            tensors[f"latest.{number}"] = torch.from_numpy(np.stack(rows))
         position = stream.position()
         joined = np.frombuffer(b"".join(position.digests), np.uint8).copy()
         tensors["digests"] = torch.from_numpy(joined).reshape(-1, DIGEST_BYTES)
@@ -138,7 +133,7 @@ class Checkpoint:
             "progress": asdict(progress),
             "inputs": [asdict(entry) for entry in inputs],
             "transposed": transposed,
-            "tracker": _packed(None if run.tracker is None else run.tracker.state_dict(), tensors, "tracker"),
+            "following": _packed(run.following.state(), tensors, "following"),
             "loader": _packed(position.loader_state, tensors, "loader"),
         }
         storage.save(self.path, "checkpoint", tensors, facts)
@@ -172,16 +167,15 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
     trace = storage.checked(Trace, progress.trace)
     layouts = set(facts["transposed"])
     state: dict[int, dict[str, Any]] = {i: dict(entry.numbers) for i, entry in enumerate(saved)}
-    latest = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
-        if kind == "latest":
-            latest[int(rest)] = _refreshed(tensor)
-        elif kind == "input":
+        if kind == "input":
             index, _, attribute = rest.partition(".")
             state[int(index)][attribute] = tensor.mT if name in layouts else tensor
-    if not set(latest) <= {stream for entry in saved for stream in entry.streams}:
-        raise ValueError(f"expected evidence of the layers that have inputs, got some of {sorted(latest)}")
+    following = Following(run.sites, run.config)
+    following.load_state_(_unpacked(facts["following"], tensors))
+    if not set(following.latest) <= {stream for entry in saved for stream in entry.streams}:
+        raise ValueError(f"expected evidence of the layers that have inputs, got some of {sorted(following.latest)}")
     entries = []
     for i, entry in enumerate(saved):
         statistic = run.new_statistic(entry.streams[0], entry.kind, entry.columns)
@@ -189,12 +183,6 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
         taken = dict.fromkeys(entry.streams, 0)
         pending = entry.pending_batches
         entries.append(Input(statistic, entry.reason, entry.streams, [], taken, is_new=False, pending_batches=pending))
-    tracker_state = _unpacked(facts["tracker"], tensors)
-    tracker = decision = None
-    if tracker_state is not None:
-        tracker = run.make_tracker(progress.members, [int(group) for group in tracker_state["groups"]])
-        tracker.load_state_dict(tracker_state)
-        decision = tracker.decision()
     digests = tensors["digests"]
     if digests.dtype != torch.uint8 or digests.shape != (progress.num_batches, DIGEST_BYTES):
         raise ValueError(f"expected a digest for each of {progress.num_batches} batches")
@@ -206,7 +194,7 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
         for stream in recovered.streams:
             run.capture.input_of[stream] = recovered
     run.capture.wanted, run.capture._expected = set(progress.wanted), progress.expected
-    run.tracker, run.decision, run.members, run.latest = tracker, decision, progress.members, latest
+    run.following = following
     run.num_batches, run.num_rows, run.history = progress.num_batches, progress.num_rows, progress.history
     run.seconds, run.started = progress.seconds, time.perf_counter() - progress.seconds["total"]
     run.trace, run.capture.seconds = trace, progress.seconds["statistics"]
@@ -216,21 +204,12 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
     return position
 
 
-def _refreshed(evidence: Tensor) -> Refreshed:
-    if evidence.dtype != torch.float64 or evidence.ndim != 2 or not bool(evidence.isfinite().all()):
-        raise ValueError(f"expected finite evidence (4, q) in float64, got {evidence.dtype} {tuple(evidence.shape)}")
-    cosines, overlaps, ratios, gains = evidence.numpy()
-    return Refreshed(cosines=cosines, overlaps=overlaps, explained_variance_ratio=ratios, gains=gains, finite=True)
-
-
 def _check(progress: Progress, saved: list[SavedInput], run: "Run") -> None:
     """Raise ValueError where a checkpoint's numbers are out of range or do not fit the run's layers."""
     sites, site_of = range(len(run.sites)), run.capture.site_of
     used = [stream for entry in saved for stream in entry.streams]
     if len(set(used)) < len(used) or not set(used) <= set(range(len(site_of))) or not all(e.streams for e in saved):
         raise ValueError("expected every layer in one input at most")
-    if progress.members != sorted(set(progress.members) & set(sites)) or not progress.members:
-        raise ValueError(f"expected an ascending list of layers out of {len(sites)}")
     for entry in saved:
         widths = {run.sites[site_of[stream]].in_features for stream in entry.streams}
         if len(widths) > 1 or entry.columns not in run.columns or entry.columns > min(widths):

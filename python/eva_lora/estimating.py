@@ -13,8 +13,8 @@ from eva_kernels.streaming_svd import Statistic
 
 from .adapters import find_adapter
 from .batches import RowMask, default_forward, to_device
-from .collecting import Run
 from .config import DEFAULT_MAX_BATCHES, EvaConfig
+from .running import Run
 
 __all__ = ["Estimate", "estimate", "matmul_rate"]
 

@@ -204,11 +204,11 @@ def initialize_lora_eva_weights(
     given = {name.removeprefix(_PREFIX): value for name, value in eva_state_dict.items()}
     eva_plan = _plan_of(given, adapter.sites, EvaConfig.of(adapter.config.eva_config))
     adapter.apply(eva_plan)
-    missing = [*(site.name for site in adapter.sites if site.name not in given), *adapter.skipped]
+    missing = [*(site.name for site in adapter.sites if site.name not in given), *adapter.left_alone]
     if missing:
         warnings.warn(
             f"eva_state_dict: it holds nothing for the layers {missing}, which keep their rank and a random A "
-            f"(init_lora_weights=True). EVA does not apply to {adapter.skipped or 'none of them by kind'}",
+            f"(init_lora_weights=True). EVA does not apply to {adapter.left_alone or 'none of them by kind'}",
             stacklevel=2,
         )
 
@@ -323,7 +323,7 @@ class _Substituted:
     """An adapter with other sites in the place of its own."""
 
     def __init__(self, adapter: Any, sites: list[LoraSite]) -> None:
-        self.sites, self.skipped, self.eva_config = sites, adapter.skipped, None
+        self.sites, self.left_alone, self.eva_config = sites, adapter.left_alone, None
         self.disabled, self.apply = adapter.disabled, adapter.apply
 
 
@@ -338,7 +338,7 @@ class _BareModel:
         config = copy.deepcopy(peft_config)
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config = _maybe_include_all_linear_layers(config, model)
-        self.skipped: dict[str, str] = {}
+        self.left_alone: dict[str, str] = {}
         self.eva_config = None
         self.sites = []
         for name, module in model.named_modules():

@@ -21,7 +21,7 @@ import eva_lora
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, collect, plan, storage
 from eva_lora.adapters import find_adapter
 from eva_lora.checkpoint import Checkpoint
-from eva_lora.collecting import Run
+from eva_lora.running import Run
 from support.tiny import fingerprint_of, tiny_batches, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -69,8 +69,7 @@ def contents(run):
     ]
     plain = {name: value for name, value in vars(run).items() if isinstance(value, (int, str, list, dict))}
     plain.pop("seconds")
-    tracker = None if run.tracker is None else run.tracker.state_dict()
-    return repr((states, plain, tracker, run.capture.wanted, run.capture._expected))
+    return repr((states, plain, run.following.state(), run.capture.wanted, run.capture._expected))
 
 
 @pytest.fixture(scope="module")

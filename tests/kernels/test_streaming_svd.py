@@ -191,6 +191,19 @@ def test_any_stream_gives_finite_orthonormal_components_in_range(kind, spectrum,
         assert (gram - torch.eye(q)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_of_low_rank_give_no_variance_they_do_not_have(kind, seed):
+    """More columns than independent rows: what is left of the spectrum is rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(40, 128, generator=generator)
+    statistic = kind(128, 48, **EXACTLY)
+    for _ in range(6):
+        statistic.accumulate_(torch.randn(200, 40, generator=generator) @ factor)
+        refresh_([statistic])
+        assert float(statistic.eigenvalues.sum() / statistic.total_scatter()) <= 1 + 1e-2
+
+
 def test_sizes_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"^num_features: expected at least 1, got 0"):
         GramStatistic(0, 1)

@@ -33,7 +33,7 @@ class LoraAdapter(Protocol):
         """Layers EVA applies to, in the model's order."""
 
     @property
-    def skipped(self) -> Mapping[str, str]:
+    def left_alone(self) -> Mapping[str, str]:
         """Name → reason of the adapter's layers that EVA does not apply to; they stay as they are."""
 
     @property
@@ -83,7 +83,7 @@ def find_adapter(model: nn.Module, sites: Sequence[LoraSite] | None = None) -> L
         if isinstance(found, Sequence) and found:
             return SiteAdapter(found)
         if found is not None and not isinstance(found, Sequence):
-            if not all(hasattr(found, name) for name in ("sites", "skipped", "eva_config", "disabled", "apply")):
+            if not all(hasattr(found, name) for name in ("sites", "left_alone", "eva_config", "disabled", "apply")):
                 raise TypeError(
                     f"register_adapter: expected {find!r} to return a list of sites, a LoraAdapter or None, got "
                     f"{type(found).__name__}"

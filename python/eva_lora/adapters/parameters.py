@@ -64,9 +64,9 @@ class ParameterSite(LoraSite):
         if transposed:
             first, second = first.T, second.T
         if first.shape[0] != second.shape[1]:
+            hint = "" if transposed else "; are they stored transposed?"
             raise ValueError(
-                f"layer {name}: expected {a} and {b} of one rank, got {first.shape[0]} and {second.shape[1]}"
-                + ("" if transposed else "; are they stored transposed?")
+                f"layer {name}: expected {a} and {b} of one rank, got {first.shape[0]} and {second.shape[1]}{hint}"
             )
         return cls(
             name, module, first.shape[1], first.shape[0], rank_multiple, False, 1, a, b, transposed,
@@ -146,7 +146,7 @@ class SiteAdapter:
                 f"sites: expected unique names, got {sorted({n for n in names if names.count(n) > 1})} twice"
             )
         self.sites = list(sites)
-        self.skipped: dict[str, str] = {}
+        self.left_alone: dict[str, str] = {}
         self.eva_config = None
 
     @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .parameters import check_plan
-from .peft_layers import ConvSite, Skipped, factors, parts_of, site_of
+from .peft_layers import ConvSite, LeftAlone, factors, parts_of, site_of
 from .sites import LoraSite
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class PeftAdapter:
         self._everything = {n: layer for n, layer in everything.items() if self.name in layer.r}
         self._check_config()
         self.sites: list[LoraSite] = []
-        self.skipped: dict[str, str] = {}
+        self.left_alone: dict[str, str] = {}
         for layer_name, layer in self._everything.items():
             if any(member.merged for member in parts_of(layer)):
                 raise ValueError(
@@ -72,10 +72,10 @@ class PeftAdapter:
                 )
             try:
                 self.sites.append(site_of(layer_name, layer, self.name))
-            except Skipped as reason:
-                self.skipped[layer_name] = str(reason)
+            except LeftAlone as reason:
+                self.left_alone[layer_name] = str(reason)
         if not self.sites:
-            raise ValueError(f"model: EVA applies to none of its LoRA layers: {self.skipped}")
+            raise ValueError(f"model: EVA applies to none of its LoRA layers: {self.left_alone}")
         self.layers: dict[str, Any] = {site.name: self._everything[site.name] for site in self.sites}
 
     @property

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .sites import LoraSite, Patches, Rows, Taken, first_tensor
 
-__all__ = ["ConvSite", "Skipped", "factors", "parts_of", "site_of"]
+__all__ = ["ConvSite", "LeftAlone", "factors", "parts_of", "site_of"]
 
 
-class Skipped(Exception):
+class LeftAlone(Exception):
     """A layer that EVA does not apply to; the message is the reason."""
 
 
@@ -114,14 +114,14 @@ def site_of(name: str, layer: Any, adapter: str) -> LoraSite:
     """The site that a PEFT LoRA layer is.
 
     Raises:
-        Skipped: EVA does not apply to it.
+        LeftAlone: EVA does not apply to it.
         ValueError: it cannot be right as it is; the message names the layer and says why.
     """
     from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
     rank = layer.r[adapter]
     if adapter in layer.lora_embedding_A:
-        raise Skipped("an embedding's input is token numbers, which have no directions of variance")
+        raise LeftAlone("an embedding's input is token numbers, which have no directions of variance")
     lora_a = layer.lora_A[adapter]
     if isinstance(layer, ParamWrapper):
         return _parameter_site(name, layer, adapter)
@@ -130,7 +130,7 @@ def site_of(name: str, layer: Any, adapter: str) -> LoraSite:
     if isinstance(lora_a, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         base = layer.get_base_layer()
         if base.groups > 1:
-            raise Skipped(f"with groups={base.groups} each group of outputs reads a part of A of its own")
+            raise LeftAlone(f"with groups={base.groups} each group of outputs reads a part of A of its own")
         reaching = [d for d, k in zip(base.dilation, base.kernel_size, strict=True) if k > 1 and d > 1]
         if reaching and base.padding != "same":
             raise ValueError(
@@ -140,7 +140,7 @@ def site_of(name: str, layer: Any, adapter: str) -> LoraSite:
         patches = Patches.of(lora_a)
         return ConvSite(name, layer, patches.width, rank, patches=patches)
     if not isinstance(lora_a, nn.Linear):
-        raise Skipped(f"its A is a {type(lora_a).__name__}")
+        raise LeftAlone(f"its A is a {type(lora_a).__name__}")
     if lora_a.weight.shape[0] != rank:
         raise ValueError(f"model: A of {name} has shape {tuple(lora_a.weight.shape)}, expected rank {rank}")
     return LoraSite(name, layer, lora_a.weight.shape[1], rank)
@@ -153,11 +153,11 @@ def _parameter_site(name: str, layer: Any, adapter: str) -> LoraSite:
     if layer.num_experts == 1:
         if isinstance(base, nn.Linear) or (parameter == "weight" and type(base).__name__.endswith("Router")):
             return LoraSite(name, layer, width, rank)
-        raise Skipped(f"it is a parameter of a {type(base).__name__}, of which EVA does not know what it multiplies")
+        raise LeftAlone(f"it is a parameter of a {type(base).__name__}, of which EVA does not know what it multiplies")
     known = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
     up = "gate_up_proj" if getattr(base, "has_gate", True) else "up_proj"
     if not all(hasattr(base, attribute) for attribute in known) or parameter not in (up, "down_proj"):
-        raise Skipped(
+        raise LeftAlone(
             f"it is a stack of {layer.num_experts} matrices of a {type(base).__name__}, whose routing EVA does not know"
         )
     return ExpertsSite(name, layer, width, rank, parts=layer.num_experts, parameter=parameter)
