@@ -187,7 +187,7 @@ def test_the_pass_leaves_4_bit_weights_as_they_are_packed():
 def test_an_adapter_that_diffusers_added_is_initialised():
     model = unet()
     model.add_adapter(peft.LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_out.0"]))
-    data = unet_batches()
+    data = unet_batches()[:3]  # as many as the pass takes
     with torch.no_grad():
         expected = call(unet().eval(), data[0])
     report = eva_initialize(model, data, EvaConfig(max_batches=3), progress=False)
