@@ -42,6 +42,8 @@ def listed():
 
 def is_listed(message, pattern):
     """Whether ``message`` begins as ``pattern`` does, whose "…" may stand for more than one thing."""
+    if not re.search(r"\w", pattern):  # an entry without a word of its own lists that very message, not all
+        return message == pattern
     filled = "".join(".*" if piece == "…" else re.escape(piece) for piece in re.split("(…)", pattern))
     same_start = message.startswith("…") == pattern.startswith("…")
     return same_start and re.match(filled, message) is not None
