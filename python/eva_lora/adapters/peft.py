@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .parameters import check_plan
-from .peft_layers import ConvSite, Skipped, factors, parts_of, site_of
-from .sites import LoraSite
+from .peft_layers import ConvSite, factors, parts_of, site_of
+from .sites import LoraSite, Skipped
 
 if TYPE_CHECKING:
     from ..planning import EvaPlan, PlannedSite
