@@ -54,7 +54,8 @@ $(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
 	$(VENV)/libraries/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $< && touch $@
 
 test-libraries: $(VENV)/libraries/.done
-	$(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py -k "torchtune or litgpt"
+	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
+		-k "torchtune or litgpt"
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest

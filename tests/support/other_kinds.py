@@ -282,4 +282,27 @@ def skipped_where_missing(one):
     return pytest.param(one, id=one.name, marks=[pytest.mark.skipif(missing, reason=f"{one.library} is not installed")])
 
 
+VERSIONS = {"loralib": "0.1.2", "lycoris": "4.1.3", "torchtune": "0.6.1", "litgpt": "0.5.13"}
+REFUSED = {
+    "loralib": "merged with B ≠ 0; `Conv1d` and `Conv3d`, which cannot run; `Embedding` and groups are left out",
+    "lycoris": "`use_scalar`, which would never train; Tucker, groups, LoHa, LoKr and others are left out",
+    "torchtune": "merged with B ≠ 0",
+    "litgpt": "merged with B ≠ 0",
+    "LoRA-ViT": "a rank above alpha without `adjust_scaling_factors`: its scaling would be 0",
+    "Megatron-Bridge": "A that is split over workers already; ranks divide by the workers",
+    "cloneofsimo/lora": "a selector and groups are left out",
+    "kohya sd-scripts": "groups are left out",
+}
+
+
+def table() -> str:
+    """Every kind of the suite, for the documentation."""
+    lines = ["| implementation | checked with | refused or left out |", "| --- | --- | --- |"]
+    for one in (*INSTALLED, *LAYOUTS):
+        version = f"{one.library} {VERSIONS[one.library]}" if one.library else "its layout"
+        refused = next((why for name, why in REFUSED.items() if name == one.library or one.name.startswith(name)), "")
+        lines.append(f"| {one.name} | {version} | {refused} |")
+    return "\n".join(lines)
+
+
 OTHER_KINDS = [skipped_where_missing(one) for one in (*INSTALLED, *LAYOUTS)]
