@@ -8,8 +8,8 @@ from eva_lora import EvaConfig, eva_initialize
 
 torch.manual_seed(0)
 model = lora_llama3(
-    lora_attn_modules=["q_proj", "v_proj"], vocab_size=97, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32,
-    intermediate_dim=48, max_seq_len=64, lora_rank=4, lora_alpha=8,
+    lora_attn_modules=["q_proj", "output_proj"], apply_lora_to_mlp=True, vocab_size=97, num_layers=2, num_heads=4,
+    num_kv_heads=2, embed_dim=32, intermediate_dim=48, max_seq_len=64, lora_rank=4, lora_alpha=8,
 )  # fmt: skip
 loader = list(torch.randint(0, 97, (4, 4, 24)))
 
