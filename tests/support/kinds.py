@@ -29,6 +29,7 @@ class Kind:
         adapt: From the base model to one with LoRA layers.
         config: Further options of EVA.
         computes_its_base: Whether the library's own model with B = 0 does, bit by bit, before EVA.
+        step: What its ranks are multiples of.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Kind:
     adapt: Callable[["Kind"], nn.Module] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     computes_its_base: bool = True  # before EVA, bit by bit
+    step: int = 1
+    removable = True
 
     def model(self) -> nn.Module:
         if self.adapt is not None:
@@ -59,6 +62,16 @@ class Kind:
             else:
                 found[name] = [a.flatten(1)]
         return found
+
+    def second(self, model: nn.Module) -> list[nn.Parameter]:
+        """Every B."""
+        return [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
+
+    def trained(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for p in model.parameters() if p.requires_grad]
+
+    def save(self, model: nn.Module, eva_plan, folder) -> None:
+        model.save_pretrained(folder)
 
     def reload(self, folder) -> nn.Module:
         return peft.PeftModel.from_pretrained(self.base(), folder)

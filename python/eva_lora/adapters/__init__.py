@@ -76,9 +76,9 @@ def find_adapter(model: nn.Module, sites: Sequence[LoraSite] | None = None) -> L
         raise TypeError(f"model: expected a torch.nn.Module with LoRA layers, got {type(model).__name__}")
     if sites is not None:
         return SiteAdapter(sites)
-    from . import peft
+    from . import libraries, peft
 
-    for find in (*reversed(_registered), peft.find):
+    for find in (*reversed(_registered), peft.find, libraries.find):
         found = find(model)
         if isinstance(found, Sequence) and found:
             return SiteAdapter(found)
@@ -91,5 +91,5 @@ def find_adapter(model: nn.Module, sites: Sequence[LoraSite] | None = None) -> L
             return found
     raise ValueError(
         "model: found no LoRA layers. Add them first, for example peft.get_peft_model(model, LoraConfig(...)); for "
-        "layers of your own see eva_lora.register_adapter. Known: PEFT's LoRA."
+        "layers of your own see eva_lora.register_adapter. Known: PEFT's LoRA and the libraries in docs/libraries.md."
     )

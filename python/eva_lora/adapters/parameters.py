@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .sites import LoraSite
+from ..preflight import require_no_optimizer
+from .sites import LoraSite, Rows
 
 if TYPE_CHECKING:
     from ..planning import EvaPlan, PlannedSite
@@ -24,16 +25,25 @@ class ParameterSite(LoraSite):
     Make it with :meth:`of`. A rank that changes means new parameters in the same places.
 
     Attributes:
-        a, b: Where A and B are, as paths from :attr:`module`: ``"A"``, or ``"lora_A.weight"``.
+        a, b: Where A and B are, as paths from :attr:`owner`: ``"A"``, or ``"lora_A.weight"``. Several of each, where
+            matrices of one rank are fed the same rows.
+        owner: The module that holds them and the attributes below.
         transposed: A is (d, rank) and B (rank, out), not (rank, d) and (out, rank).
-        rank_names, alpha_name, scaling_name: Attributes of :attr:`module` that hold the rank, alpha, and what
+        groups: Matrices stacked in one A, (groups · rank, d), all fed the same rows.
+        rows_per_rank: Rows of A that the library counts as one rank.
+        row_maker: How an input becomes rows, where it is not (..., d) already; :attr:`rows` returns it.
+        rank_names, alpha_name, scaling_name: Attributes of :attr:`owner` that hold the rank, alpha, and what
             B A x is multiplied with, as far as it has them.
         linear_in_rank: The scaling is alpha / rank; False: alpha / √rank.
     """
 
-    a: str = "A"
-    b: str = "B"
+    a: str | tuple[str, ...] = "A"
+    b: str | tuple[str, ...] = "B"
+    owner: nn.Module = None  # type: ignore[assignment]
     transposed: bool = False
+    groups: int = 1
+    rows_per_rank: int = 1
+    row_maker: Rows | None = None
     rank_names: tuple[str, ...] = ()
     alpha_name: str | None = None
     scaling_name: str | None = None
@@ -44,10 +54,14 @@ class ParameterSite(LoraSite):
         cls,
         name: str,
         module: nn.Module,
-        a: str = "A",
-        b: str = "B",
+        a: str | tuple[str, ...] = "A",
+        b: str | tuple[str, ...] = "B",
         *,
+        owner: nn.Module | None = None,
         transposed: bool = False,
+        groups: int = 1,
+        rows_per_rank: int = 1,
+        rows: Rows | None = None,
         rank: str | Sequence[str] = (),
         alpha: str | None = None,
         scaling: str | None = None,
@@ -56,72 +70,99 @@ class ParameterSite(LoraSite):
     ) -> "ParameterSite":
         """The site of a layer, its width and rank read from A. Arguments are the attributes of this class.
 
+        ``module`` is the one whose calls are watched; it holds A and B too, unless ``owner`` does. A and B may be
+        the weights of convolutions where ``rows`` says which patches their kernels see.
+
         Raises:
             TypeError: A or B is no matrix parameter.
             ValueError: their shapes do not fit each other.
         """
-        first, second = (_matrix(name, module, path) for path in (a, b))
-        if transposed:
-            first, second = first.T, second.T
-        if first.shape[0] != second.shape[1]:
-            hint = "" if transposed else "; are they stored transposed?"
-            raise ValueError(
-                f"layer {name}: expected {a} and {b} of one rank, got {first.shape[0]} and {second.shape[1]}{hint}"
-            )
+        owner = module if owner is None else owner
+        shapes = set()
+        for path_a, path_b in zip(_paths(a), _paths(b), strict=True):
+            first, second = (_matrix(name, owner, path, rows is not None) for path in (path_a, path_b))
+            if transposed:
+                first, second = first.T, second.T
+            stacked = f" and {groups} stacked matrices" if groups > 1 else ""
+            if first.shape[0] != groups * second.shape[1]:
+                hint = "" if transposed else "; are they stored transposed?"
+                raise ValueError(
+                    f"layer {name}: expected {path_a} and {path_b} of one rank{stacked}, got {first.shape[0]} and "
+                    f"{second.shape[1]}{hint}"
+                )
+            shapes.add((second.shape[1], first[0].numel()))
+        if len(shapes) > 1:
+            raise ValueError(f"layer {name}: expected matrices of one rank and width, got {sorted(shapes)}")
+        in_rank, width = shapes.pop()
         return cls(
-            name, module, first.shape[1], first.shape[0], rank_multiple, False, 1, a, b, transposed,
-            (rank,) if isinstance(rank, str) else tuple(rank), alpha, scaling, linear_in_rank,
+            name, module, width, in_rank, rank_multiple * rows_per_rank, False, 1, a, b, owner, transposed, groups,
+            rows_per_rank, rows, (rank,) if isinstance(rank, str) else tuple(rank), alpha, scaling, linear_in_rank,
         )  # fmt: skip
 
     @property
-    def factors(self) -> list[nn.Parameter]:
-        """A and B."""
-        return [_get(self.module, path) for path in (self.a, self.b)]
+    def rows(self) -> Rows | None:
+        return self.row_maker
+
+    @property
+    def first(self) -> list[nn.Parameter]:
+        """The parameters A, most often one."""
+        return [_get(self.owner, path) for path in _paths(self.a)]
+
+    @property
+    def second(self) -> list[nn.Parameter]:
+        """The parameters B, one for each A."""
+        return [_get(self.owner, path) for path in _paths(self.b)]
 
     def write(self, rank: int, lora_a: Tensor | None, *, adjust_scaling: bool) -> None:
         """Set the rank, A to ``lora_a`` (parts · rank, d; None: as it is) and B to zero.
 
         With ``adjust_scaling`` the layer's scaling stays what it was; without, alpha does.
         """
-        old_a, old_b = self.factors
-        dim = 1 if self.transposed else 0
         if rank != self.rank:
-            for path, old, along in ((self.a, old_a, dim), (self.b, old_b, 1 - dim)):
-                shape = list(old.shape)
-                shape[along] = rank
-                _replace(self.module, path, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
-            self._rescale(rank, adjust_scaling)
-        new_a, new_b = self.factors
-        if lora_a is not None:
-            new_a.copy_(lora_a.T if self.transposed else lora_a)
-        new_b.zero_()
+            dim = 1 if self.transposed else 0
+            for paths, along, size in ((self.a, dim, self.groups * rank), (self.b, 1 - dim, rank)):
+                for path in _paths(paths):
+                    old = _get(self.owner, path)
+                    shape = list(old.shape)
+                    shape[along] = size
+                    _replace(self.owner, path, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
+            self.rescale(rank, adjust_scaling)
+        for new_a, new_b in zip(self.first, self.second, strict=True):
+            if lora_a is not None:
+                matrix = lora_a.repeat(self.groups, 1)
+                new_a.copy_(matrix.T if self.transposed else matrix.view(new_a.shape))
+            new_b.zero_()
 
-    def _rescale(self, rank: int, adjust: bool) -> None:
+    def rescale(self, rank: int, adjust: bool) -> None:
+        """Set what of rank, alpha and scaling the layer keeps, for a new number of rows of A."""
         growth = rank / self.rank
         if not self.linear_in_rank:
             growth = math.sqrt(growth)
         for name in self.rank_names:
-            setattr(self.module, name, rank)
+            setattr(self.owner, name, rank // self.rows_per_rank)
         if adjust and self.alpha_name is not None:
-            alpha = getattr(self.module, self.alpha_name) * growth
-            setattr(self.module, self.alpha_name, int(alpha) if float(alpha).is_integer() else alpha)
+            alpha = getattr(self.owner, self.alpha_name)
+            # Multiplied first: rounded once, so that an integer stays one.
+            alpha = alpha * rank / self.rank if self.linear_in_rank else alpha * growth
+            setattr(self.owner, self.alpha_name, int(alpha) if float(alpha).is_integer() else alpha)
         if not adjust and self.scaling_name is not None:
-            setattr(self.module, self.scaling_name, getattr(self.module, self.scaling_name) / growth)
+            setattr(self.owner, self.scaling_name, getattr(self.owner, self.scaling_name) / growth)
 
     def snapshot(self) -> dict[str, Any]:
         """What :meth:`restore` needs to undo :meth:`write`."""
         names = (*self.rank_names, self.alpha_name, self.scaling_name)
+        factors = dict(zip((*_paths(self.a), *_paths(self.b)), (*self.first, *self.second), strict=True))
         return {
-            "factors": [(factor, factor.detach().clone()) for factor in self.factors],
-            "attributes": {name: getattr(self.module, name) for name in names if name is not None},
+            "factors": {path: (factor, factor.detach().clone()) for path, factor in factors.items()},
+            "attributes": {name: getattr(self.owner, name) for name in names if name is not None},
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        for path, (factor, value) in zip((self.a, self.b), snapshot["factors"], strict=True):
+        for path, (factor, value) in snapshot["factors"].items():
             factor.data.copy_(value)
-            _replace(self.module, path, factor)
+            _replace(self.owner, path, factor)
         for name, value in snapshot["attributes"].items():
-            setattr(self.module, name, value)
+            setattr(self.owner, name, value)
 
 
 class SiteAdapter:
@@ -129,12 +170,16 @@ class SiteAdapter:
 
     The model computes what its base computes while every B is zero, so that is how it is switched off.
 
+    Args:
+        sites: Its layers.
+        left_alone: Name → reason of layers that EVA does not apply to.
+
     Raises:
         TypeError: ``sites`` is no sequence of :class:`LoraSite`.
         ValueError: it is empty, or names a site twice.
     """
 
-    def __init__(self, sites: Sequence[LoraSite]) -> None:
+    def __init__(self, sites: Sequence[LoraSite], left_alone: Mapping[str, str] | None = None) -> None:
         if not isinstance(sites, Sequence) or not all(isinstance(site, LoraSite) for site in sites):
             kinds = [type(s).__name__ for s in sites] if isinstance(sites, Sequence) else type(sites).__name__
             raise TypeError(f"sites: expected a list of LoraSite, got {kinds}")
@@ -146,12 +191,12 @@ class SiteAdapter:
                 f"sites: expected unique names, got {sorted({n for n in names if names.count(n) > 1})} twice"
             )
         self.sites = list(sites)
-        self.left_alone: dict[str, str] = {}
+        self.left_alone: dict[str, str] = dict(left_alone or {})
         self.eva_config = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        second = [site.factors[1] for site in self.sites if isinstance(site, ParameterSite)]
+        second = [factor for site in self.sites if isinstance(site, ParameterSite) for factor in site.second]
         values = [factor.detach().clone() for factor in second]
         try:
             for factor in second:
@@ -166,11 +211,14 @@ class SiteAdapter:
 
         Raises:
             TypeError: some can only be watched.
+            ValueError: an optimizer holds their parameters.
         """
         writable = [site for site in self.sites if isinstance(site, ParameterSite)]
         if len(writable) < len(self.sites):
             kinds = sorted({type(site).__name__ for site in self.sites} - {type(site).__name__ for site in writable})
             raise TypeError(f"sites: expected ParameterSite, which can be written, got {kinds}")
+        # Some libraries keep their parameters outside of the model, under names of their own.
+        require_no_optimizer({id(p): f"A or B of {s.name}" for s in writable for p in (*s.first, *s.second)})
         return writable
 
     @torch.no_grad()
@@ -223,18 +271,22 @@ def check_plan(plan: "EvaPlan", sites: Sequence[LoraSite]) -> None:
             )
 
 
+def _paths(path: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (path,) if isinstance(path, str) else path
+
+
 def _get(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
-def _matrix(name: str, module: nn.Module, path: str) -> Tensor:
+def _matrix(name: str, module: nn.Module, path: str, convolution: bool) -> Tensor:
     try:
         value = _get(module, path)
     except AttributeError:
         raise ValueError(f"layer {name}: expected a parameter {path}, a {type(module).__name__} has none") from None
-    if not isinstance(value, nn.Parameter) or value.ndim != 2:
+    if not isinstance(value, nn.Parameter) or (value.ndim < 2 if convolution else value.ndim != 2):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"layer {name}: expected {path} to be a matrix parameter, got {got}")
     return value
@@ -246,3 +298,5 @@ def _replace(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
     setattr(owner, name, parameter)
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = parameter.shape
+    elif isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        owner.out_channels, owner.in_channels = parameter.shape[:2]

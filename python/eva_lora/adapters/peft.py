@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .fused import unfused
 from .parameters import check_plan
-from .peft_layers import ConvSite, LeftAlone, factors, parts_of, site_of
-from .sites import LoraSite
+from .peft_layers import ConvSite, factors, parts_of, site_of
+from .sites import LeftAlone, LoraSite
 
 if TYPE_CHECKING:
     from ..planning import EvaPlan, PlannedSite
@@ -104,7 +105,8 @@ class PeftAdapter:
                 module.support_avx512bf16_for_cpu = False
             for module in enabled:
                 module.enable_adapters(False)
-            yield
+            with unfused(self._model):
+                yield
         finally:
             for module in enabled:
                 module.enable_adapters(True)

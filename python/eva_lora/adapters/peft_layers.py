@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sites import LoraSite, Patches, Rows, Taken, first_tensor
+from .sites import LeftAlone, LoraSite, Patches, Rows, Taken, first_tensor
 
-__all__ = ["ConvSite", "LeftAlone", "factors", "parts_of", "site_of"]
-
-
-class LeftAlone(Exception):
-    """A layer that EVA does not apply to; the message is the reason."""
+__all__ = ["ConvSite", "factors", "parts_of", "site_of"]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["LoraSite", "Patches", "Rows", "Taken", "first_tensor"]
+__all__ = ["LeftAlone", "LoraSite", "Patches", "Rows", "Taken", "first_tensor"]
 
 PIECE_ELEMENTS = 2**20  # values of unfolded patches that exist at a time: 4 MiB in float32
+
+
+class LeftAlone(Exception):
+    """A layer that EVA does not apply to; the message is the reason."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""Unsloth's and axolotl's fused forwards, which read PEFT's weights without calling the layers that hold them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["unfused"]
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Within it, attention and MLP modules call their projections, so that those are seen; afterwards all is as before.
+
+    Both libraries hang ``apply_qkv`` and ``apply_o`` on an attention module, axolotl as methods, Unsloth as functions
+    that are given the module as well, and a function whose name holds "lora_mlp" on an MLP as its ``forward``.
+    """
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            names = vars(module)
+            for name, plain in (("apply_qkv", _projections("q_proj", "k_proj", "v_proj")), ("apply_o", _o)):
+                if name in names:
+                    kept.append((names, name, names[name]))
+                    names[name] = plain(module)
+            if "lora_mlp" in getattr(names.get("forward"), "__name__", ""):
+                kept.append((names, "forward", names.pop("forward")))
+        yield
+    finally:
+        for names, name, value in kept:
+            names[name] = value
+
+
+def _projections(*projections: str) -> Callable[[Any], Callable[..., list[Tensor]]]:
+    def of(module: Any) -> Callable[..., list[Tensor]]:
+        return lambda *args: [getattr(module, name)(args[-1]) for name in projections]
+
+    return of
+
+
+def _o(module: Any) -> Callable[..., Tensor]:
+    return lambda *args: module.o_proj(args[-1])
