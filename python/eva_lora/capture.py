@@ -87,6 +87,7 @@ class Capture:
         self._num_calls = [0] * len(sites)
         self._expected: list[int] | None = None  # most calls per site in any whole forward
         self._may_stop = False
+        self._last_awaited = 0  # the site that a forward was last seen to go on for
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -156,8 +157,16 @@ class Capture:
     def _satisfied(self, site: int) -> bool:
         if self._expected is None or self._num_calls[site] < self._expected[site]:
             return False
+        if self._is_awaited(self._last_awaited):  # most calls end here
+            return False
+        awaited = [s for s in self.wanted if self._is_awaited(s)]
+        self._last_awaited = max(awaited, default=site)
+        return not awaited
+
+    def _is_awaited(self, site: int) -> bool:
+        assert self._expected is not None
         # A site that was never called may be called yet: only a whole forward can tell.
-        return all(self._num_calls[s] >= max(1, self._expected[s]) for s in self.wanted)
+        return site in self.wanted and self._num_calls[site] < max(1, self._expected[site])
 
     def _fold(self, stream: int, taken: Taken) -> None:
         x = taken.tensor

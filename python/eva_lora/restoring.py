@@ -48,7 +48,8 @@ def without_autocast(device: torch.device) -> Iterator[None]:
     """Within it no product is rounded to the caller's autocast dtype: the statistics need every bit of theirs."""
     with ExitStack() as stack:
         for kind in {"cpu", device.type}:
-            if torch.amp.is_autocast_available(kind):  # not on "meta"
+            # Asked first: entering a context for every input of every batch would be felt. "meta" has none.
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
