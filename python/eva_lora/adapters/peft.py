@@ -128,9 +128,11 @@ class PeftAdapter:
                 raise ValueError(f"model: the base weight of {name} is on the meta device; load it first")
         snapshots = [_Snapshot(member) for layer in self.layers.values() for member in parts_of(layer)]
         replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        config = copy.deepcopy(self.config)
-        config.init_lora_weights = "eva"  # what the weights are from here on
-        config.eva_config = _peft_eva_config(plan)
+        before = self.config
+        config = copy.deepcopy(before)
+        if not (config.lora_bias or any(isinstance(site, ConvSite) for site in self.sites)):  # refused with "eva"
+            config.init_lora_weights = "eva"  # what the weights are from here on
+            config.eva_config = _peft_eva_config(plan)
         emptied = [name for name in self.layers if plan.sites[name].rank == 0]
         try:
             with torch.no_grad(), torch.random.fork_rng(self._cuda_devices()):
@@ -141,15 +143,14 @@ class PeftAdapter:
                 self._describe(config, set(emptied))
                 for name in emptied:
                     self._remove(self.layers[name], replaced)
+            self._configs[self.name] = config  # the caller's LoraConfig object stays as it was
         except BaseException:
+            self._configs[self.name] = before
             for parent, child, module in reversed(replaced):
                 setattr(parent, child, module)
             for snapshot in snapshots:
                 snapshot.restore()
             raise
-        if config.lora_bias or any(isinstance(site, ConvSite) for site in self.sites):  # PEFT refuses these with "eva"
-            config.init_lora_weights, config.eva_config = self.config.init_lora_weights, self.config.eva_config
-        self._configs[self.name] = config  # the caller's LoraConfig object stays as it was
 
     def _write(self, layer: Any, site: "PlannedSite", lora_a: Tensor | None, config: Any, adjust: bool) -> None:
         adapter = self.name
