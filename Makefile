@@ -89,6 +89,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/end_to_end.py --dtype float32
 	$(BIN)/python benchmarks/end_to_end.py --dtype bfloat16
+	$(BIN)/python benchmarks/until_converged.py
+	$(BIN)/python benchmarks/scaling.py
 
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_kernels_gpu.py
