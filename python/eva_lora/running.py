@@ -22,7 +22,7 @@ from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 if TYPE_CHECKING:
     from .distributed import Pool
 
-__all__ = ["Run"]
+__all__ = ["Run", "device_of"]
 
 _KINDS: dict[str, type[GramStatistic] | type[SubspaceStatistic]] = {
     kind.kind: kind for kind in (GramStatistic, SubspaceStatistic)
@@ -76,7 +76,7 @@ class Run:
         """An empty statistic of a layer's input."""
         site = self.sites[self.capture.site_of[stream]]
         return _KINDS[kind](
-            site.in_features, columns, device=_device_of(site.module), seed=self.config.seed + stream,
+            site.in_features, columns, device=device_of(site.module) or "cpu", seed=self.config.seed + stream,
             impl=self.config.impl, watch_gain=self.config.convergence == "captured",
         )  # fmt: skip
 
@@ -273,7 +273,12 @@ def _sum_of(entry: Input) -> torch.Tensor:
     return entry.statistic.square_sum if entry.sketch is None else entry.sketch.total.sum()
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer that is on one."""
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module computes: the device of its first parameter or buffer that is on one, or, of weights that are
+    loaded as they are needed, where its hook says. None where nothing tells."""
+    hooks = [vars(part)["_hf_hook"] for part in module.modules() if "_hf_hook" in vars(part)]
+    told = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    if told is not None:
+        return torch.device(told)
     tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
