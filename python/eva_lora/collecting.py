@@ -14,7 +14,7 @@ from .adapters.sharded import whole_weights
 from .batches import ForwardFn, RowMask, RowMaskFn, default_forward, is_encoder_decoder, row_mask, to_device
 from .checkpoint import Checkpoint, identity
 from .config import EvaConfig
-from .distributed import Pool, ProcessGroup, Ranks, joined, run_together, together
+from .distributed import Pool, ProcessGroup, Ranks, TensorParallel, joined, run_together, together
 from .preflight import require_loaded, waits_for_others
 from .progress import Progress
 from .restoring import borrowed, without_autocast
@@ -92,7 +92,11 @@ def collect_with(
 
     def prepare() -> tuple[Run, Forwards, Checkpoint | None]:
         require_loaded(model)
-        run = Run(adapter, config, head=_head(model, adapter))
+        run = Run(adapter, config, head=_head(model, adapter), parallel=TensorParallel.of(model, adapter.sites))
+        if run.capture.parallel is not None and ranks is None:
+            raise ValueError(
+                "process_group: the model's layers are split over ranks, which have to make one pass together"
+            )
         forwards = Forwards(model, run, forward_fn, row_mask_fn)
         saving = None
         if checkpoint is not None:
@@ -102,7 +106,7 @@ def collect_with(
 
     run, forwards, saving = together(ranks, prepare)
     if ranks is not None:
-        run.pool = Pool(run, ranks)
+        run.pool = Pool(run, ranks, run.capture.parallel)
     position = None
     if saving is not None:
         position = together(ranks, lambda: saving.load_into(run))

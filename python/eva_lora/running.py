@@ -20,7 +20,7 @@ from .measurements import Trace, peak_memory
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
 if TYPE_CHECKING:
-    from .distributed import Pool
+    from .distributed import Pool, TensorParallel
 
 __all__ = ["Run", "device_of"]
 
@@ -33,8 +33,16 @@ SHOWN_INPUTS = 3
 class Run:
     """What the hooks fill, when it is refreshed, when to stop, and what comes of it."""
 
-    def __init__(self, adapter: LoraAdapter, config: EvaConfig, *, head: nn.Module | None = None) -> None:
-        self.config, self.sites, self.left_alone = config, list(adapter.sites), dict(adapter.left_alone)
+    def __init__(
+        self,
+        adapter: LoraAdapter,
+        config: EvaConfig,
+        *,
+        head: nn.Module | None = None,
+        parallel: "TensorParallel | None" = None,
+    ) -> None:
+        self.config, self.left_alone = config, dict(adapter.left_alone)
+        self.sites = [site if parallel is None else parallel.divided(site) for site in adapter.sites]
         self.following = Following(self.sites, config)
         oversampling = config.oversampling or DEFAULT_OVERSAMPLING
         self.columns = [
@@ -42,6 +50,7 @@ class Run:
             for site, k in zip(self.sites, self.following.candidates.tolist(), strict=True)
         ]
         self.capture = Capture(self.sites, self.columns, self._make_statistic, share=config.share_inputs, head=head)
+        self.capture.parallel = parallel
         self.gram_bytes = 0
         self.num_batches = self.num_rows = 0
         self.history: list[int] = []

@@ -80,7 +80,9 @@ def plain():
     return lora_a_of(model)
 
 
-@pytest.mark.parametrize("wrap", [fsdp2, pytest.param(fsdp1, marks=pytest.mark.slow), pytest.param(ddp, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "wrap", [fsdp2, pytest.param(fsdp1, marks=pytest.mark.slow), pytest.param(ddp, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("loader", [halves, pytest.param(uneven, marks=pytest.mark.slow)])
 def test_a_sharded_model_gets_the_a_of_a_whole_one(plain, wrap, loader):
     def check(rank):

@@ -53,6 +53,16 @@ class Ranks:
             )
         self._control = _CONTROL[group]
 
+    def rank_of(self, global_rank: int) -> int:
+        """The rank in this group of a rank of the default group."""
+        members = dist.get_process_group_ranks(self.group)
+        if global_rank not in members:
+            raise ValueError(
+                f"process_group: the model's layers are split over ranks of which {global_rank} is not in it; expected "
+                "the group of all ranks that make the pass, those of tensor parallelism included"
+            )
+        return members.index(global_rank)
+
     def attempt(self, function: Callable[..., T], *arguments: Any, default: Any = None) -> T:
         """What the function returns. Where it raises, and after that until the next message, ``default``."""
         if self._error is None:
