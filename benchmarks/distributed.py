@@ -4,8 +4,10 @@
     python benchmarks/distributed.py --predict     # the cost model's table in docs/distributed.md
 
 MiniLM-L6 in float32 with LoRA r = 8 on all linear layers, 32 batches in all, and 8 for the comparison, of 16 × up to 96
-tokens of the Python documentation, shared out among gloo processes on one machine. Rows per second are of the processor time of all
-processes together, so that other load matters little; bytes are what they write to sockets (Linux: /proc/self/io).
+tokens of the Python documentation, shared out among gloo processes on one machine. Rows per second are of the processor
+time of all processes together, so that other load matters little; bytes are what they write to sockets (Linux:
+/proc/self/io). The small algebra of one refresh of all inputs is timed beside: what every rank would repeat were it not
+shared out.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from eva_kernels.streaming_svd import SubspaceStatistic, refresh_
 from eva_lora import EvaConfig, collect
 from eva_lora.distributed.costs import Decoder, Devices, InputShape, predict, traffic
 
@@ -130,6 +133,18 @@ def measure(size: int, work: Callable[..., None], count: int) -> dict[str, float
     }  # fmt: skip
 
 
+def algebra_seconds(repeats: int = 20) -> float:
+    """Processor seconds of one refresh of all of the model's inputs, by one process."""
+    block = [384] * 3 + [1536]
+    statistics = [SubspaceStatistic(width, RANK * 2 * 3) for width in block * 6]
+    for statistic in statistics:
+        statistic.accumulate_(torch.randn(512, statistic.num_features, generator=torch.Generator().manual_seed(0)))
+    started = time.process_time()
+    for _ in range(repeats):
+        refresh_(statistics)
+    return (time.process_time() - started) / repeats
+
+
 def expected(size: int, count: int) -> float:
     """MB that the cost model says one process sends."""
     columns = RANK * 2 * 3
@@ -164,6 +179,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rows = []
+    print(f"algebra of one refresh of all inputs: {algebra_seconds() * 1e3:.1f} ms")
     runs = [("eva_lora", ours, SCALING), ("eva_lora", ours, COMPARISON), ("PEFT's gather", theirs, COMPARISON)]
     for name, work, count in runs:
         for size in (1, 2, 4):
