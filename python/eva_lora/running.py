@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic, refresh_
+from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic, finish_, refresh_
 
 from .adapters import LoraAdapter
 from .batches import ALL_ROWS, FITS_NO_MASK, RowMask
@@ -197,8 +197,7 @@ class Run:
         if decision is None:
             raise ValueError(f"model: none of its {len(self.sites)} LoRA layers saw an unmasked row: {self.silent()}")
         tick = time.perf_counter()
-        for entry in self.capture.inputs:
-            entry.statistic.finish_()
+        finish_([entry.statistic for entry in self.capture.inputs])
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
         self.seconds["statistics"] = self.capture.seconds
