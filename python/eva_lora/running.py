@@ -33,7 +33,7 @@ class Run:
     def __init__(self, adapter: LoraAdapter, config: EvaConfig, *, head: nn.Module | None = None) -> None:
         self.config, self.sites, self.left_alone = config, list(adapter.sites), dict(adapter.left_alone)
         self.following = Following(self.sites, config)
-        oversampling = config.oversampling or DEFAULT_OVERSAMPLING
+        oversampling = config.oversampling or DEFAULT_OVERSAMPLING[config.convergence]
         self.columns = [
             min(site.in_features, math.ceil(k * oversampling))
             for site, k in zip(self.sites, self.following.candidates.tolist(), strict=True)
@@ -134,14 +134,13 @@ class Run:
     def _is_due(self, entry: Input) -> bool:
         """Whether an input has enough new data for a refresh.
 
-        A step from fewer rows than columns would pass the convergence test for being small. The paper's
-        criterion and "captured" are defined batch by batch; otherwise refreshes come after 1, 2, 4, 8 batches
-        and every ``REFRESH_PERIOD`` from then on, which is as accurate and costs a fraction.
+        A step from fewer rows than columns would pass the convergence test for being small. Refreshes come after
+        1, 2, 4, 8, … batches, and every ``REFRESH_PERIOD`` from then on.
         """
         statistic = entry.statistic
         if statistic.pending_rows < statistic.num_components:
             return False
-        period = REFRESH_PERIOD if self.config.convergence == "subspace" else 1
+        period = REFRESH_PERIOD[self.config.convergence]
         return entry.pending_batches >= min(2 ** max(statistic.num_refreshes - 1, 0), period)
 
     def _check_called(self) -> None:
