@@ -3,14 +3,14 @@
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from eva_kernels.streaming_svd import Statistic
+from eva_kernels.streaming_svd import Sketch, Statistic
 
 from .adapters import LoraSite, Rows, Taken
 from .batches import RowMask
@@ -46,6 +46,22 @@ class Input:
     taken: dict[int, int] = field(default_factory=dict)  # stream -> how many of the calls it has made
     is_new: bool = True  # made in the current batch: others may still join it
     pending_batches: int = 0  # batches folded in since the last refresh
+    # Of a pass that several ranks make together:
+    owner: int = -1  # the rank that does its algebra
+    known_rows: int = 0  # of all ranks, at the end of the last batch
+    sketch: Sketch | None = None  # of this rank's first rows, until all have started from the sketch of everybody's
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What of a batch that several ranks share is run here: so many samples, after those of the ranks before."""
+
+    before: int
+    own: int
+
+    def first_row(self, num_rows: int) -> int:
+        """How many rows come before these, where every sample has as many."""
+        return num_rows * self.before // max(1, self.own)
 
 
 class Capture:
@@ -82,7 +98,9 @@ class Capture:
         self.wanted = set(range(len(sites)))  # sites still accumulating; the others' hooks do nothing
         self.rows_in_batch = 0
         self.seconds = 0.0  # on the host, folding rows in; on a GPU, launching the work
+        self.portion: Portion | None = None  # of a batch that other ranks share; statistics then start together
         self._mask = RowMask(None, None)
+        self._only: Collection[int] | None = None
         self._live: dict[tuple[int, Rows | None], tuple[Input, int]] = {}  # a tensor's id -> input, index of the call
         self._num_calls = [0] * len(sites)
         self._expected: list[int] | None = None  # most calls per site in any whole forward
@@ -104,15 +122,17 @@ class Capture:
                 handle.remove()
 
     @contextmanager
-    def batch(self, mask: RowMask, *, early_stop: bool) -> Iterator[None]:
+    def batch(self, mask: RowMask, *, early_stop: bool, only: Collection[int] | None = None) -> Iterator[None]:
         """Within it one forward runs; its rows are in the statistics afterwards.
+
+        ``only``: the streams whose rows count, where not all do; none at all leaves the statistics as they are.
 
         Raises:
             RuntimeError: a shared input was edited in place between the layers that share it.
         """
         self._mask, self.rows_in_batch = mask, mask.num_rows or 0
         self._num_calls = [0] * len(self.sites)
-        self._may_stop = early_stop
+        self._may_stop, self._only = early_stop, only
         try:
             yield
             self._learn_calls()
@@ -125,16 +145,19 @@ class Capture:
                 self._split(entry, stream)
         for entry in self.inputs:
             entry.is_new = False
-            entry.pending_batches += bool(entry.calls)
+            if self.portion is None:  # else the ranks count together
+                entry.pending_batches += bool(entry.calls)
             entry.calls.clear()
             entry.taken = dict.fromkeys(entry.streams, 0)
 
     def _hook(self, site: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if site not in self.wanted:
+            if site not in self.wanted or (self._only is not None and not self._only):
                 return
             for taken in self.sites[site].taken(args, kwargs):
-                self._fold(self.streams_of[site][taken.part], taken)
+                stream = self.streams_of[site][taken.part]
+                if self._only is None or stream in self._only:
+                    self._fold(stream, taken)
             self._num_calls[site] += 1
             if self._may_stop and self._satisfied(site):
                 raise ForwardComplete
@@ -212,6 +235,7 @@ class Capture:
         """A layer that joins with more candidates needs a wider basis; the one call so far is made again."""
         if self._columns[self.site_of[stream]] > entry.statistic.num_components:
             entry.statistic, entry.reason = self._make(stream)
+            entry.sketch = None
             self._accumulate(entry, stream, taken)
 
     def _accumulate(self, entry: Input, stream: int, taken: Taken, *, sign: int = 1) -> None:
@@ -230,7 +254,11 @@ class Capture:
         with without_autocast(x.device):
             for piece, part, count in _pieces(x, rows, mask, num_rows, taken.tokens):
                 part, count = self._mask.finite(piece, part, count, site.name)
-                entry.statistic.accumulate_(piece, part, num_rows=count, sign=sign)
+                if self.portion is None or entry.statistic.shift is not None:
+                    entry.statistic.accumulate_(piece, part, num_rows=count, sign=sign)
+                elif entry.sketch is None and count and sign > 0:
+                    first = self.portion.first_row(piece.numel() // width)
+                    entry.sketch = entry.statistic.sketch(piece, part, num_rows=count, first=first)
         self.seconds += time.perf_counter() - tick
 
     def _split(self, entry: Input, stream: int) -> Input:
@@ -238,7 +266,7 @@ class Capture:
         taken = entry.taken[stream]
         own = Input(
             entry.statistic.clone(), entry.reason, [stream], entry.calls[:taken], {stream: taken}, entry.is_new,
-            entry.pending_batches,
+            entry.pending_batches, entry.owner, entry.known_rows, entry.sketch,
         )  # fmt: skip
         for call in entry.calls[taken:]:
             if call.held is None or call.version != _version(call.held.tensor):
@@ -255,6 +283,18 @@ class Capture:
         self.input_of[stream] = own
         self._release(entry)
         return own
+
+    def part_(self, entry: Input, streams: list[int]) -> None:
+        """Give some of an input's streams a statistic of their own between two batches, as :meth:`_split` does."""
+        own = Input(
+            entry.statistic.clone(), entry.reason, streams, [], dict.fromkeys(streams, 0), entry.is_new,
+            entry.pending_batches, entry.owner, entry.known_rows, entry.sketch,
+        )  # fmt: skip
+        for stream in streams:
+            entry.streams.remove(stream)
+            del entry.taken[stream]
+            self.input_of[stream] = own
+        self.inputs.append(own)
 
     def _release(self, entry: Input) -> None:
         """Let go of the tensors that every layer still wanted has been called with."""

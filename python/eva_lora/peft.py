@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adapters import LoraSite, Taken
@@ -20,6 +19,7 @@ from .adapters.peft import PeftAdapter
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect_with
 from .config import EvaConfig
+from .distributed import joined
 from .planning import EvaPlan, PlannedSite, plan
 
 __all__ = [
@@ -107,7 +107,8 @@ def get_eva_state_dict(
             returns the rows (n, d) that count. A mapping names one for some layers; the others, as all layers with
             None, count every row. Named as in ``model``.
         adapter_name: The adapter of a ``PeftModel``.
-        gather_distributed_inputs: Whether ranks of a process group bring different data; only False is possible.
+        gather_distributed_inputs: Whether the ranks of the default process group bring different data, of which they
+            make one answer; False: each rank for itself.
         show_progress_bar: On standard error.
 
     Returns:
@@ -122,12 +123,9 @@ def get_eva_state_dict(
     peft_model = hasattr(model, "peft_config")
     if peft_config is None and not peft_model:
         raise ValueError("peft_config: expected a LoraConfig, since the model is no PeftModel; got None")
-    if isinstance(dataloader, Sized) and len(dataloader) == 0:
+    ranks = joined(None if gather_distributed_inputs else "off")
+    if ranks is None and isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ValueError("dataloader: expected at least one batch, it is empty")
-    if gather_distributed_inputs and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ValueError(
-            "gather_distributed_inputs: True is not available yet; pass False, and the same data on every rank"
-        )
     if peft_model:
         adapter: Any = PeftAdapter(model, adapter_name)
         prefix = _prefix(model)
@@ -146,7 +144,7 @@ def get_eva_state_dict(
         dataloader = _Mappings(dataloader)
     statistics = collect_with(
         adapter, model, dataloader, EvaConfig.of(peft_config.eva_config), row_mask_fn=row_mask_fn,
-        forward_fn=None if forward_fn is forward_fn_dict else forward_fn, progress=show_progress_bar,
+        forward_fn=None if forward_fn is forward_fn_dict else forward_fn, progress=show_progress_bar, ranks=ranks,
     )  # fmt: skip
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     return {prefix + name: a.to(device, copy=True) for name, a in plan(statistics).lora_a.items()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["require_changeable", "require_loaded"]
+__all__ = ["require_changeable", "require_loaded", "waits_for_others"]
 
 _WRAPPERS = {
     "OptimizedModule": "compiled by torch.compile",
@@ -71,6 +71,14 @@ def wrapped(model: nn.Module) -> str | None:
         if getattr(module, "_compiled_call_impl", None) is not None:
             return "compiled by module.compile()"
     return None
+
+
+def waits_for_others(model: nn.Module) -> bool:
+    """Whether a forward waits for those of other processes: weights are gathered, or activations exchanged, in it."""
+    wrappers = _WRAPPERS.keys() - {"OptimizedModule"}
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    return sharded or bool(kinds & wrappers)
 
 
 def is_lora(name: str) -> bool:

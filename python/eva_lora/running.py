@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 import warnings
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING
 from .following import Following
 from .measurements import Trace, peak_memory
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
+
+if TYPE_CHECKING:
+    from .distributed import Pool
 
 __all__ = ["Run"]
 
@@ -49,6 +52,7 @@ class Run:
         self.rules: dict[str, set[str]] = {}  # layer -> what its rows were chosen by
         self.sides: dict[str, str] = {}  # layer of an encoder–decoder model -> which side its rows are of
         self.skipped_rows: dict[str, int] = {}  # layer -> rows left out for NaN or Inf
+        self.pool: Pool | None = None  # of a pass that several ranks make together
 
     def _make_statistic(self, stream: int) -> tuple[Statistic, str]:
         index = self.capture.site_of[stream]
@@ -85,7 +89,8 @@ class Run:
         inputs = self.capture.inputs
         if not inputs:
             return []
-        sums = torch.stack([entry.statistic.square_sum.to(inputs[0].statistic.square_sum.device) for entry in inputs])
+        device = inputs[0].statistic.square_sum.device
+        sums = torch.stack([_sum_of(entry).to(device) for entry in inputs])
         if bool(sums.sum().isfinite()):
             return []
         return [entry for entry, ok in zip(inputs, sums.isfinite().tolist(), strict=True) if not ok]
@@ -167,7 +172,7 @@ class Run:
         if not inputs:
             return
         tick = time.perf_counter()
-        refreshed = refresh_([entry.statistic for entry in inputs])
+        refreshed = refresh_([entry.statistic for entry in inputs]) if self.pool is None else self.pool.refresh_(inputs)
         for entry, result in zip(inputs, refreshed, strict=True):
             entry.pending_batches = 0
             if not result.finite:
@@ -180,6 +185,8 @@ class Run:
 
     def result(self) -> EvaStatistics:
         """Close the books: last refreshes, the exact eigensolve of every Gram, a warning if need be."""
+        if self.pool is not None:
+            self.pool.gather_facts(final=True)
         if self.num_rows == 0:
             raise ValueError(
                 f"loader: {self.num_batches} batches held no unmasked row; check attention_mask, and labels "
@@ -196,22 +203,26 @@ class Run:
         if decision is None:
             raise ValueError(f"model: none of its {len(self.sites)} LoRA layers saw an unmasked row: {self.silent()}")
         tick = time.perf_counter()
-        finish_([entry.statistic for entry in self.capture.inputs])
+        if self.pool is None:
+            finish_([entry.statistic for entry in self.capture.inputs])
+        else:
+            self.pool.finish_(self.capture.inputs)
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
         self.seconds["statistics"] = self.capture.seconds
         self.history[-1] = self.following.num_done
         done = dict(zip(members, decision.done, strict=True))
         converged = dict(zip(members, decision.components_converged, strict=True))
+        is_speaker = self.pool is None or self.pool.ranks.rank == 0
         astray = [name for name, rules in self.rules.items() if FITS_NO_MASK in rules]
-        if astray:
+        if astray and is_speaker:
             warnings.warn(
                 f"the inputs of {len(astray)} layers, the first is {astray[0]}, have rows that fit no mask of the "
                 "batch; all of their rows counted, padding included; see report.statistic[name]['rows']",
                 stacklevel=4,
             )
         pending = int((~decision.done).sum())
-        if pending:
+        if pending and is_speaker:
             warnings.warn(
                 f"EVA stopped at {self.stop_reason}, after {self.num_batches} batches and {self.num_rows} rows, with "
                 f"{pending} of {len(self.sites)} layers not converged; see report.converged",
@@ -253,6 +264,11 @@ class Run:
             skipped_rows=sum(self.skipped_rows.get(name, 0) for name in self.names(entry)),
             eigenvalues=statistic.eigenvalues.cpu(), components=statistic.basis.T.float().cpu().contiguous(),
         )  # fmt: skip
+
+
+def _sum_of(entry: Input) -> torch.Tensor:
+    """A number that NaN or Inf in any row of an input has reached."""
+    return entry.statistic.square_sum if entry.sketch is None else entry.sketch.total.sum()
 
 
 def _device_of(module: nn.Module) -> torch.device:
