@@ -6,13 +6,13 @@ scatter of all rows so far, times my basis", so that one refresh (:mod:`.refresh
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .._rows import CHUNK_ROWS, shifted_chunks
+from .._rows import CHUNK_ROWS, add_totals_, shifted_chunks
 from ..gram import gram_accumulate_
 from ..orthonormal import orthonormalize
 from ..subspace import subspace_accumulate_
@@ -33,6 +33,14 @@ class Sketch(NamedTuple):
     tally: Tensor  # (q, 1): the signs' sums
     total: Tensor  # (d,) float64
     num_rows: int
+
+    def block_of(self, num_features: int, start: int, *, counts: bool) -> "Sketch":
+        """This sketch of a block of features as a part of that of all; ``counts``: whether its rows count."""
+        sums = self.sums.new_zeros(len(self.sums), num_features)
+        total = self.total.new_zeros(num_features)
+        stop = start + len(self.total)
+        sums[:, start:stop], total[start:stop] = self.sums, self.total
+        return Sketch(sums, self.tally if counts else torch.zeros_like(self.tally), total, self.num_rows * counts)
 
 
 class Statistic(ABC):
@@ -264,9 +272,12 @@ class Statistic(ABC):
         assert self.previous is not None
         both = torch.cat([self.previous, self.basis], 1)
         for chunk in shifted_chunks(x, self.shift, row_mask):
-            projected = (chunk @ both).double()
-            moments = torch.stack([projected.sum(0), projected.square().sum(0)])  # (2, 2 q)
-            self.projections.add_(torch.cat(moments.chunk(2, 1)), alpha=sign)
+            self._add_projections_(chunk @ both, sign)
+
+    def _add_projections_(self, projected: Tensor, sign: int) -> None:  # (n, 2 q)
+        projected = projected.double()
+        moments = torch.stack([projected.sum(0), projected.square().sum(0)])  # (2, 2 q)
+        self.projections.add_(torch.cat(moments.chunk(2, 1)), alpha=sign)
 
     def sketch(
         self,
@@ -276,15 +287,18 @@ class Statistic(ABC):
         num_rows: int,
         first: int = 0,
     ) -> Sketch:
-        """The sketch of these rows, as part of that of a longer batch in which ``first`` rows come before them."""
-        columns, d = self.num_components, self.num_features
+        """The sketch of these rows, as part of that of a longer batch in which ``first`` rows come before them.
+
+        Of rows of which only a block of features is given, the sketch of that block.
+        """
+        columns, d = self.num_components, x.shape[-1]
         generator = torch.Generator().manual_seed(self.seed)
         signs = torch.randint(0, 2, (first + x.numel() // d, 1), generator=generator)[first:] * 2 - 1
         signs = signs.to(self.basis)
         if row_mask is not None:
             signs *= row_mask.reshape(-1, 1)
         sums, tally, row = self.basis.new_zeros(columns, d), self.basis.new_zeros(columns, 1), 0
-        total = torch.zeros_like(self.column_sum)
+        total = self.column_sum.new_zeros(d)
         for chunk in shifted_chunks(x, self.basis.new_zeros(d), row_mask, first):
             total += chunk.sum(0)
             column = 0 if row else first % CHUNK_ROWS % columns  # every chunk begins anew, but one can be cut
@@ -423,6 +437,43 @@ class SubspaceStatistic(Statistic):
             self.pending, self.column_sum, self.square_sum, x, self._sample, self.shift, row_mask,
             sign=sign, impl=self.impl,
         )  # fmt: skip
+
+    def accumulate_block_(
+        self,
+        x: Tensor,  # (..., w), the features from ``start`` on
+        row_mask: Tensor | None,  # (...) bool
+        *,
+        num_rows: int,
+        start: int,
+        add_up_: Callable[[Tensor], object],
+        counts: bool,
+        sign: int = 1,
+    ) -> None:
+        """As :meth:`accumulate_` where the features of a row are split into blocks, each in a share of its own.
+
+        Args:
+            x, row_mask, num_rows, sign: As there; there has to be a shift.
+            start: The block's first feature.
+            add_up_: Adds a tensor up over all blocks, in place: the rows' products with the sample, (n, q).
+            counts: Whether the rows count in this share.
+        """
+        assert self.shift is not None
+        stop = start + x.shape[-1]
+        shift = self.shift[start:stop]
+        matrices = [self._sample] if self.previous is None else [self._sample, self.previous, self.basis]
+        columns = torch.cat([matrix[start:stop] for matrix in matrices], 1)
+        products = torch.cat([chunk @ columns for chunk in shifted_chunks(x, shift, row_mask)])
+        add_up_(products)
+        row, q = 0, self.num_components
+        for chunk in shifted_chunks(x, shift, row_mask):
+            self.pending[start:stop].addmm_(chunk.mT, products[row : row + len(chunk), :q], alpha=sign)
+            add_totals_(self.column_sum[start:stop], self.square_sum, chunk, sign)
+            row += len(chunk)
+        if counts:
+            self.num_rows += sign * num_rows
+            self.pending_rows += sign * num_rows
+            if self.previous is not None:
+                self._add_projections_(products[:, q:], sign)
 
     def _merge_(self, other: "SubspaceStatistic", offset: Tensor) -> None:
         for name, statistic in (("self", self), ("other", other)):

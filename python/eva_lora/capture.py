@@ -6,15 +6,18 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from eva_kernels.streaming_svd import Sketch, Statistic
+from eva_kernels.streaming_svd import Sketch, Statistic, SubspaceStatistic
 
 from .adapters import LoraSite, Rows, Taken
 from .batches import RowMask
 from .restoring import without_autocast
+
+if TYPE_CHECKING:
+    from .distributed import TensorParallel
 
 MakeStatistic = Callable[[int], tuple[Statistic, str]]  # stream -> its statistic, and why this kind
 
@@ -99,6 +102,7 @@ class Capture:
         self.rows_in_batch = 0
         self.seconds = 0.0  # on the host, folding rows in; on a GPU, launching the work
         self.portion: Portion | None = None  # of a batch that other ranks share; statistics then start together
+        self.parallel: TensorParallel | None = None  # the ranks that layers are split over
         self._mask = RowMask(None, None)
         self._only: Collection[int] | None = None
         self._live: dict[tuple[int, Rows | None], tuple[Input, int]] = {}  # a tensor's id -> input, index of the call
@@ -239,27 +243,49 @@ class Capture:
             self._accumulate(entry, stream, taken)
 
     def _accumulate(self, entry: Input, stream: int, taken: Taken, *, sign: int = 1) -> None:
-        site = self.sites[self.site_of[stream]]
+        site, rows_mask, kind = self.sites[self.site_of[stream]], self._mask, ""
         x, rows = taken.tensor.detach(), site.rows
+        if self.parallel is not None:
+            x, kind = self.parallel.part(site, x) if rows is None and taken.tokens is None else (x, "replica")
+            if kind == "block" and not isinstance(entry.statistic, SubspaceStatistic):
+                x, kind = self.parallel.whole(x), "replica"  # a Gram matrix needs every two features together
+            if kind == "replica" and self.parallel.rank:
+                return
+            rows_mask = self.parallel.tokens(rows_mask) if kind == "tokens" else rows_mask
         width = rows.width if rows is not None else x.shape[-1] if x.ndim else 0
-        if width != site.in_features:
+        if width != site.in_features and kind != "block":
             raise ValueError(
                 f"layer {site.name}: expected an input of width {site.in_features}, got shape {tuple(x.shape)}"
             )
         shape = tuple(x.shape[:-1]) if rows is None else rows.shape(x)
-        mask, num_rows = self._mask.of_rows(taken.batch or shape, x.device, site.name)
+        mask, num_rows = rows_mask.of_rows(taken.batch or shape, x.device, site.name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
         tick = time.perf_counter()
         with without_autocast(x.device):
             for piece, part, count in _pieces(x, rows, mask, num_rows, taken.tokens):
                 part, count = self._mask.finite(piece, part, count, site.name)
-                if self.portion is None or entry.statistic.shift is not None:
-                    entry.statistic.accumulate_(piece, part, num_rows=count, sign=sign)
-                elif entry.sketch is None and count and sign > 0:
-                    first = self.portion.first_row(piece.numel() // width)
-                    entry.sketch = entry.statistic.sketch(piece, part, num_rows=count, first=first)
+                self._take_in(entry, piece, part, count, sign, kind)
         self.seconds += time.perf_counter() - tick
+
+    def _take_in(self, entry: Input, x: Tensor, mask: Tensor | None, count: int, sign: int, kind: str) -> None:
+        """Rows that count, into an input's statistic, or into the sketch from which all ranks' will start."""
+        statistic = entry.statistic
+        if self.portion is None or (statistic.shift is not None and kind != "block"):
+            statistic.accumulate_(x, mask, num_rows=count, sign=sign)
+        elif statistic.shift is not None:
+            assert isinstance(statistic, SubspaceStatistic)
+            assert self.parallel is not None
+            statistic.accumulate_block_(
+                x, mask, num_rows=count, start=self.parallel.rank * x.shape[-1], add_up_=self.parallel.add_up_,
+                counts=self.parallel.rank == 0, sign=sign,
+            )  # fmt: skip
+        elif entry.sketch is None and count and sign > 0:
+            first = self.portion.first_row(x.numel() // x.shape[-1])
+            entry.sketch = statistic.sketch(x, mask, num_rows=count, first=first)
+            if kind == "block" and self.parallel is not None:
+                start, counts = self.parallel.rank * x.shape[-1], self.parallel.rank == 0
+                entry.sketch = entry.sketch.block_of(statistic.num_features, start, counts=counts)
 
     def _split(self, entry: Input, stream: int) -> Input:
         """Give ``stream`` a statistic of its own, without the calls it did not share."""

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from .adapters import LoraAdapter, LoraSite, find_adapter
+from .adapters.sharded import whole_weights
 from .batches import ForwardFn, RowMask, RowMaskFn, default_forward, is_encoder_decoder, row_mask, to_device
 from .checkpoint import Checkpoint, identity
 from .config import EvaConfig
-from .distributed import Pool, ProcessGroup, Ranks, joined, run_together, together
+from .distributed import Pool, ProcessGroup, Ranks, TensorParallel, joined, run_together, together
 from .preflight import require_loaded, waits_for_others
 from .progress import Progress
 from .restoring import borrowed, without_autocast
-from .running import Run
+from .running import Run, device_of
 from .statistics import EvaStatistics
 from .streams import END, Stream
 
@@ -61,7 +62,8 @@ def collect(
     def prepare() -> tuple[LoraAdapter, EvaConfig]:
         if checkpoint is None and checkpoint_every is not None:
             raise ValueError("checkpoint_every: expected None without a checkpoint to write")
-        return find_adapter(model, sites), EvaConfig.of(config)
+        with whole_weights(model):
+            return find_adapter(model, sites), EvaConfig.of(config)
 
     adapter, its_config = together(ranks, prepare)
     return collect_with(
@@ -90,7 +92,11 @@ def collect_with(
 
     def prepare() -> tuple[Run, Forwards, Checkpoint | None]:
         require_loaded(model)
-        run = Run(adapter, config, head=_head(model, adapter))
+        run = Run(adapter, config, head=_head(model, adapter), parallel=TensorParallel.of(model, adapter.sites))
+        if run.capture.parallel is not None and ranks is None:
+            raise ValueError(
+                "process_group: the model's layers are split over ranks, which have to make one pass together"
+            )
         forwards = Forwards(model, run, forward_fn, row_mask_fn)
         saving = None
         if checkpoint is not None:
@@ -100,7 +106,7 @@ def collect_with(
 
     run, forwards, saving = together(ranks, prepare)
     if ranks is not None:
-        run.pool = Pool(run, ranks)
+        run.pool = Pool(run, ranks, run.capture.parallel)
     position = None
     if saving is not None:
         position = together(ranks, lambda: saving.load_into(run))
@@ -201,8 +207,8 @@ def _head(model: nn.Module, adapter: LoraAdapter) -> nn.Module | None:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    """Where batches go: the device of the first parameter that is on one."""
-    for parameter in model.parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    raise ValueError("model: every parameter is on the meta device; load the base model's weights first")
+    """Where batches go: where the first of its modules computes."""
+    device = device_of(model)
+    if device is None:
+        raise ValueError("model: every parameter is on the meta device; load the base model's weights first")
+    return device

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import LoraAdapter, LoraSite, SiteAdapter, find_adapter
+from .adapters.sharded import whole_weights
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect_with
 from .config import EvaConfig
@@ -69,9 +70,10 @@ def eva_initialize(
     def prepare() -> tuple[LoraAdapter, EvaConfig]:
         if checkpoint is None and checkpoint_every is not None:
             raise ValueError("checkpoint_every: expected None without a checkpoint to write")
-        adapter = find_adapter(model, sites)
-        if isinstance(adapter, SiteAdapter):
-            adapter.writable()  # an error now, not after the pass
+        with whole_weights(model):
+            adapter = find_adapter(model, sites)
+            if isinstance(adapter, SiteAdapter):
+                adapter.writable()  # an error now, not after the pass
         chosen = EvaConfig.of(adapter.eva_config if config is None else config)
         require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
         return adapter, chosen
@@ -86,7 +88,8 @@ def eva_initialize(
     def write() -> EvaReport:
         eva_plan = plan(statistics)
         report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))
-        adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
+        with whole_weights(model):
+            adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
         return report
 
     return together(ranks, write)
@@ -110,7 +113,8 @@ def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | No
     """Write a plan into a model with the same LoRA layers: all of it, or nothing and an error.
 
     Args:
-        model: As in :func:`eva_initialize`.
+        model: As in :func:`eva_initialize`; of the ranks that the plan was made from, or built with those that it gives
+            (:func:`eva_lora.peft.planned_config`), as it has to be where its weights are sharded already.
         eva_plan: From :func:`eva_lora.plan`.
         sites: As in :func:`eva_initialize`; what was given there is given here.
 
@@ -119,7 +123,9 @@ def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | No
         ValueError: the model has no LoRA layers, or others than the plan's; it is compiled or wrapped and a rank
             changes; or an optimizer holds its LoRA parameters.
     """
-    adapter = find_adapter(model, sites)
-    changed = any(site.rank != site.configured_rank for site in eva_plan.sites.values())
-    require_changeable(model, ranks_change=changed)
-    adapter.apply(eva_plan)
+    with whole_weights(model):
+        adapter = find_adapter(model, sites)
+        planned = {site.name: eva_plan.sites[site.name].rank for site in adapter.sites if site.name in eva_plan.sites}
+        changed = any(site.rank != planned.get(site.name, site.rank) for site in adapter.sites)
+        require_changeable(model, ranks_change=changed)
+        adapter.apply(eva_plan)

@@ -5,6 +5,8 @@ deliberately differs is listed in docs/peft.md.
 """
 
 import copy
+import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import LoraSite, Taken
-from .adapters.peft import PeftAdapter
+from .adapters.peft import PeftAdapter, pattern_of
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect_with
 from .config import EvaConfig
@@ -26,6 +28,7 @@ __all__ = [
     "forward_fn_dict",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "planned_config",
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
 ]
@@ -209,6 +212,37 @@ def initialize_lora_eva_weights(
             f"(init_lora_weights=True). EVA does not apply to {adapter.left_alone or 'none of them by kind'}",
             stacklevel=2,
         )
+
+
+def planned_config(peft_config: Any, eva_plan: EvaPlan) -> Any:
+    """A copy of a ``LoraConfig`` that builds a model with the ranks of a plan, for :func:`eva_lora.apply` to fill.
+
+    Alphas go with the ranks as the plan's ``adjust_scaling_factors`` says; layers of rank 0 are left out. For models
+    whose ranks cannot change later, since they are built sharded.
+
+    Args:
+        peft_config: The ``LoraConfig`` that the statistics' model was made with.
+        eva_plan: From :func:`eva_lora.plan`.
+    """
+    from peft.utils.other import get_pattern_key
+
+    config, names = copy.deepcopy(peft_config), list(eva_plan.sites)
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, site in eva_plan.sites.items():
+        key = get_pattern_key(peft_config.alpha_pattern.keys(), name)
+        alpha = peft_config.alpha_pattern.get(key, peft_config.lora_alpha)
+        if eva_plan.config.adjust_scaling_factors:
+            growth = site.rank / site.configured_rank
+            alpha *= math.sqrt(growth) if peft_config.use_rslora else growth
+        if site.rank:
+            config.rank_pattern[pattern_of(name, names)] = site.rank
+            config.alpha_pattern[pattern_of(name, names)] = int(alpha) if float(alpha).is_integer() else alpha
+    removed = [name for name, site in eva_plan.sites.items() if site.rank == 0]
+    if removed:
+        former = config.exclude_modules or []
+        patterns = [former] if isinstance(former, str) else [rf"(.*\.)?{re.escape(name)}" for name in former]
+        config.exclude_modules = "|".join([*patterns, *map(re.escape, removed)])  # a text is matched whole
+    return config
 
 
 def _plan_of(given: Mapping[str, Tensor], sites: list[LoraSite], config: EvaConfig) -> EvaPlan:

@@ -31,8 +31,8 @@ def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
     if state is not None:
         raise ValueError(
             f"model: it is {state}, and a new rank means new parameters that the wrapper would not see. Initialise "
-            "before wrapping; or collect, plan, build the model with plan.ranks as its rank_pattern, and apply; or "
-            "keep every rank with rho=1"
+            "before wrapping; or collect, plan, build the model with those ranks (eva_lora.peft.planned_config), and "
+            "apply; or keep every rank with rho=1"
         )
     require_no_optimizer({id(parameter): name for name, parameter in model.named_parameters() if is_lora(name)})
 

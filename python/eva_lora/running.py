@@ -20,9 +20,9 @@ from .measurements import Trace, peak_memory
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
 if TYPE_CHECKING:
-    from .distributed import Pool
+    from .distributed import Pool, TensorParallel
 
-__all__ = ["Run"]
+__all__ = ["Run", "device_of"]
 
 _KINDS: dict[str, type[GramStatistic] | type[SubspaceStatistic]] = {
     kind.kind: kind for kind in (GramStatistic, SubspaceStatistic)
@@ -33,8 +33,16 @@ SHOWN_INPUTS = 3
 class Run:
     """What the hooks fill, when it is refreshed, when to stop, and what comes of it."""
 
-    def __init__(self, adapter: LoraAdapter, config: EvaConfig, *, head: nn.Module | None = None) -> None:
-        self.config, self.sites, self.left_alone = config, list(adapter.sites), dict(adapter.left_alone)
+    def __init__(
+        self,
+        adapter: LoraAdapter,
+        config: EvaConfig,
+        *,
+        head: nn.Module | None = None,
+        parallel: "TensorParallel | None" = None,
+    ) -> None:
+        self.config, self.left_alone = config, dict(adapter.left_alone)
+        self.sites = [site if parallel is None else parallel.divided(site) for site in adapter.sites]
         self.following = Following(self.sites, config)
         oversampling = config.oversampling or DEFAULT_OVERSAMPLING[config.convergence]
         self.columns = [
@@ -42,6 +50,7 @@ class Run:
             for site, k in zip(self.sites, self.following.candidates.tolist(), strict=True)
         ]
         self.capture = Capture(self.sites, self.columns, self._make_statistic, share=config.share_inputs, head=head)
+        self.capture.parallel = parallel
         self.gram_bytes = 0
         self.num_batches = self.num_rows = 0
         self.history: list[int] = []
@@ -76,7 +85,7 @@ class Run:
         """An empty statistic of a layer's input."""
         site = self.sites[self.capture.site_of[stream]]
         return _KINDS[kind](
-            site.in_features, columns, device=_device_of(site.module), seed=self.config.seed + stream,
+            site.in_features, columns, device=device_of(site.module) or "cpu", seed=self.config.seed + stream,
             impl=self.config.impl, watch_gain=self.config.convergence == "captured",
         )  # fmt: skip
 
@@ -271,7 +280,12 @@ def _sum_of(entry: Input) -> torch.Tensor:
     return entry.statistic.square_sum if entry.sketch is None else entry.sketch.total.sum()
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer that is on one."""
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module computes: the device of its first parameter or buffer that is on one, or, of weights that are
+    loaded as they are needed, where its hook says. None where nothing tells."""
+    hooks = [vars(part)["_hf_hook"] for part in module.modules() if "_hf_hook" in vars(part)]
+    told = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    if told is not None:
+        return torch.device(told)
     tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)

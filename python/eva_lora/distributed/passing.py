@@ -39,7 +39,8 @@ def run_together(
         has_batch, sizes = batch is not END, [0]
         if forwards.in_step or None in run.capture.input_of:
             sizes = ranks.gather(_num_samples(batch) if has_batch else 0)
-            run.capture.portion = Portion(sum(sizes[: ranks.rank]), sizes[ranks.rank])
+            leader = pool.leaders[ranks.rank]
+            run.capture.portion = Portion(sum(sizes[r] for r in sorted({*pool.leaders}) if r < leader), sizes[leader])
         idle = _stand_in(batch, sizes, ranks) if forwards.in_step else END
         mask = _run(forwards, ranks, batch, idle)
         num_rows = run.capture.rows_in_batch if has_batch else 0

@@ -17,6 +17,7 @@ from eva_kernels.streaming_svd import GramStatistic, Refreshed, Sketch, finish_,
 
 from ..capture import Input, Portion
 from .ranks import Ranks
+from .tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
     from ..running import Run
@@ -33,10 +34,13 @@ class Pool:
     Args:
         run: The run of this rank.
         ranks: Those that make the pass together.
+        parallel: Those among them that run each batch together with this one, if there are any.
     """
 
-    def __init__(self, run: "Run", ranks: Ranks) -> None:
+    def __init__(self, run: "Run", ranks: Ranks, parallel: TensorParallel | None = None) -> None:
         self._run, self.ranks = run, ranks
+        #: For each rank, the one among those of its batches that counts their rows.
+        self.leaders = ranks.gather(ranks.rank if parallel is None else ranks.rank_of(parallel.leader))
         run.capture.portion = Portion(0, 1)
         self._known: list[list[int]] = []  # the streams of each input, as all ranks know them
 
@@ -51,7 +55,8 @@ class Pool:
         rows = [0] * len(self._run.capture.site_of)
         for entry in self._inputs:
             rows[min(entry.streams)] = entry.statistic.num_rows - entry.known_rows
-        had, all_rows, any_changed, *per_stream = self.ranks.agree([has_batch, num_rows, changed, *rows])
+        mine = num_rows if self.leaders[self.ranks.rank] == self.ranks.rank else 0
+        had, all_rows, any_changed, *per_stream = self.ranks.agree([has_batch, mine, changed, *rows])
         return had, all_rows, bool(any_changed), per_stream
 
     def record(self, rows: Sequence[int]) -> None:

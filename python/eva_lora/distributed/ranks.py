@@ -44,13 +44,24 @@ class Ranks:
         on_gpu = "cuda:" in dist.get_backend_config(group) and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._error: tuple[float, BaseException] | None = None
-        self._timeout = _timeout_of(group)
+        # Longer than the group's: a rank that fails has to wait until the others give up what they wait for in it.
+        self._patience = 2 * _timeout_of(group)
         if group not in _CONTROL:
             members = dist.get_process_group_ranks(group)
             _CONTROL[group] = dist.new_group(
-                members, timeout=self._timeout, backend="gloo", use_local_synchronization=True
+                members, timeout=self._patience, backend="gloo", use_local_synchronization=True
             )
         self._control = _CONTROL[group]
+
+    def rank_of(self, global_rank: int) -> int:
+        """The rank in this group of a rank of the default group."""
+        members = dist.get_process_group_ranks(self.group)
+        if global_rank not in members:
+            raise ValueError(
+                f"process_group: the model's layers are split over ranks of which {global_rank} is not in it; expected "
+                "the group of all ranks that make the pass, those of tensor parallelism included"
+            )
+        return members.index(global_rank)
 
     def attempt(self, function: Callable[..., T], *arguments: Any, default: Any = None) -> T:
         """What the function returns. Where it raises, and after that until the next message, ``default``."""
@@ -158,7 +169,7 @@ class Ranks:
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank}: another rank of the process group is gone, or did not answer within "
-                f"{self._timeout}: {error}"
+                f"{self._patience}: {error}"
             ) from (self._error[1] if self._error else error)
 
 
