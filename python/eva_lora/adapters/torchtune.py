@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .parameters import ParameterSite
 from .recognition import is_a, require_unmerged
+from .sharded import fill_
 from .sites import LoraSite, Taken, first_tensor
 
 __all__ = ["site_of"]
@@ -82,5 +83,5 @@ class GroupedExpertsSite(ParameterSite):
                 setattr(self.owner, path_a, new_a)
                 setattr(self.owner, path_b, new_b)
             if lora_a is not None:
-                new_a.copy_(lora_a.view(self.parts, rank, self.in_features).mT)
+                fill_(new_a, lora_a.view(self.parts, rank, self.in_features).mT)
             new_b.zero_()
