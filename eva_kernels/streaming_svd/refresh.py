@@ -34,7 +34,7 @@ class Refreshed:
     """One statistic's refresh, on the host.
 
     Attributes:
-        cosines: (q,) float64, \\|cosine\\| of each component to the one before the refresh.
+        cosines: (q,) float64, ``|cosine|`` of each component to the one before the refresh.
         overlaps: (q,) float64, ‖(QᵀQ′)₁..ᵢ‖²_F for every i.
         explained_variance_ratio: (q,) float64.
         gains: (q,) float64, for every i what the refresh before this one gained in captured variance on the rows
@@ -136,7 +136,7 @@ def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
 
 
 def _evidence(members: Sequence[Statistic], eigenvalues: Tensor, cross: Tensor) -> Tensor:  # (b, 4, q)
-    """Per component its \\|cosine\\|, per block its overlap, per component its ratio, per block its gain."""
+    """Per component its ``|cosine|``, per block its overlap, per component its ratio, per block its gain."""
     cosines = cross.diagonal(dim1=-2, dim2=-1).abs().clamp_max(1)
     overlaps = cross.square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
     ratios = Statistic.explained_variance_ratios(members, eigenvalues)

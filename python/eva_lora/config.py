@@ -138,6 +138,7 @@ class EvaConfig:
         return max(self.min_rank, 0 if all(removable) else 1)
 
     def to_dict(self) -> dict[str, Any]:
+        """Field → value, as JSON can hold it."""
         return asdict(self)
 
     @classmethod
