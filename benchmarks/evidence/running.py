@@ -42,8 +42,8 @@ def run_task(task: Task, methods: Sequence[str], folder: Path, echo: Callable[[s
             results.add(done)
             score = "" if done.score is None else f", {task.metric} {done.score:.4f}"
             echo(
-                f"{task.name} {method} seed {seed} lr {learning_rate:g}: validation loss {done.curve[-1][1]:.4f}{score}; "
-                f"{done.parameters:,} parameters, {done.seconds:.0f} s"
+                f"{task.name} {method} seed {seed} lr {learning_rate:g}: validation loss {done.curve[-1][1]:.4f}"
+                f"{score}; {done.parameters:,} parameters, {done.seconds:.0f} s"
             )
 
     for method in methods:
