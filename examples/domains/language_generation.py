@@ -18,15 +18,15 @@ from .task import Batch, Task, compare, seeded_order
 
 
 class LanguageGeneration(Task):
-    """bfloat16 base, float32 LoRA on all linear layers; 2 × 96 tokens a step."""
+    """bfloat16 base, float32 LoRA on all linear layers; 128 tokens a step."""
 
     name = "language_generation"
     metric = "test loss, nats per token"
     higher_is_better = False
     targets = "all-linear"
     learning_rates = (5e-4, 1.5e-3, 4.5e-3)
-    steps = 20
-    sequences, tokens = 2, 96
+    steps = 16
+    sequences, tokens = 1, 128
 
     def __init__(self, *, short: bool = False) -> None:
         super().__init__(short=short)
