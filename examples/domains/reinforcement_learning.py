@@ -114,7 +114,7 @@ class ReinforcementLearning(Task):
     targets = r"transformer\..*_proj"
     rank = 4
     learning_rates = (1e-3, 3e-3, 1e-2)
-    steps, evaluate_every = 60, 5
+    steps, evaluate_every = 40, 4
 
     @cached_property
     def _pretrained(self) -> Policy:
