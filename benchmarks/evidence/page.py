@@ -14,7 +14,7 @@ from . import memory
 from .plots import LABELS, plot
 from .results import Results
 from .running import target_loss
-from .summary import Interval, MethodSummary, summarise
+from .summary import Interval, summarise
 
 __all__ = ["PAGES", "RESULTS", "main", "memory_table", "table", "updated"]
 
@@ -32,14 +32,15 @@ def table(path: Path) -> str:
     direction = "higher" if settings["higher_is_better"] else "lower"
     summaries = summarise(settings["methods"], settings["learning_rates"], runs)
     seeds = len(settings["seeds"])
+    target = target_loss(runs)
     lines = [
-        f"| | {settings['metric']} ({direction} is better) | minus default LoRA's | steps to loss {target_loss(runs):.3f} "
+        f"| | {settings['metric']} ({direction} is better) | minus default LoRA's | steps to loss {target:.3f} "
         "| minus default LoRA's | LoRA parameters | ranks | learning rate | cost, in steps |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in summaries:
         steps = _shown(one.steps, 1) + (f" ({one.missed} of {seeds} never)" if one.missed else "")
-        ranks = f"{one.ranks[0]}–{one.ranks[1]}" if one.ranks[0] < one.ranks[1] else f"{one.ranks[0]}"
+        ranks = f"{one.ranks[0]} to {one.ranks[1]}" if one.ranks[0] < one.ranks[1] else f"{one.ranks[0]}"
         cost = f"{one.cost:.1f}" + (f" ({one.forwards:.0f} forwards)" if one.forwards else "")
         lines.append(
             f"| {LABELS[one.method]} | {_shown(one.score, digits)} "
@@ -52,11 +53,9 @@ def table(path: Path) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
     lines += [
         "",
-        f"Mean ± half-width of the 95 % confidence interval over {seeds} seeds, differences taken seed by seed; **bold** where "
-        f"the interval excludes zero. {settings['steps']} steps, configured rank {settings['rank']}; learning rate from "
-        f"{{{rates}}} by the validation loss of seed {settings['tuning_seed']}. Runs that never reach the loss count with all "
-        f"their steps. {len(runs)} runs, {minutes:.0f} minutes on {provenance['threads']} thread of {provenance['device']}, a "
-        f"machine busy with other work; Python {provenance['python']}, {versions}, commit {provenance['commit']}, "
+        f"{seeds} seeds; {settings['steps']} steps; configured rank {settings['rank']}; rates from {{{rates}}}. "
+        f"{len(runs)} runs in {minutes:.0f} minutes on {provenance['threads']} thread of {provenance['device']} that "
+        f"other programs shared; Python {provenance['python']}, {versions}, commit {provenance['commit']}, "
         f"{provenance['started']}, `{provenance['command']}`.",
     ]
     return "\n".join(lines) + "\n"
@@ -66,7 +65,7 @@ def memory_table(path: Path) -> str:
     """The Markdown of what the base model knows."""
     found = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| text | loss, nats per token | next token is the first guess | goes on word by word: mean (most), of 32 tokens |",
+        "| text | loss, nats per token | first guess is right | goes on literally: mean (most), of 32 tokens |",
         "| --- | --- | --- | --- |",
     ]
     for name, values in found.items():
@@ -107,7 +106,7 @@ def _shown(value: Interval, digits: int) -> str:
 
 def _compared(value: Interval | None, digits: int, *, higher_is_better: bool) -> str:
     if value is None:
-        return "–"
+        return ""
     text = f"{value.mean:+.{digits}f} ± {value.half:.{digits}f}"
     if not value.excludes_zero():
         return text

