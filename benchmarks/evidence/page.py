@@ -16,7 +16,7 @@ from .results import Results
 from .running import target_loss
 from .summary import Interval, summarise
 
-__all__ = ["PAGES", "RESULTS", "main", "memory_table", "table", "updated"]
+__all__ = ["PAGES", "RESULTS", "main", "pages", "table", "updated", "write_beside"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -91,10 +91,21 @@ def pages() -> Iterator[Path]:
     yield from (path for path in sorted(PAGES.rglob("*.md")) if BLOCK.search(path.read_text(encoding="utf-8")))
 
 
-def main() -> None:
-    for path in sorted(RESULTS.glob("*.jsonl")):
+def write_beside(folder: Path) -> None:
+    """``summary.md`` and a picture per task, in the folder of the result files."""
+    draw(folder, folder)
+    tables = [f"## {path.stem}\n\n{table(path)}" for path in sorted(folder.glob("*.jsonl"))]
+    (folder / "summary.md").write_text("\n".join(tables), encoding="utf-8")
+
+
+def draw(results: Path, folder: Path) -> None:
+    for path in sorted(results.glob("*.jsonl")):
         settings, _, runs = Results.load(path)
-        plot(settings["methods"], settings["metric"], runs, PAGES / "figures" / f"{settings['task']}.svg")
+        plot(settings["methods"], settings["metric"], runs, folder / f"{settings['task']}.svg")
+
+
+def main() -> None:
+    draw(RESULTS, PAGES / "figures")
     for path in pages():
         path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
         print(path.relative_to(ROOT))

@@ -51,6 +51,8 @@ class Convolutions(Task):
     @cached_property
     def _data(self) -> tuple[Tensor, Tensor]:
         images, faults = textiles()
+        if self.short:
+            images = images[:, :, ::4, ::4]
         pixels = (images.float() / 255 - MEAN[:, None, None]) / STD[:, None, None]
         order = seeded_order(len(images), 0)  # 1,500 to learn from, 100 for validation, 400 for the score
         return pixels[order], faults[order]
@@ -64,10 +66,10 @@ class Convolutions(Task):
 
     @cached_property
     def validation(self) -> list[Batch]:
-        return self._batches(list(range(1500, 1580)))
+        return self._batches(list(range(1500, 1516 if self.short else 1580)))
 
     def score(self, model: nn.Module) -> float:
-        batches = self._batches(list(range(1600, 1632 if self.short else 2000)))
+        batches = self._batches(list(range(1600, 1616 if self.short else 2000)))
         with torch.no_grad():
             right = sum(int((model(x["pixel_values"]).logits.argmax(-1) == x["labels"]).sum()) for x in batches)
         return right / sum(len(batch["labels"]) for batch in batches)
