@@ -1,7 +1,7 @@
 """python -m benchmarks.evidence [--short] [--results FOLDER] [TASK ...]
 
-Runs what is not in the result files yet (it may be stopped and started again at any time). Then makes tables and pictures:
-in the pages from the committed results, beside the result files elsewhere.
+Runs what is not in the result files yet; it may be stopped and started again at any time. Then makes tables and
+pictures: in the pages from the committed results, beside the result files elsewhere.
 """
 
 import importlib
