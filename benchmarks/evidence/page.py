@@ -35,8 +35,8 @@ def table(path: Path) -> str:
     target = target_loss(runs)
     lines = [
         f"| | {settings['metric']} ({direction} is better) | minus default LoRA's | steps to loss {target:.3f} "
-        "| minus default LoRA's | LoRA parameters | ranks | learning rate | cost, in steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| minus default LoRA's | cost, in steps | both | LoRA parameters | ranks | learning rate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in summaries:
         steps = _shown(one.steps, 1) + (f" ({one.missed} of {seeds} never)" if one.missed else "")
@@ -45,8 +45,8 @@ def table(path: Path) -> str:
         lines.append(
             f"| {LABELS[one.method]} | {_shown(one.score, digits)} "
             f"| {_compared(one.gain, digits, higher_is_better=settings['higher_is_better'])} | {steps} "
-            f"| {_compared(one.steps_gain, 1, higher_is_better=False)} | {one.parameters:,.0f} | {ranks} "
-            f"| {one.learning_rate:g}{' (edge)' if one.at_edge else ''} | {cost} |"
+            f"| {_compared(one.steps_gain, 1, higher_is_better=False)} | {cost} | {one.steps_with_cost:.1f} "
+            f"| {one.parameters:,.0f} | {ranks} | {one.learning_rate:g}{' (edge)' if one.at_edge else ''} |"
         )
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     minutes = sum(run.seconds for run in runs) / 60

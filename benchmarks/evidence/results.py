@@ -21,7 +21,7 @@ class Run:
         learning_rate: Of AdamW.
         tuning: Whether it served to choose the learning rate; it is then no part of the comparison.
         curve: (steps done, validation loss).
-        score: The task's; None for a run that served to choose the learning rate.
+        score: The task's; for a run that served to choose the learning rate its validation score, where it has one.
         parameters: Trainable parameters of the LoRA layers.
         ranks: Smallest and largest rank, and layers without adapter.
         forwards: Batches the initialisation ran through the model.

@@ -58,9 +58,14 @@ def run_task(task: Task, methods: Sequence[str], folder: Path, echo: Callable[[s
 
 
 def best_rate(runs: Sequence[Run], method: str) -> float:
-    """The learning rate with the lowest final validation loss on the tuning seed (NaN loses)."""
-    tried = [run for run in runs if run.method == method and run.tuning]
-    return min(tried, key=lambda run: inf if isnan(run.curve[-1][1]) else run.curve[-1][1]).learning_rate
+    """The learning rate with the highest validation score on the tuning seed; among equals, and for a task without one,
+    with the lowest final validation loss (NaN loses)."""
+
+    def merit(run: Run) -> tuple[float, float]:
+        loss = run.curve[-1][1]
+        return -(run.score or 0.0), inf if isnan(loss) else loss
+
+    return min((run for run in runs if run.method == method and run.tuning), key=merit).learning_rate
 
 
 def target_loss(runs: Sequence[Run]) -> float:
@@ -76,7 +81,7 @@ def _run(task: Task, initialise: Initialiser, method: str, seed: int, learning_r
     made = initialise(method, seed)
     curve, seconds = train(made.model, task, task.training(seed), learning_rate)
     tuning = seed == TUNING_SEED
-    score = None if tuning else task.score(made.model)
+    score = task.validation_score(made.model) if tuning else task.score(made.model)
     return Run(
         method, seed, learning_rate, tuning, [(step, round(loss, 5)) for step, loss in curve],
         None if score is None else round(score, 5), made.parameters, made.ranks, made.forwards,

@@ -42,6 +42,7 @@ class MethodSummary:
         steps_gain: Steps minus the baseline's on the same seed. None for the baseline.
         forwards: Batches the initialisation ran through the model, mean.
         cost: Time of the initialisation in training steps of the same run, median.
+        steps_with_cost: Steps until the target loss, the initialisation's time counted as steps, mean.
     """
 
     method: str
@@ -56,6 +57,7 @@ class MethodSummary:
     steps_gain: Interval | None
     forwards: float
     cost: float
+    steps_with_cost: float
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -110,7 +112,8 @@ def summarise(methods: Sequence[str], learning_rates: Sequence[float], runs: Seq
                 missed=sum(steps_to(run.curve, target) is None for run in mine),
                 steps_gain=_difference([_steps(r, target) for r in mine], [_steps(r, target) for r in theirs], name),
                 forwards=statistics.fmean(run.forwards for run in mine),
-                cost=statistics.median(run.initialisation_seconds / run.step_seconds for run in mine),
+                cost=statistics.median(_cost(run) for run in mine),
+                steps_with_cost=statistics.fmean(_steps(run, target) + _cost(run) for run in mine),
             )
         )
     return summaries
@@ -125,6 +128,10 @@ def _score(run: Run) -> float:
 def _steps(run: Run, target: float) -> float:
     reached = steps_to(run.curve, target)
     return float(run.curve[-1][0]) if reached is None else reached
+
+
+def _cost(run: Run) -> float:
+    return run.initialisation_seconds / run.step_seconds
 
 
 def _difference(mine: Sequence[float], theirs: Sequence[float], method: str) -> Interval | None:

@@ -5,7 +5,7 @@ The policy for the short pole loses the long one within twenty steps.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -88,11 +88,11 @@ def demonstrations(half_length: float, episodes: int, seed: int) -> tuple[Tensor
     return torch.from_numpy(np.stack(inputs)), torch.tensor(pushes)
 
 
-def returns(policy: Callable[[Tensor], Tensor], half_length: float, episodes: int) -> list[float]:
-    """Steps that each episode lasts (at most 500), all played side by side."""
-    environments = cart_poles(episodes, half_length)
-    histories = [[environment.reset(seed=i)[0]] for i, environment in enumerate(environments)]
-    lasted, running = [0.0] * episodes, list(range(episodes))
+def returns(policy: Callable[[Tensor], Tensor], half_length: float, seeds: Sequence[int]) -> list[float]:
+    """Steps that the episodes of these seeds last (at most 500), all played side by side."""
+    environments = cart_poles(len(seeds), half_length)
+    histories = [[cart.reset(seed=seed)[0]] for cart, seed in zip(environments, seeds, strict=True)]
+    lasted, running = [0.0] * len(seeds), list(range(len(seeds)))
     while running:
         pushes = policy(torch.from_numpy(np.stack([windows(histories[i]) for i in running]))).argmax(-1).tolist()
         for i, push in zip(tuple(running), pushes, strict=True):
@@ -138,10 +138,15 @@ class ReinforcementLearning(Task):
         inputs, pushes = demonstrations(LONG_POLE, episodes=2, seed=99)
         return [{"observations": inputs, "labels": pushes}]
 
-    def score(self, model: nn.Module) -> float:
-        episodes = 2 if self.short else 20
+    def mean_return(self, model: nn.Module, seeds: Sequence[int]) -> float:
         with torch.no_grad():
-            return float(np.mean(returns(lambda x: model(observations=x).logits, LONG_POLE, episodes)))
+            return float(np.mean(returns(lambda x: model(observations=x).logits, LONG_POLE, seeds)))
+
+    def validation_score(self, model: nn.Module) -> float:
+        return self.mean_return(model, range(1000, 1002 if self.short else 1010))
+
+    def score(self, model: nn.Module) -> float:
+        return self.mean_return(model, range(2 if self.short else 20))
 
 
 def cloned(policy: Policy, steps: int = 400) -> Policy:

@@ -68,6 +68,10 @@ class Task(ABC):
     def score(self, model: nn.Module) -> float:
         """The final score, on data used for nothing else."""
 
+    def validation_score(self, model: nn.Module) -> float | None:
+        """What chooses the learning rate where the loss is a poor guide, higher is better; None: the validation loss."""
+        return None
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:  # ()
         return model(**batch).loss
 

@@ -11,7 +11,7 @@ from benchmarks.evidence.summary import interval, steps_to, summarise
 
 
 def run(method, seed, curve, *, score=None, rate=1e-3, cost=0.0):
-    return Run(method, seed, rate, score is None, curve, score, 100, (1, 4), 7, cost, 0.5, 9.0)
+    return Run(method, seed, rate, seed == 0, curve, score, 100, (1, 4), 7, cost, 0.5, 9.0)
 
 
 def test_the_interval_is_that_of_students_t():
@@ -45,6 +45,15 @@ def test_the_lowest_final_loss_chooses_the_rate_and_a_diverged_run_never_does():
     assert best_rate(runs, "lora") == 1e-3
 
 
+def test_a_validation_score_chooses_before_the_loss_does():
+    runs = [
+        run("lora", 0, [(0, 5.0), (2, 4.0)], rate=1e-4, score=500.0),
+        run("lora", 0, [(0, 5.0), (2, 3.0)], rate=1e-3, score=500.0),
+        run("lora", 0, [(0, 5.0), (2, 1.0)], rate=1e-2, score=20.0),
+    ]
+    assert best_rate(runs, "lora") == 1e-3
+
+
 def test_the_target_is_default_loras_loss_after_two_thirds_of_its_tuning_run():
     curve = [(0, 5.0), (4, 4.0), (8, 3.5), (12, 3.2)]
     runs = [run("lora", 0, curve), run("lora", 0, [(0, 5.0), (4, 4.9), (8, 4.8), (12, 4.7)], rate=1e-4)]
@@ -62,6 +71,7 @@ def test_differences_are_taken_seed_by_seed():
     assert (lora.steps.mean, lora.missed) == (4.0, 2)  # never reached: all steps count
     assert eva.steps_gain.mean == -2.0
     assert (eva.cost, eva.forwards, eva.at_edge) == (3.0, 7, True)
+    assert (eva.steps_with_cost, lora.steps_with_cost) == (5.0, 4.0)
     assert lora.gain is None
     with pytest.raises(ValueError, match=r"eva_rho2 ran on seeds \[1\]"):
         summarise(("eva_rho2", "lora"), (1e-3,), [*tuning, ours[1], *theirs])
