@@ -69,7 +69,7 @@ class Task(ABC):
         """The final score, on data used for nothing else."""
 
     def validation_score(self, model: nn.Module) -> float | None:
-        """What chooses the learning rate where the loss is a poor guide, higher is better; None: the validation loss."""
+        """Chooses the learning rate where the loss is a poor guide; higher is better. None: the loss chooses."""
         return None
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:  # ()
