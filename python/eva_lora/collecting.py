@@ -41,11 +41,11 @@ def collect(
     """Run the frozen model over batches until every layer's components have converged (or a bound is met).
 
     Nothing of the model's is changed: adapters are disabled, modules are in eval mode and hooked only while
-    it runs, and the global random generators are given back as they were (:mod:`eva_lora.restoring`). Arguments
+    it runs, and the global random generators are given back as they were (``eva_lora.restoring``). Arguments
     are those of :func:`eva_lora.eva_initialize`.
 
     Returns:
-        The statistics of every distinct layer input: enough to plan ranks and write A. In a process group, of all
+        The statistics of every distinct layer input, enough to plan ranks and write A; in a process group, of all
         ranks' rows, and the same on every rank.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import nn
 
-from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic, refresh_
+from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic, finish_, refresh_
 
 from .adapters import LoraAdapter
 from .batches import ALL_ROWS, FITS_NO_MASK, RowMask
@@ -44,7 +44,7 @@ class Run:
         self.config, self.left_alone = config, dict(adapter.left_alone)
         self.sites = [site if parallel is None else parallel.divided(site) for site in adapter.sites]
         self.following = Following(self.sites, config)
-        oversampling = config.oversampling or DEFAULT_OVERSAMPLING
+        oversampling = config.oversampling or DEFAULT_OVERSAMPLING[config.convergence]
         self.columns = [
             min(site.in_features, math.ceil(k * oversampling))
             for site, k in zip(self.sites, self.following.candidates.tolist(), strict=True)
@@ -148,14 +148,13 @@ class Run:
     def _is_due(self, entry: Input) -> bool:
         """Whether an input has enough new data for a refresh.
 
-        A step from fewer rows than columns would pass the convergence test for being small. The paper's
-        criterion and "captured" are defined batch by batch; otherwise refreshes come after 1, 2, 4, 8 batches
-        and every ``REFRESH_PERIOD`` from then on, which is as accurate and costs a fraction.
+        A step from fewer rows than columns would pass the convergence test for being small. Refreshes come after
+        1, 2, 4, 8, … batches, and every ``REFRESH_PERIOD`` from then on.
         """
         statistic = entry.statistic
         if statistic.pending_rows < statistic.num_components:
             return False
-        period = REFRESH_PERIOD if self.config.convergence == "subspace" else 1
+        period = REFRESH_PERIOD[self.config.convergence]
         return entry.pending_batches >= min(2 ** max(statistic.num_refreshes - 1, 0), period)
 
     def _check_called(self) -> None:
@@ -214,8 +213,7 @@ class Run:
             raise ValueError(f"model: none of its {len(self.sites)} LoRA layers saw an unmasked row: {self.silent()}")
         tick = time.perf_counter()
         if self.pool is None:
-            for entry in self.capture.inputs:
-                entry.statistic.finish_()
+            finish_([entry.statistic for entry in self.capture.inputs])
         else:
             self.pool.finish_(self.capture.inputs)
         self.seconds["refresh"] += time.perf_counter() - tick

@@ -32,7 +32,7 @@ class ParameterSite(LoraSite):
         transposed: A is (d, rank) and B (rank, out), not (rank, d) and (out, rank).
         groups: Matrices stacked in one A, (groups · rank, d), all fed the same rows.
         rows_per_rank: Rows of A that the library counts as one rank.
-        row_maker: How an input becomes rows, where it is not (..., d) already; :attr:`rows` returns it.
+        row_maker: How an input becomes rows, where it is not (..., d) already; ``rows`` returns it.
         rank_names, alpha_name, scaling_name: Attributes of :attr:`owner` that hold the rank, alpha, and what
             B A x is multiplied with, as far as it has them.
         linear_in_rank: The scaling is alpha / rank; False: alpha / √rank.

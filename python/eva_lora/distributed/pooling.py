@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_kernels.streaming_svd import GramStatistic, Refreshed, Sketch, refresh_
+from eva_kernels.streaming_svd import GramStatistic, Refreshed, Sketch, finish_, refresh_
 
 from ..capture import Input, Portion
 from .ranks import Ranks
@@ -121,8 +121,7 @@ class Pool:
                 self._reduce_gram_(entry, entry.statistic)
 
         def solve() -> dict[int, list[Tensor]]:
-            for entry in mine:
-                entry.statistic.finish_()
+            finish_([entry.statistic for entry in mine])
             return {id(entry): [entry.statistic.basis, entry.statistic.eigenvalues] for entry in mine}
 
         solved = self.ranks.attempt(solve, default={})
