@@ -116,6 +116,7 @@ studies: $(VENV)/.dev
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/until_converged.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/distributed.py
 
 instructions: $(VENV)/.dev
 	$(BIN)/python benchmarks/instructions.py

@@ -82,7 +82,7 @@ def text():
     return model, batches, {name: scatter(rows) for name, rows in layer_inputs(model, batches).items()}
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])  # 3: uneven parts
 def test_subspaces_on_real_text_capture_what_those_of_one_rank_do(text, size):
     model, batches, scatters = text
     options = {"statistic": "subspace", "max_batches": 3}
