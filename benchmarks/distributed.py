@@ -138,7 +138,7 @@ def measure(size: int, work: Callable[..., None], count: int) -> dict[str, float
     return {
         "processes": size, "batches in all": count, "rows per processor second": rows / sum(cpu),
         "processor seconds": sum(cpu), "wall seconds": max(wall), "MB sent per process": max(sent) / 1e6,
-        "MB sent per batch and process": max(sent) / (count // size) / 1e6,
+        "MB sent per step and process": max(sent) / (count // size) / 1e6,
     }  # fmt: skip
 
 

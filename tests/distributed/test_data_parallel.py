@@ -143,6 +143,7 @@ def test_models_are_equal_on_all_ranks_and_only_one_rank_warns():
     assert all(torch.equal(second[name], a) for name, a in first.items())
 
 
+@pytest.mark.slow
 def test_a_group_can_be_left_out_or_be_a_part_of_the_ranks():
     batches = token_batches(count=2, shape=(4, 24))
 
