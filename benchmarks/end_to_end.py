@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,16 +22,35 @@ import peft
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.incremental_pca import IncrementalPCA
-from timing import time_calls
 from torch import Tensor
 
 from eva_kernels.streaming_svd import Statistic
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, collect, plan
 from eva_lora.capture import Capture
 from eva_lora.demo import load_smollm2, packed_text
+from harness.memory import resident_peak
+from peers import variance_missed
+from timing import time_calls
 
 RANK, RHO = 16, 2.0
 Batches = list[dict[str, Tensor]]
+
+
+def load_model(dtype: torch.dtype, count: int, tokens: int = 256) -> tuple[Any, Batches]:
+    """SmolLM2-135M with LoRA on all linear layers, and that many batches of real text."""
+    base, tokenizer = load_smollm2()
+    batches = packed_text(tokenizer, sequences=4, tokens=tokens)[:count]
+    lora = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights="eva")
+    return peft.get_peft_model(base.to(dtype).eval(), lora), batches
+
+
+def recorded(model: Any, batches: Batches, name: str) -> list[Tensor]:
+    """The rows, (n, d) float32 a batch, that the layer whose name ends so is fed."""
+    layer = next(m for n, m in model.named_modules() if isinstance(m, LoraLayer) and n.endswith(name))
+    rows: list[Tensor] = []
+    with fed({name: layer}, lambda _, x: rows.append(x.clone())):
+        full_forward(model, batches)
+    return rows
 
 
 def full_forward(model: Any, batches: Batches) -> list[float]:
@@ -79,13 +97,21 @@ class ExactScatter:
         z = z - self.shift
         self.moment, self.total, self.rows = self.moment + z.T @ z, self.total + z.sum(0), self.rows + len(z)
 
-    def losses(self, components: Tensor) -> list[float]:
-        """1 − captured / optimum over the top 16 and the top 32."""
+    def captured(self, components: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance along each of the orthonormal rows, and all eigenvalues of the scatter, descending."""
         scatter = self.moment - torch.outer(self.total, self.total) / self.rows
-        values = torch.linalg.eigvalsh(scatter).flip(0)
-        v = components[: round(RANK * RHO)].double()
-        captured = ((v @ scatter) * v).sum(1)
-        return [float(1 - captured[:r].sum() / values[:r].sum()) for r in (RANK, round(RANK * RHO))]
+        v = components.double()
+        return ((v @ scatter) * v).sum(1), torch.linalg.eigvalsh(scatter).flip(0)
+
+    def losses(self, components: Tensor) -> list[float]:
+        """Variance missed by the leading 16 and by the leading 32 components."""
+        captured, values = self.captured(components[: round(RANK * RHO)])
+        return [variance_missed(captured, values, r) for r in (RANK, round(RANK * RHO))]
+
+    def missed_by(self, lora_a: Tensor) -> float:
+        """Variance missed by the row space of A, (r, d), whose rows need not be orthonormal."""
+        rows = torch.linalg.qr(lora_a.double().T).Q.T
+        return variance_missed(*self.captured(rows), len(rows))
 
 
 def eva_pass(model: Any, batches: Batches, statistic: str, oversampling: float | None) -> tuple[EvaStatistics, EvaPlan]:
@@ -110,12 +136,32 @@ def parts(run: Callable[[], tuple[EvaStatistics, EvaPlan]]) -> dict[str, float]:
     return {"forward": forward, "products": products[0], "small algebra": algebra, "Python": rest}
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Resident memory at its highest while ``run`` runs (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    run()
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+def peft_pass(model: Any, batches: Batches) -> tuple[float, dict[str, IncrementalPCA]]:
+    """Seconds of a batch under PEFT's statistic, forward included, and what it found of every input."""
+    layers = lora_inputs(model, every=1)
+    pca = {n: IncrementalPCA(n_components=round(RANK * RHO), lowrank=True, lowrank_seed=42) for n in layers}
+    with fed(layers, lambda name, x: pca[name].partial_fit(x)):
+        seconds = statistics.mean(full_forward(model, batches))
+    return seconds, pca
+
+
+def exact_scatters(model: Any, batches: Batches) -> dict[str, ExactScatter]:
+    """Of one input of every kind in every third block."""
+    exact = {name: ExactScatter() for name in lora_inputs(model, every=3)}
+    with fed(lora_inputs(model, every=3), lambda name, x: exact[name].add(x)):
+        full_forward(model, batches)
+    return exact
+
+
+def losses_of(collected: EvaStatistics, exact: dict[str, ExactScatter]) -> list[list[float]]:
+    input_of = {site.name: collected.inputs[site.input] for site in collected.sites}
+    return [e.losses(input_of[name.removeprefix("base_model.model.")].components) for name, e in exact.items()]
+
+
+def ranks_moved(one: EvaPlan, other: EvaPlan) -> tuple[float, int]:
+    """Ranks that lie elsewhere in the other plan, and the budget."""
+    moved = sum(abs(other.ranks[name] - rank) for name, rank in one.ranks.items()) / 2
+    return moved, sum(one.ranks.values())
 
 
 def summary(pairs: list[list[float]]) -> str:
@@ -141,10 +187,7 @@ def main(
     with_accuracy: bool,
 ) -> None:
     warnings.simplefilter("ignore")
-    base, tokenizer = load_smollm2()
-    batches = packed_text(tokenizer, sequences=4, tokens=tokens)[:count]
-    lora = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights="eva")
-    model = peft.get_peft_model(base.to(getattr(torch, dtype)).eval(), lora)
+    model, batches = load_model(getattr(torch, dtype), count, tokens)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, statistic={statistic}")
     print(f"{len(batches)} batches of 4 x {tokens} tokens")
 
@@ -163,34 +206,26 @@ def main(
     shares = parts(run)
     print("   of it " + ", ".join(f"{part} {value / sum(shares.values()):.1%}" for part, value in shares.items()))
 
-    resting = peak_bytes(lambda: full_forward(model, batches[:3]))
-    extra = peak_bytes(run) - resting
+    resting = resident_peak(lambda: full_forward(model, batches[:3]), "cpu")
+    extra = (resident_peak(run, "cpu") or 0) - (resting or 0)
     states = sum(entry.nbytes for entry in collected.inputs)
     widest = max(entry.components.shape[0] for entry in collected.inputs)
     projected = 4 * 4 * tokens * widest  # float32
     sizes = f"{extra / 2**20:.0f} MiB; states {states / 2**20:.0f}, P {projected / 2**20:.1f}"
     print(f"   peak memory over a full forward's: {sizes}")
 
-    pca = {
-        n: IncrementalPCA(n_components=round(RANK * RHO), lowrank=True, lowrank_seed=42) for n in lora_inputs(model, 1)
-    }
     if with_peft:
-        with fed(lora_inputs(model, every=1), lambda name, x: pca[name].partial_fit(x)):
-            peft_step = statistics.mean(full_forward(model, batches))
+        peft_step, pca = peft_pass(model, batches)
         print(f"P  {peft_step:7.3f} s   PEFT's statistic, forward included        P/E = {peft_step / step:.1f}")
     if with_accuracy:
-        input_of = {site.name: collected.inputs[site.input] for site in collected.sites}
-        exact = {name: ExactScatter() for name in lora_inputs(model, every=3)}
-        with fed(lora_inputs(model, every=3), lambda name, x: exact[name].add(x)):
-            full_forward(model, batches)
-        ours = [e.losses(input_of[n.removeprefix("base_model.model.")].components) for n, e in exact.items()]
+        exact = exact_scatters(model, batches)
+        ours = losses_of(collected, exact)
         print(f"mean loss on {len(ours)} inputs: {summary(ours)}")
         if with_peft:
             theirs = [e.losses(pca[n].components_) for n, e in exact.items()]
             worse = sum(a[0] > b[0] + 1e-4 for a, b in zip(ours, theirs, strict=True))
             print(f"PEFT's mean loss: {summary(theirs)}; ours worse by more than 1e-4 on {worse} of {len(ours)}")
-        ranks, budget = run("gram")[1].ranks, sum(eva_plan.ranks.values())
-        moved = sum(abs(ranks[name] - rank) for name, rank in eva_plan.ranks.items()) / 2
+        moved, budget = ranks_moved(eva_plan, run("gram")[1])
         print(f"ranks moved against the plan from exact statistics: {moved:.0f} of {budget} ({moved / budget:.2%})")
 
 

@@ -8,10 +8,10 @@ batch is what ``collect`` spends outside the forward pass proper: the hooks and 
 
 import time
 import warnings
+from typing import Any
 
 import peft
 import torch
-from timing import time_calls
 from torch import Tensor
 
 from eva_kernels.streaming_svd import Statistic
@@ -19,20 +19,29 @@ from eva_lora import EvaConfig, collect
 from eva_lora.capture import Capture
 from eva_lora.demo import load_smollm2, packed_text
 from eva_lora.running import Run
+from timing import time_calls
+
+
+def cut_model(blocks: int) -> Any:
+    """SmolLM2-135M in bfloat16 with its first blocks only, and LoRA on all linear layers."""
+    base, _ = load_smollm2()
+    base.model.layers = base.model.layers[:blocks]
+    return peft.get_peft_model(base.bfloat16(), peft.LoraConfig(r=16, target_modules="all-linear"))
+
+
+def pass_over(model: Any, batches: list[dict[str, Tensor]]) -> None:
+    collect(model, batches, EvaConfig(tau=1.0, max_batches=len(batches)), progress=False)
 
 
 def cost(blocks: int, batches: list[dict[str, Tensor]]) -> float:
     """Seconds of processor time per batch in hooks and refreshes."""
-    base, _ = load_smollm2()
-    base.model.layers = base.model.layers[:blocks]
-    model = peft.get_peft_model(base.bfloat16(), peft.LoraConfig(r=16, target_modules="all-linear"))
-    config = EvaConfig(tau=1.0, max_batches=len(batches))
+    model = cut_model(blocks)
     with (
         time_calls(Capture, "_fold", time.process_time) as hooks,
         time_calls(Statistic, "finish_", time.process_time) as finish,
         time_calls(Run, "finish_batch", time.process_time) as refreshes,
     ):
-        collect(model, batches, config, progress=False)
+        pass_over(model, batches)
     return (hooks[0] + refreshes[0] + finish[0]) / len(batches)
 
 

@@ -89,6 +89,7 @@ def exact_scatters(model: Any, batches: Batches) -> dict[str, tuple[Tensor, Tens
 
 
 def captured(model: Any, exact: dict[str, tuple[Tensor, Tensor]]) -> list[float]:
+    """Of each layer, the variance in the row space of its A over the most that any A of its rank could hold."""
     shares = []
     for name, layer in lora_layers(model).items():
         if "default" in layer.lora_A:

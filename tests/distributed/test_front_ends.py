@@ -61,8 +61,8 @@ def test_the_command_line_under_torchrun_finds_what_it_finds_alone(workplace):
 
 def test_a_process_that_is_refused_ends_the_command_under_torchrun(workplace):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", EVA_LORA, "init", "base",
-         "--data", "missing.jsonl", "--output", "refused"],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", EVA_LORA, "init",
+         "base", "--data", "missing.jsonl", "--output", "refused"],
         cwd=workplace, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0

@@ -1,0 +1,80 @@
+"""Eigenproblems: the small ones of a refresh, and whole refreshes of all inputs of a model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels import Statistic, SubspaceStatistic, refresh_
+from eva_kernels.symmetric_eigen import symmetric_eigen
+from harness.paired import Candidate, Case
+from rows import power_law
+from shapes import MODELS
+
+ROWS = 256
+BLOCKS = 6  # of the model: a refresh costs the same in each
+
+
+def residual(matrix: Tensor, values: Tensor, vectors: Tensor) -> Mapping[str, float]:
+    """Largest entry of A V − V Λ over that of A."""
+    left = matrix @ vectors.to(matrix)
+    return {"residual": float((left - vectors.to(matrix) * values.to(matrix)[:, None, :]).abs().max() / matrix.max())}
+
+
+@pytest.mark.parametrize("k", [32, 96, 192])
+def bench_eigen(compare: Callable[..., Any], device: str, quick: bool, k: int) -> None:
+    """A batch of k x k float64, the small algebra of one refresh of all narrow inputs of a model."""
+    count = 4 if quick else 3 * MODELS["SmolLM2-135M"].blocks
+    root = torch.randn(count, 2 * k, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    matrix = root.mT @ root
+    arrays = matrix.cpu().numpy()
+    compare(
+        Case(
+            "Eigenproblems",
+            f"{count} of {k} x {k}, float64",
+            Candidate(lambda: symmetric_eigen(matrix), lambda: residual(matrix, *symmetric_eigen(matrix))),
+            {
+                "torch.linalg.eigh": Candidate(
+                    lambda: torch.linalg.eigh(matrix), lambda: residual(matrix, *torch.linalg.eigh(matrix))
+                ),
+                "numpy.linalg.eigh": Candidate(
+                    lambda: np.linalg.eigh(arrays),
+                    lambda: residual(matrix, *map(torch.from_numpy, np.linalg.eigh(arrays))),
+                ),
+            },
+            dtype=torch.float32,
+            facts={"matrices": count, "k": k},
+        ),
+        device,
+    )
+
+
+@pytest.mark.parametrize("model", ["MiniLM", "SmolLM2-135M", "Qwen2.5-0.5B"])
+def bench_refresh(compare: Callable[..., Any], device: str, quick: bool, model: str) -> None:
+    """One refresh of all inputs of a few blocks. Each call begins with a copy of the state, which is part of it."""
+    blocks = 1 if quick else BLOCKS
+    statistics: list[Statistic] = []
+    for entry in MODELS[model].inputs * blocks:
+        statistics.append(SubspaceStatistic(entry.width, 96, device=device, seed=len(statistics)))
+        statistics[-1].accumulate_(power_law(ROWS, entry.width, seed=len(statistics)).to(device))
+
+    def ours() -> None:
+        refresh_([statistic.clone() for statistic in statistics])
+
+    def one_by_one() -> None:
+        for statistic in statistics:
+            refresh_([statistic.clone()])
+
+    compare(
+        Case(
+            "Refresh",
+            f"{model}, {len(statistics)} inputs of {blocks} blocks, q = 96",
+            Candidate(ours),
+            {"input by input": Candidate(one_by_one)},
+            facts={"model": model, "inputs": len(statistics)},
+        ),
+        device,
+    )

@@ -1,0 +1,163 @@
+// The compiled hot paths on fixed numbers, one a run, for counting their instructions: hot_paths NAME [steps].
+// Only what hot_path() does is to be counted, from outside; with "steps" the program counts itself, by running it
+// instruction by instruction. Exits with 3 where this processor lacks the instructions, with 4 where it may not step.
+#include <sys/personality.h>
+#include <sys/ptrace.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/subspace.h"
+#include "tracker.h"
+
+namespace {
+
+constexpr int kUnsupported = 3, kMayNotStep = 4;
+
+// SplitMix64: the same numbers with every standard library.
+double uniform(uint64_t index) {
+  uint64_t z = (index + 1) * 0x9e3779b97f4a7c15;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+  return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
+}
+
+// Ratios of `sites` spectra that fall as 1 / i, each with a scale of its own; evidence close to one.
+struct Numbers {
+  Numbers(int64_t sites, int64_t columns) : sites(sites), columns(columns) {
+    for (int64_t i = 0; i < sites; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        ratios.push_back((0.5 + uniform(i)) / static_cast<double>((j + 1) * columns));
+        evidence.push_back(1 - 0.01 * uniform(sites + i * columns + j));
+      }
+    demands.candidates.assign(sites, columns);
+    demands.budget = sites * columns / 2;
+  }
+
+  int64_t sites, columns;
+  std::vector<double> ratios, evidence;
+  eva::Demands demands;
+};
+
+std::function<void()> allocation(int64_t sites, int64_t columns, bool divisors) {
+  auto numbers = std::make_shared<Numbers>(sites, columns);
+  if (divisors)
+    for (int64_t i = 0; i < sites; ++i) numbers->demands.divisors.push_back(i % 2 + 1);
+  auto allocator = std::make_shared<eva::Allocator>(numbers->demands);
+  auto ranks = std::make_shared<std::vector<int64_t>>(sites);
+  return [=] { allocator->allocate(numbers->ratios.data(), numbers->columns, ranks->data()); };
+}
+
+std::function<void()> step(int64_t sites, int64_t columns, eva::Criterion criterion) {
+  auto numbers = std::make_shared<Numbers>(sites, columns);
+  if (criterion == eva::Criterion::kSubspace)  // overlaps: running sums of squared cosines
+    for (int64_t i = 0; i < sites; ++i)
+      for (int64_t j = 1; j < columns; ++j) numbers->evidence[i * columns + j] += numbers->evidence[i * columns + j - 1];
+  if (criterion == eva::Criterion::kCaptured)
+    for (double& gain : numbers->evidence) gain = 1 - gain;
+  auto tracker = std::make_shared<eva::Tracker>(numbers->demands, 0.99, criterion);
+  const auto update = [=] {
+    tracker->update(numbers->evidence.data(), columns, numbers->ratios.data(), columns, nullptr);
+  };
+  update();  // evidence counts from the second refresh on
+  return update;
+}
+
+std::function<void()> product(int64_t n, int64_t d, int64_t q, bool is_float32) {
+  if (!eva::has_bf16_subspace()) std::exit(kUnsupported);
+  struct Data {
+    std::vector<float> x, shift, basis, product;
+    std::vector<uint16_t> narrow;
+    std::vector<double> column_sum;
+    double square_sum = 0;
+    eva::SubspaceTask task;
+  };
+  auto data = std::make_shared<Data>();
+  for (int64_t i = 0; i < n * d; ++i) {
+    data->x.push_back(static_cast<float>(uniform(i) - 0.5));
+    data->narrow.push_back(static_cast<uint16_t>(0x3f00 + (i * 37 % 128)));
+  }
+  for (int64_t i = 0; i < d * q; ++i) data->basis.push_back(static_cast<float>(uniform(i) - 0.5));
+  data->shift.assign(d, 0.25f);
+  data->product.assign(d * q, 0.0f);
+  data->column_sum.assign(d, 0.0);
+  eva::SubspaceTask& task = data->task;
+  task.x = is_float32 ? static_cast<const void*>(data->x.data()) : data->narrow.data();
+  task.is_float32 = is_float32;
+  task.n = n, task.d = d, task.row_stride = d, task.q = q;
+  task.mask = nullptr;
+  task.shift = data->shift.data(), task.basis = data->basis.data(), task.sign = 1;
+  task.product = data->product.data(), task.column_sum = data->column_sum.data();
+  task.square_sum = &data->square_sum;
+  return [=] { eva::subspace_accumulate(data->task, 1); };
+}
+
+const std::map<std::string, std::function<std::function<void()>()>> kPaths = {
+    {"allocation, 224 x 32", [] { return allocation(224, 32, false); }},
+    {"allocation, 560 x 32", [] { return allocation(560, 32, false); }},
+    {"allocation, divisors, 224 x 32", [] { return allocation(224, 32, true); }},
+    {"step component, 300 x 256", [] { return step(300, 256, eva::Criterion::kComponent); }},
+    {"step subspace, 300 x 256", [] { return step(300, 256, eva::Criterion::kSubspace); }},
+    {"step captured, 300 x 256", [] { return step(300, 256, eva::Criterion::kCaptured); }},
+    {"product bfloat16, 64 x 128 x 96", [] { return product(64, 128, 96, false); }},
+    {"product float32, 64 x 128 x 96", [] { return product(64, 128, 96, true); }},
+};
+
+}  // namespace
+
+extern "C" __attribute__((noinline)) void hot_path(const std::function<void()>& call) { call(); }
+
+namespace {
+
+// A child stops itself before and after; in between it is let go one instruction at a time.
+int count_steps(const std::function<void()>& call) {
+  const pid_t child = fork();
+  if (child == 0) {
+    if (ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) != 0) _exit(kMayNotStep);
+    std::raise(SIGSTOP);
+    hot_path(call);
+    std::raise(SIGSTOP);
+    _exit(0);
+  }
+  int status = 0;
+  if (child < 0 || waitpid(child, &status, 0) != child || !WIFSTOPPED(status)) return kMayNotStep;
+  long long steps = 0;
+  do {
+    if (ptrace(PTRACE_SINGLESTEP, child, nullptr, nullptr) != 0 || waitpid(child, &status, 0) != child)
+      return kMayNotStep;
+    ++steps;
+  } while (WIFSTOPPED(status) && WSTOPSIG(status) == SIGTRAP);
+  kill(child, SIGKILL);
+  waitpid(child, &status, 0);
+  std::printf("%lld\n", steps);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    for (const auto& [name, make] : kPaths) std::puts(name.c_str());
+    return 0;
+  }
+  const auto path = kPaths.find(argv[1]);
+  if (path == kPaths.end()) return 2;
+  // Addresses decide which way a copy takes; without their randomisation every run executes the same.
+  if (argc > 2 && personality(0xffffffff) != -1 && !(personality(0xffffffff) & ADDR_NO_RANDOMIZE) &&
+      personality(ADDR_NO_RANDOMIZE) != -1)
+    execv("/proc/self/exe", argv);
+  const std::function<void()> call = path->second();
+  call();  // what happens once only is not of the path
+  if (argc > 2) return count_steps(call);
+  hot_path(call);
+  return 0;
+}
