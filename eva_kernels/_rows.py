@@ -47,17 +47,22 @@ def shifted_chunks(
     x: Tensor,  # (..., d) any float dtype
     shift: Tensor,  # (d,)
     row_mask: Tensor | None,  # (...) bool
+    first: int = 0,
 ) -> Iterator[Tensor]:
     """Yield chunks (≤ ``CHUNK_ROWS``, d) of x − shift in ``shift``'s dtype.
 
-    A masked row becomes a row of zeros: its content, NaN included, enters no arithmetic.
+    A masked row becomes a row of zeros: its content, NaN included, enters no arithmetic. Chunks end where they would
+    if ``first`` rows came before these.
     """
     for rows, mask in row_views(x, row_mask):
-        for start in range(0, rows.shape[0], CHUNK_ROWS):
-            chunk = rows[start : start + CHUNK_ROWS].to(shift.dtype) - shift
+        start = 0
+        while start < rows.shape[0]:
+            stop = start + CHUNK_ROWS - (first + start) % CHUNK_ROWS
+            chunk = rows[start:stop].to(shift.dtype) - shift
             if mask is not None:
-                chunk.masked_fill_(~mask[start : start + CHUNK_ROWS, None], 0)
+                chunk.masked_fill_(~mask[start:stop, None], 0)
             yield chunk
+            start = stop
 
 
 def add_totals_(

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <functional>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -20,6 +22,22 @@ constexpr int64_t kBlockRows = 64;  // rows that are converted once and multipli
 constexpr int64_t kTall = 4;        // rows and registers of a tile of accumulators: 24 of the 32 registers
 constexpr int64_t kWide = 6;
 constexpr int64_t kThreadRows = 128;  // fewer rows than this are not worth a thread
+
+// An array whose registers never straddle two cache lines. Its content is indeterminate.
+template <typename T>
+class Array {
+ public:
+  explicit Array(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kLine))) {}
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t index) const { return data_.get()[index]; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -58,12 +76,14 @@ constexpr Tile kTiles[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>,
 // One thread's rows. Widths are padded with zeros: features to a register, components likewise.
 class Worker {
  public:
-  Worker(const SubspaceTask& task, const std::vector<uint32_t>& basis, const std::vector<float>& shift)
+  Worker(const SubspaceTask& task, const Array<uint32_t>& basis, const Array<float>& shift)
       : task_(task), basis_(basis), shift_(shift), d_(round_up(task.d, kLanes)), q_(round_up(task.q, kLanes)),
         rows_(kBlockRows * d_ / 2), columns_(kBlockRows / 2 * d_), projected_(kBlockRows / 2 * q_),
         product_(d_ * q_), block_sum_(d_), column_sum_(d_) {}
 
   EVA_BF16 void run(int64_t begin, int64_t end) {
+    std::fill_n(product_.get(), d_ * q_, 0.0f);
+    std::fill_n(column_sum_.get(), d_, 0.0);
     for (int64_t start = begin; start < end; start += kBlockRows) {
       convert(start, std::min(end, start + kBlockRows));
       project();
@@ -71,21 +91,22 @@ class Worker {
     }
   }
 
-  void add_to_task() const {
-    for (int64_t j = 0; j < task_.d; ++j) {
+  void add_features_to_task(int64_t begin, int64_t end) const {
+    for (int64_t j = begin; j < end; ++j) {
       for (int64_t c = 0; c < task_.q; ++c) task_.product[j * task_.q + c] += task_.sign * product_[j * q_ + c];
       task_.column_sum[j] += task_.sign * column_sum_[j];
     }
-    *task_.square_sum += task_.sign * square_sum_;
   }
+
+  double square_sum() const { return square_sum_; }
 
  private:
   // z = x − s of two rows at a time, as rows of pairs of features and as pairs of rows.
   EVA_BF16 void convert(int64_t start, int64_t end) {
-    std::fill(block_sum_.begin(), block_sum_.end(), 0.0f);
+    std::fill_n(block_sum_.get(), d_, 0.0f);
     __m512 squares = _mm512_setzero_ps();
     for (int64_t r = 0; r < kBlockRows; r += 2) {
-      uint16_t* first = reinterpret_cast<uint16_t*>(rows_.data()) + r * d_;
+      uint16_t* first = reinterpret_cast<uint16_t*>(rows_.get()) + r * d_;
       for (int64_t j = 0; j < d_; j += kLanes) {
         const __m512 a = shifted(start + r, end, j), b = shifted(start + r + 1, end, j);
         const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(&block_sum_[j]), _mm512_add_ps(a, b));
@@ -149,20 +170,21 @@ class Worker {
   }
 
   const SubspaceTask& task_;
-  const std::vector<uint32_t>& basis_;  // (d / 2, q) pairs of features
-  const std::vector<float>& shift_;     // (d)
+  const Array<uint32_t>& basis_;  // (d / 2, q) pairs of features
+  const Array<float>& shift_;     // (d)
   const int64_t d_, q_;
-  std::vector<uint32_t> rows_;       // (rows, d / 2) pairs of features
-  std::vector<uint32_t> columns_;    // (rows / 2, d) pairs of rows
-  std::vector<uint32_t> projected_;  // (rows / 2, q) pairs of rows
-  std::vector<float> product_, block_sum_;
-  std::vector<double> column_sum_;
+  const Array<uint32_t> rows_;       // (rows, d / 2) pairs of features
+  const Array<uint32_t> columns_;    // (rows / 2, d) pairs of rows
+  const Array<uint32_t> projected_;  // (rows / 2, q) pairs of rows
+  const Array<float> product_, block_sum_;
+  const Array<double> column_sum_;
   double square_sum_ = 0;
 };
 
-EVA_BF16 std::vector<uint32_t> packed_basis(const SubspaceTask& task) {
+EVA_BF16 Array<uint32_t> packed_basis(const SubspaceTask& task) {
   const int64_t d = round_up(task.d, kLanes), q = round_up(task.q, kLanes);
-  std::vector<uint32_t> packed(d / 2 * q);
+  Array<uint32_t> packed(d / 2 * q);
+  std::fill_n(packed.get(), d / 2 * q, 0u);
   for (int64_t j = 0; j < task.d; j += 2)
     for (int64_t c = 0; c < task.q; c += kLanes) {
       const __mmask16 lanes = task.q - c >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (task.q - c)) - 1);
@@ -208,16 +230,20 @@ bool has_bf16_subspace() {
 }
 
 void subspace_accumulate(const SubspaceTask& task, int threads) {
-  const std::vector<uint32_t> basis = packed_basis(task);
-  std::vector<float> shift(round_up(task.d, kLanes));
-  std::copy(task.shift, task.shift + task.d, shift.begin());
+  const Array<uint32_t> basis = packed_basis(task);
+  const Array<float> shift(round_up(task.d, kLanes));
+  std::fill_n(std::copy_n(task.shift, task.d, shift.get()), round_up(task.d, kLanes) - task.d, 0.0f);
   const int64_t shares = std::clamp<int64_t>(task.n / kThreadRows, 1, std::max(threads, 1));
-  std::vector<Worker> workers(shares, Worker(task, basis, shift));
-  const auto bound = [&](int64_t share) { return task.n * share / shares / 2 * 2; };
+  std::vector<std::unique_ptr<Worker>> workers;  // memory is taken here, where an error can be reported
+  for (int64_t share = 0; share < shares; ++share) workers.push_back(std::make_unique<Worker>(task, basis, shift));
+  const auto bound = [&](int64_t share) { return share == shares ? task.n : task.n * share / shares / 2 * 2; };
+  run_in_parallel(shares, [&](int64_t share) { workers[share]->run(bound(share), bound(share + 1)); });
+  // Every entry is added to in the order of the shares, whichever thread does it.
   run_in_parallel(shares, [&](int64_t share) {
-    workers[share].run(bound(share), share + 1 == shares ? task.n : bound(share + 1));
+    for (const auto& worker : workers)
+      worker->add_features_to_task(task.d * share / shares, task.d * (share + 1) / shares);
   });
-  for (const Worker& worker : workers) worker.add_to_task();
+  for (const auto& worker : workers) *task.square_sum += task.sign * worker->square_sum();
 }
 
 }  // namespace eva

@@ -25,6 +25,7 @@ class Decision:
 
     @property
     def all_done(self) -> bool:
+        """Whether no site needs further data."""
         return bool(self.done.all())
 
 
@@ -33,7 +34,7 @@ class ConvergenceTracker:
 
     A leading block of i components passes a refresh when, compared with the site's refresh before,
 
-    - ``"component"``: each of its components has |cosine| ≥ tau (arXiv 2410.07170, with the sign ignored);
+    - ``"component"``: each of its components has ``|cosine|`` ≥ tau (arXiv 2410.07170, with the sign ignored);
     - ``"subspace"``: ‖(QᵀQ′)₁..ᵢ‖²_F / i ≥ tau, which a rotation inside the block does not change;
     - ``"captured"``: its relative gain of captured variance is ≤ 1 − tau.
 

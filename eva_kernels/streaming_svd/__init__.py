@@ -1,6 +1,6 @@
 """Streaming singular value decomposition of rows that are seen once and never kept."""
 
-from .refresh import Refreshed, refresh_
-from .statistics import GramStatistic, Statistic, SubspaceStatistic
+from .refresh import Refreshed, finish_, refresh_
+from .statistics import GramStatistic, Sketch, Statistic, SubspaceStatistic
 
-__all__ = ["GramStatistic", "Refreshed", "Statistic", "SubspaceStatistic", "refresh_"]
+__all__ = ["GramStatistic", "Refreshed", "Sketch", "Statistic", "SubspaceStatistic", "finish_", "refresh_"]

@@ -1,8 +1,10 @@
 """Bring many statistics' bases up to date at once: Nyström extraction, batched by shape."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,9 @@ RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis to
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
 CPU_CACHE_BYTES = 2**21  # bases refreshed at a time on a CPU: about what its second-level cache holds
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 SOLVED, NOT_FINITE, OBLIQUE, INDEFINITE = range(4)  # what became of an extraction; the last two are mended
 
 
@@ -29,7 +34,7 @@ class Refreshed:
     """One statistic's refresh, on the host.
 
     Attributes:
-        cosines: (q,) float64, \\|cosine\\| of each component to the one before the refresh.
+        cosines: (q,) float64, ``|cosine|`` of each component to the one before the refresh.
         overlaps: (q,) float64, ‖(QᵀQ′)₁..ᵢ‖²_F for every i.
         explained_variance_ratio: (q,) float64.
         gains: (q,) float64, for every i what the refresh before this one gained in captured variance on the rows
@@ -66,14 +71,44 @@ def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
     before, where it is a subspace statistic's rounded to bfloat16. Before the first refresh that is the start.
     """
     results: dict[int, Refreshed] = {}
-    for group in _rounds(statistics):
-        extractions = [_extract(indices, [statistics[i] for i in indices]) for indices in group]
-        packed = [torch.cat([e.evidence.flatten(1), e.status[:, None].double()], 1).flatten() for e in extractions]
-        host = torch.cat(packed).cpu().numpy()
-        for extraction, length in zip(extractions, map(len, packed), strict=True):
-            mine, host = host[:length].reshape(len(extraction.indices), -1), host[length:]
-            results.update(zip(extraction.indices, _adopt_(extraction, mine), strict=True))
+    for some in _side_by_side(lambda group: _refresh_(statistics, group), list(_rounds(statistics)), statistics):
+        results.update(some)
     return [results[i] for i in range(len(statistics))]
+
+
+def finish_(statistics: Sequence[Statistic]) -> None:
+    """:meth:`Statistic.finish_` of every one."""
+    _side_by_side(lambda statistic: statistic.finish_(), statistics, statistics)
+
+
+def _refresh_(statistics: Sequence[Statistic], group: list[list[int]]) -> dict[int, Refreshed]:
+    """Refresh some of the statistics, each list of indices of one kind and shape; the host waits once for all."""
+    extractions = [_extract(indices, [statistics[i] for i in indices]) for indices in group]
+    packed = [torch.cat([e.evidence.flatten(1), e.status[:, None].double()], 1).flatten() for e in extractions]
+    host = torch.cat(packed).cpu().numpy()
+    results: dict[int, Refreshed] = {}
+    for extraction, length in zip(extractions, map(len, packed), strict=True):
+        mine, host = host[:length].reshape(len(extraction.indices), -1), host[length:]
+        results.update(zip(extraction.indices, _adopt_(extraction, mine), strict=True))
+    return results
+
+
+def _side_by_side(work: Callable[[T], R], items: Sequence[T], statistics: Sequence[Statistic]) -> list[R]:
+    """``work`` of every item. On a CPU one item a thread: factorising a small matrix keeps no more than one busy."""
+    threads = torch.get_num_threads()
+    if not 1 < threads <= len(items) or any(s.basis.device.type != "cpu" for s in statistics):
+        return [work(item) for item in items]
+    inference = torch.is_inference_mode_enabled()  # like all such modes, a thread's own
+
+    def alone(item: T) -> R:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(item)
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(alone, items))
+    finally:
+        torch.set_num_threads(threads)  # which the threads to come begin with
 
 
 def _rounds(statistics: Sequence[Statistic]) -> Iterator[list[list[int]]]:
@@ -101,7 +136,7 @@ def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
 
 
 def _evidence(members: Sequence[Statistic], eigenvalues: Tensor, cross: Tensor) -> Tensor:  # (b, 4, q)
-    """Per component its \\|cosine\\|, per block its overlap, per component its ratio, per block its gain."""
+    """Per component its ``|cosine|``, per block its overlap, per component its ratio, per block its gain."""
     cosines = cross.diagonal(dim1=-2, dim2=-1).abs().clamp_max(1)
     overlaps = cross.square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
     ratios = Statistic.explained_variance_ratios(members, eigenvalues)

@@ -6,20 +6,41 @@ scatter of all rows so far, times my basis", so that one refresh (:mod:`.refresh
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .._rows import shifted_chunks
+from .._rows import CHUNK_ROWS, add_totals_, shifted_chunks
 from ..gram import gram_accumulate_
 from ..orthonormal import orthonormalize
 from ..subspace import subspace_accumulate_
 
 S = TypeVar("S", bound="Statistic")
 
-_OPTIONS = {"num_features", "num_components", "impl"}  # attributes that come from the arguments, not from rows
+_OPTIONS = {"num_features", "num_components", "impl", "image"}  # attributes that are none of what rows leave
+
+
+class Sketch(NamedTuple):
+    """What a statistic starts from: a count sketch of its first rows, and their sum.
+
+    Every row, with a random sign, is added to one of q sums (Clarkson & Woodruff 2013, arXiv 1207.6365). Sketches of
+    shares of the rows add up to the sketch of all, entry by entry.
+    """
+
+    sums: Tensor  # (q, d)
+    tally: Tensor  # (q, 1): the signs' sums
+    total: Tensor  # (d,) float64
+    num_rows: int
+
+    def block_of(self, num_features: int, start: int, *, counts: bool) -> "Sketch":
+        """This sketch of a block of features as a part of that of all; ``counts``: whether its rows count."""
+        sums = self.sums.new_zeros(len(self.sums), num_features)
+        total = self.total.new_zeros(num_features)
+        stop = start + len(self.total)
+        sums[:, start:stop], total[start:stop] = self.sums, self.total
+        return Sketch(sums, self.tally if counts else torch.zeros_like(self.tally), total, self.num_rows * counts)
 
 
 class Statistic(ABC):
@@ -90,7 +111,7 @@ class Statistic(ABC):
         if num_rows == 0:
             return
         if self.shift is None:
-            self._begin_(x, row_mask, num_rows)
+            self.start_(self.sketch(x, row_mask, num_rows=num_rows))
         if self.previous is not None:
             self._watch_(x, row_mask, sign)
         self._accumulate_(x, row_mask, float(sign))
@@ -251,33 +272,66 @@ class Statistic(ABC):
         assert self.previous is not None
         both = torch.cat([self.previous, self.basis], 1)
         for chunk in shifted_chunks(x, self.shift, row_mask):
-            projected = (chunk @ both).double()
-            moments = torch.stack([projected.sum(0), projected.square().sum(0)])  # (2, 2 q)
-            self.projections.add_(torch.cat(moments.chunk(2, 1)), alpha=sign)
+            self._add_projections_(chunk @ both, sign)
 
-    def _begin_(self, x: Tensor, row_mask: Tensor | None, num_rows: int) -> None:
-        """From the first rows, the shift, and a basis to start from: a count sketch of them.
+    def _add_projections_(self, projected: Tensor, sign: int) -> None:  # (n, 2 q)
+        projected = projected.double()
+        moments = torch.stack([projected.sum(0), projected.square().sum(0)])  # (2, 2 q)
+        self.projections.add_(torch.cat(moments.chunk(2, 1)), alpha=sign)
 
-        Every row, with a random sign, is added to one of q sums (Clarkson & Woodruff 2013, arXiv 1207.6365).
-        Their span is half a power step ahead of a random one, for the price of reading the rows.
+    def sketch(
+        self,
+        x: Tensor,  # (..., d)
+        row_mask: Tensor | None = None,  # (...) bool
+        *,
+        num_rows: int,
+        first: int = 0,
+    ) -> Sketch:
+        """The sketch of these rows, as part of that of a longer batch in which ``first`` rows come before them.
+
+        Of rows of which only a block of features is given, the sketch of that block.
         """
-        columns, d = self.num_components, self.num_features
-        signs = torch.randint(0, 2, (x.numel() // d, 1), generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
+        columns, d = self.num_components, x.shape[-1]
+        generator = torch.Generator().manual_seed(self.seed)
+        signs = torch.randint(0, 2, (first + x.numel() // d, 1), generator=generator)[first:] * 2 - 1
         signs = signs.to(self.basis)
         if row_mask is not None:
             signs *= row_mask.reshape(-1, 1)
         sums, tally, row = self.basis.new_zeros(columns, d), self.basis.new_zeros(columns, 1), 0
-        total = torch.zeros_like(self.column_sum)
-        for chunk in shifted_chunks(x, self.basis.new_zeros(d), row_mask):
+        total = self.column_sum.new_zeros(d)
+        for chunk in shifted_chunks(x, self.basis.new_zeros(d), row_mask, first):
             total += chunk.sum(0)
-            for part in torch.split(chunk, columns):
+            column = 0 if row else first % CHUNK_ROWS % columns  # every chunk begins anew, but one can be cut
+            while len(chunk):
+                part, chunk = chunk[: columns - column], chunk[columns - column :]
                 sign = signs[row : row + len(part)]
-                sums[: len(part)].addcmul_(part, sign)
-                tally[: len(part)] += sign
-                row += len(part)
-        self.shift = (total / num_rows).to(self.basis.dtype)
-        sums -= tally * self.shift
+                sums[column : column + len(part)].addcmul_(part, sign)
+                tally[column : column + len(part)] += sign
+                row, column = row + len(part), 0
+        return Sketch(sums, tally, total, num_rows)
+
+    def start_(self, sketch: Sketch) -> None:
+        """Take the shift, and a basis to start from, from a sketch of the first rows.
+
+        The span of its sums is half a power step ahead of a random one, for the price of reading the rows.
+        """
+        self.shift = (sketch.total / sketch.num_rows).to(self.basis.dtype)
+        sums = sketch.sums - sketch.tally * self.shift
         self.basis = orthonormalize(torch.where(sums.isfinite().all(), sums.T, self.basis))
+
+    def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
+        """By attribute, the tensors that add up where the rows come in shares, each folded into a statistic of its own.
+
+        Shares start from one sketch and adopt one basis; then the sums over all shares are what a statistic of all
+        rows holds, exact up to rounding. ``whole=False``: only what a refresh needs of them.
+        """
+        watched = {"projections": self.projections} if self.watch_gain else {}
+        return {"column_sum": self.column_sum, "square_sum": self.square_sum, **watched}
+
+    def hold_(self, summands: Mapping[str, Tensor]) -> None:
+        """Hold the sums over all shares in the place of one's own; the other shares are then to hold zeros."""
+        for name, value in summands.items():
+            setattr(self, name, value)
 
 
 class GramStatistic(Statistic):
@@ -288,6 +342,7 @@ class GramStatistic(Statistic):
     def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
         super().__init__(num_features, num_components, **options)
         self.gram = torch.zeros(num_features, num_features, dtype=self.basis.dtype, device=self.basis.device)
+        self.image: Tensor | None = None  # (d, q): Gram matrix times basis, summed over shares, until the next basis
 
     @classmethod
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
@@ -309,10 +364,18 @@ class GramStatistic(Statistic):
     @classmethod
     def products(cls, members: "Sequence[GramStatistic]") -> tuple[Tensor, Tensor]:
         sample = torch.stack([s.basis for s in members])
-        product = torch.stack([s.gram @ s.basis for s in members])
+        product = torch.stack([s.gram @ s.basis if s.image is None else s.image for s in members])
         sums = torch.stack([s.column_sum for s in members])[:, None]  # (b, 1, d)
         counts = sums.new_tensor([max(s.num_rows, 1) for s in members])[:, None, None]
         return sample, product.baddbmm_(sums.to(sample).mT, (sums / counts).to(sample) @ sample, alpha=-1)
+
+    def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
+        own = {"gram": self.gram} if whole else {"image": self.gram @ self.basis}
+        return {**super().summands(), **own}
+
+    def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
+        super().adopt_(basis, eigenvalues)
+        self.image = None
 
     def finish_(self) -> None:
         """Basis and eigenvalues become the exact leading ones: one eigensolve in float64."""
@@ -360,9 +423,13 @@ class SubspaceStatistic(Statistic):
         weights = basis.new_tensor([(-m, n * m / max(n + m, 1)) for n, m in rows])
         return sample, product.baddbmm_((weights[:, :, None] * directions).mT, directions @ sample)
 
-    def _begin_(self, x: Tensor, row_mask: Tensor | None, num_rows: int) -> None:
-        super()._begin_(x, row_mask, num_rows)
+    def start_(self, sketch: Sketch) -> None:
+        super().start_(sketch)
         self._sample = _rounded(self.basis)
+
+    def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
+        own = {"pending": self.pending, "past_sum": self.past_sum} if whole else {"pending": self.pending}
+        return {**super().summands(), **own}
 
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
         assert self.shift is not None
@@ -370,6 +437,43 @@ class SubspaceStatistic(Statistic):
             self.pending, self.column_sum, self.square_sum, x, self._sample, self.shift, row_mask,
             sign=sign, impl=self.impl,
         )  # fmt: skip
+
+    def accumulate_block_(
+        self,
+        x: Tensor,  # (..., w), the features from ``start`` on
+        row_mask: Tensor | None,  # (...) bool
+        *,
+        num_rows: int,
+        start: int,
+        add_up_: Callable[[Tensor], object],
+        counts: bool,
+        sign: int = 1,
+    ) -> None:
+        """As :meth:`accumulate_` where the features of a row are split into blocks, each in a share of its own.
+
+        Args:
+            x, row_mask, num_rows, sign: As there; there has to be a shift.
+            start: The block's first feature.
+            add_up_: Adds a tensor up over all blocks, in place: the rows' products with the sample, (n, q).
+            counts: Whether the rows count in this share.
+        """
+        assert self.shift is not None
+        stop = start + x.shape[-1]
+        shift = self.shift[start:stop]
+        matrices = [self._sample] if self.previous is None else [self._sample, self.previous, self.basis]
+        columns = torch.cat([matrix[start:stop] for matrix in matrices], 1)
+        products = torch.cat([chunk @ columns for chunk in shifted_chunks(x, shift, row_mask)])
+        add_up_(products)
+        row, q = 0, self.num_components
+        for chunk in shifted_chunks(x, shift, row_mask):
+            self.pending[start:stop].addmm_(chunk.mT, products[row : row + len(chunk), :q], alpha=sign)
+            add_totals_(self.column_sum[start:stop], self.square_sum, chunk, sign)
+            row += len(chunk)
+        if counts:
+            self.num_rows += sign * num_rows
+            self.pending_rows += sign * num_rows
+            if self.previous is not None:
+                self._add_projections_(products[:, q:], sign)
 
     def _merge_(self, other: "SubspaceStatistic", offset: Tensor) -> None:
         for name, statistic in (("self", self), ("other", other)):

@@ -3,18 +3,21 @@
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from eva_kernels.streaming_svd import Statistic
+from eva_kernels.streaming_svd import Sketch, Statistic, SubspaceStatistic
 
 from .adapters import LoraSite, Rows, Taken
 from .batches import RowMask
 from .restoring import without_autocast
+
+if TYPE_CHECKING:
+    from .distributed import TensorParallel
 
 MakeStatistic = Callable[[int], tuple[Statistic, str]]  # stream -> its statistic, and why this kind
 
@@ -46,6 +49,22 @@ class Input:
     taken: dict[int, int] = field(default_factory=dict)  # stream -> how many of the calls it has made
     is_new: bool = True  # made in the current batch: others may still join it
     pending_batches: int = 0  # batches folded in since the last refresh
+    # Of a pass that several ranks make together:
+    owner: int = -1  # the rank that does its algebra
+    known_rows: int = 0  # of all ranks, at the end of the last batch
+    sketch: Sketch | None = None  # of this rank's first rows, until all have started from the sketch of everybody's
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What of a batch that several ranks share is run here: so many samples, after those of the ranks before."""
+
+    before: int
+    own: int
+
+    def first_row(self, num_rows: int) -> int:
+        """How many rows come before these, where every sample has as many."""
+        return num_rows * self.before // max(1, self.own)
 
 
 class Capture:
@@ -82,7 +101,10 @@ class Capture:
         self.wanted = set(range(len(sites)))  # sites still accumulating; the others' hooks do nothing
         self.rows_in_batch = 0
         self.seconds = 0.0  # on the host, folding rows in; on a GPU, launching the work
+        self.portion: Portion | None = None  # of a batch that other ranks share; statistics then start together
+        self.parallel: TensorParallel | None = None  # the ranks that layers are split over
         self._mask = RowMask(None, None)
+        self._only: Collection[int] | None = None
         self._live: dict[tuple[int, Rows | None], tuple[Input, int]] = {}  # a tensor's id -> input, index of the call
         self._num_calls = [0] * len(sites)
         self._expected: list[int] | None = None  # most calls per site in any whole forward
@@ -104,15 +126,17 @@ class Capture:
                 handle.remove()
 
     @contextmanager
-    def batch(self, mask: RowMask, *, early_stop: bool) -> Iterator[None]:
+    def batch(self, mask: RowMask, *, early_stop: bool, only: Collection[int] | None = None) -> Iterator[None]:
         """Within it one forward runs; its rows are in the statistics afterwards.
+
+        ``only``: the streams whose rows count, where not all do; none at all leaves the statistics as they are.
 
         Raises:
             RuntimeError: a shared input was edited in place between the layers that share it.
         """
         self._mask, self.rows_in_batch = mask, mask.num_rows or 0
         self._num_calls = [0] * len(self.sites)
-        self._may_stop = early_stop
+        self._may_stop, self._only = early_stop, only
         try:
             yield
             self._learn_calls()
@@ -125,16 +149,19 @@ class Capture:
                 self._split(entry, stream)
         for entry in self.inputs:
             entry.is_new = False
-            entry.pending_batches += bool(entry.calls)
+            if self.portion is None:  # else the ranks count together
+                entry.pending_batches += bool(entry.calls)
             entry.calls.clear()
             entry.taken = dict.fromkeys(entry.streams, 0)
 
     def _hook(self, site: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if site not in self.wanted:
+            if site not in self.wanted or (self._only is not None and not self._only):
                 return
             for taken in self.sites[site].taken(args, kwargs):
-                self._fold(self.streams_of[site][taken.part], taken)
+                stream = self.streams_of[site][taken.part]
+                if self._only is None or stream in self._only:
+                    self._fold(stream, taken)
             self._num_calls[site] += 1
             if self._may_stop and self._satisfied(site):
                 raise ForwardComplete
@@ -212,33 +239,60 @@ class Capture:
         """A layer that joins with more candidates needs a wider basis; the one call so far is made again."""
         if self._columns[self.site_of[stream]] > entry.statistic.num_components:
             entry.statistic, entry.reason = self._make(stream)
+            entry.sketch = None
             self._accumulate(entry, stream, taken)
 
     def _accumulate(self, entry: Input, stream: int, taken: Taken, *, sign: int = 1) -> None:
-        site = self.sites[self.site_of[stream]]
+        site, rows_mask, kind = self.sites[self.site_of[stream]], self._mask, ""
         x, rows = taken.tensor.detach(), site.rows
+        if self.parallel is not None:
+            x, kind = self.parallel.part(site, x) if rows is None and taken.tokens is None else (x, "replica")
+            if kind == "block" and not isinstance(entry.statistic, SubspaceStatistic):
+                x, kind = self.parallel.whole(x), "replica"  # a Gram matrix needs every two features together
+            if kind == "replica" and self.parallel.rank:
+                return
+            rows_mask = self.parallel.tokens(rows_mask) if kind == "tokens" else rows_mask
         width = rows.width if rows is not None else x.shape[-1] if x.ndim else 0
-        if width != site.in_features:
+        if width != site.in_features and kind != "block":
             raise ValueError(
                 f"layer {site.name}: expected an input of width {site.in_features}, got shape {tuple(x.shape)}"
             )
         shape = tuple(x.shape[:-1]) if rows is None else rows.shape(x)
-        mask, num_rows = self._mask.of_rows(taken.batch or shape, x.device, site.name)
+        mask, num_rows = rows_mask.of_rows(taken.batch or shape, x.device, site.name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
         tick = time.perf_counter()
         with without_autocast(x.device):
             for piece, part, count in _pieces(x, rows, mask, num_rows, taken.tokens):
                 part, count = self._mask.finite(piece, part, count, site.name)
-                entry.statistic.accumulate_(piece, part, num_rows=count, sign=sign)
+                self._take_in(entry, piece, part, count, sign, kind)
         self.seconds += time.perf_counter() - tick
+
+    def _take_in(self, entry: Input, x: Tensor, mask: Tensor | None, count: int, sign: int, kind: str) -> None:
+        """Rows that count, into an input's statistic, or into the sketch from which all ranks' will start."""
+        statistic = entry.statistic
+        if self.portion is None or (statistic.shift is not None and kind != "block"):
+            statistic.accumulate_(x, mask, num_rows=count, sign=sign)
+        elif statistic.shift is not None:
+            assert isinstance(statistic, SubspaceStatistic)
+            assert self.parallel is not None
+            statistic.accumulate_block_(
+                x, mask, num_rows=count, start=self.parallel.rank * x.shape[-1], add_up_=self.parallel.add_up_,
+                counts=self.parallel.rank == 0, sign=sign,
+            )  # fmt: skip
+        elif entry.sketch is None and count and sign > 0:
+            first = self.portion.first_row(x.numel() // x.shape[-1])
+            entry.sketch = statistic.sketch(x, mask, num_rows=count, first=first)
+            if kind == "block" and self.parallel is not None:
+                start, counts = self.parallel.rank * x.shape[-1], self.parallel.rank == 0
+                entry.sketch = entry.sketch.block_of(statistic.num_features, start, counts=counts)
 
     def _split(self, entry: Input, stream: int) -> Input:
         """Give ``stream`` a statistic of its own, without the calls it did not share."""
         taken = entry.taken[stream]
         own = Input(
             entry.statistic.clone(), entry.reason, [stream], entry.calls[:taken], {stream: taken}, entry.is_new,
-            entry.pending_batches,
+            entry.pending_batches, entry.owner, entry.known_rows, entry.sketch,
         )  # fmt: skip
         for call in entry.calls[taken:]:
             if call.held is None or call.version != _version(call.held.tensor):
@@ -255,6 +309,18 @@ class Capture:
         self.input_of[stream] = own
         self._release(entry)
         return own
+
+    def part_(self, entry: Input, streams: list[int]) -> None:
+        """Give some of an input's streams a statistic of their own between two batches, as :meth:`_split` does."""
+        own = Input(
+            entry.statistic.clone(), entry.reason, streams, [], dict.fromkeys(streams, 0), entry.is_new,
+            entry.pending_batches, entry.owner, entry.known_rows, entry.sketch,
+        )  # fmt: skip
+        for stream in streams:
+            entry.streams.remove(stream)
+            del entry.taken[stream]
+            self.input_of[stream] = own
+        self.inputs.append(own)
 
     def _release(self, entry: Input) -> None:
         """Let go of the tensors that every layer still wanted has been called with."""

@@ -21,7 +21,7 @@ from .following import Following
 from .measurements import Trace
 from .preflight import is_lora
 from .report import versions
-from .streams import DIGEST_BYTES, Position, Stream
+from .streams import DIGEST_BYTES, Position
 
 if TYPE_CHECKING:
     from .running import Run
@@ -92,13 +92,19 @@ class Checkpoint:
             raise PermissionError(f"checkpoint: expected a folder that can be written to, got {self.path.parent}")
         storage.remove_leftovers(self.path)
 
-    def save(self, run: "Run", stream: Stream) -> None:
-        """Write the run as it stands between two batches."""
+    def save(self, run: "Run", positions: list[Position], states: list[dict[str, Any]] | None = None) -> None:
+        """Write the run as it stands between two batches.
+
+        Args:
+            run: The run.
+            positions: Of each rank's loader.
+            states: Of each input's statistic. None: its own.
+        """
         tensors: dict[str, Tensor] = {}
         transposed: list[str] = []
         inputs = []
         for i, entry in enumerate(run.capture.inputs):
-            state = entry.statistic.state()
+            state = entry.statistic.state() if states is None else states[i]
             for name, value in state.items():
                 if isinstance(value, Tensor):
                     # A product's rounding follows the order of its operands in memory, so that is kept too.
@@ -125,21 +131,24 @@ class Checkpoint:
             skipped_rows=run.skipped_rows,
             trace=asdict(run.trace),
         )
-        position = stream.position()
-        joined = np.frombuffer(b"".join(position.digests), np.uint8).copy()
-        tensors["digests"] = torch.from_numpy(joined).reshape(-1, DIGEST_BYTES)
+        for rank, position in enumerate(positions):
+            joined = np.frombuffer(b"".join(position.digests), np.uint8).copy()
+            tensors[f"digests.{rank}"] = torch.from_numpy(joined).reshape(-1, DIGEST_BYTES)
         facts = {
             "identity": self._identity,
             "progress": asdict(progress),
             "inputs": [asdict(entry) for entry in inputs],
             "transposed": transposed,
             "following": _packed(run.following.state(), tensors, "following"),
-            "loader": _packed(position.loader_state, tensors, "loader"),
+            "loaders": [_packed(p.loader_state, tensors, f"loader.{rank}") for rank, p in enumerate(positions)],
         }
         storage.save(self.path, "checkpoint", tensors, facts)
 
     def load_into(self, run: "Run") -> Position | None:
-        """Bring a fresh run to where the file left off; returns where the loader has to stand, None without a file.
+        """Bring a fresh run to where the file left off.
+
+        Returns where this rank's loader has to stand; None without a file, and where another number of ranks wrote it:
+        then the loader is to go on from where it stands.
 
         Raises:
             ValueError: the file is damaged, or was made by another run; the message names what differs.
@@ -148,7 +157,7 @@ class Checkpoint:
             return None
         tensors, facts = storage.load(self.path, "checkpoint")
         differences = list(_differences(facts.get("identity"), self._identity))
-        if differences:
+        if differences and (run.pool is None or run.pool.ranks.rank == 0):  # which wrote it; others hold other shards
             more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
             raise ValueError(
                 f"checkpoint: {self.path} is of another run: {'; '.join(differences[:SHOWN_DIFFERENCES])}{more}. Run "
@@ -160,7 +169,7 @@ class Checkpoint:
             raise ValueError(f"checkpoint: {self.path} is no complete checkpoint: {error}") from error
 
 
-def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> Position:
+def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> Position | None:
     progress = storage.checked(Progress, facts["progress"])
     saved = [storage.checked(SavedInput, entry) for entry in facts["inputs"]]
     _check(progress, saved, run)
@@ -183,10 +192,14 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
         taken = dict.fromkeys(entry.streams, 0)
         pending = entry.pending_batches
         entries.append(Input(statistic, entry.reason, entry.streams, [], taken, is_new=False, pending_batches=pending))
-    digests = tensors["digests"]
-    if digests.dtype != torch.uint8 or digests.shape != (progress.num_batches, DIGEST_BYTES):
-        raise ValueError(f"expected a digest for each of {progress.num_batches} batches")
-    position = Position([bytes(row) for row in digests.tolist()], _unpacked(facts["loader"], tensors))
+    positions = []
+    for rank, loader_state in enumerate(facts["loaders"]):
+        digests = tensors[f"digests.{rank}"]
+        if digests.dtype != torch.uint8 or digests.ndim != 2 or digests.shape[1] != DIGEST_BYTES:
+            raise ValueError(f"expected digests of {DIGEST_BYTES} bytes, got shape {tuple(digests.shape)}")
+        if len(digests) > progress.num_batches:
+            raise ValueError(f"expected a digest for each of {progress.num_batches} batches, got {len(digests)}")
+        positions.append(Position([bytes(row) for row in digests.tolist()], _unpacked(loader_state, tensors)))
 
     # Everything fits: nothing of the run was touched before this line.
     run.capture.inputs = entries
@@ -201,7 +214,10 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
     run.stop_reason, run.gram_bytes = progress.stop_reason, progress.gram_bytes
     run.rules = {name: set(rules) for name, rules in progress.rules.items()}
     run.sides, run.skipped_rows = progress.sides, progress.skipped_rows
-    return position
+    rank, size = (0, 1) if run.pool is None else (run.pool.ranks.rank, run.pool.ranks.size)
+    if run.pool is not None:
+        run.pool.share_out()
+    return positions[rank] if len(positions) == size else None
 
 
 def _check(progress: Progress, saved: list[SavedInput], run: "Run") -> None:
@@ -250,11 +266,10 @@ def _base_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _describe(tensor: Tensor) -> str:
-    local = getattr(tensor, "_local_tensor", tensor).detach()  # of a DTensor, this rank's shard
-    described = f"{local.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
-    if local.device.type == "meta" or local.numel() == 0:
-        return described
-    flat = local.reshape(-1)
+    described = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
+    if tensor.device.type == "meta" or tensor.numel() == 0 or hasattr(tensor, "device_mesh"):
+        return described  # of a DTensor there is only a shard here, which differs with the number of ranks
+    flat = tensor.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // SAMPLED_ELEMENTS)][:SAMPLED_ELEMENTS]
     return f"{described} #{hashlib.blake2b(storage.raw_bytes(sample), digest_size=6).hexdigest()}"
 

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from .adapters import LoraAdapter, LoraSite, find_adapter
-from .batches import ForwardFn, RowMaskFn, default_forward, is_encoder_decoder, row_mask, to_device
+from .adapters.sharded import whole_weights
+from .batches import ForwardFn, RowMask, RowMaskFn, default_forward, is_encoder_decoder, row_mask, to_device
 from .checkpoint import Checkpoint, identity
 from .config import EvaConfig
-from .preflight import require_loaded
+from .distributed import Pool, ProcessGroup, Ranks, TensorParallel, joined, run_together, together
+from .preflight import require_loaded, waits_for_others
 from .progress import Progress
 from .restoring import borrowed, without_autocast
-from .running import Run
+from .running import Run, device_of
 from .statistics import EvaStatistics
-from .streams import Stream
+from .streams import END, Stream
 
 __all__ = ["collect"]
 
@@ -34,15 +36,17 @@ def collect(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
+    process_group: ProcessGroup = None,
 ) -> EvaStatistics:
     """Run the frozen model over batches until every layer's components have converged (or a bound is met).
 
     Nothing of the model's is changed: adapters are disabled, modules are in eval mode and hooked only while
-    it runs, and the global random generators are given back as they were (:mod:`eva_lora.restoring`). Arguments
+    it runs, and the global random generators are given back as they were (``eva_lora.restoring``). Arguments
     are those of :func:`eva_lora.eva_initialize`.
 
     Returns:
-        The statistics of every distinct layer input: enough to plan ranks and write A.
+        The statistics of every distinct layer input, enough to plan ranks and write A; in a process group, of all
+        ranks' rows, and the same on every rank.
 
     Raises:
         TypeError: ``model`` is no module, ``loader`` not iterable, ``config`` of another type, or a layer's
@@ -51,14 +55,20 @@ def collect(
             first batch does not reach, NaN or Inf in a layer's input (the layer, the batch and the rows are
             named), a checkpoint that is damaged or of another run, a loader that does not replay.
         OSError: the checkpoint cannot be written.
+        RuntimeError: another rank of the process group is gone. What one rank fails with, all raise.
     """
-    config = EvaConfig.of(config)
-    if checkpoint is None and checkpoint_every is not None:
-        raise ValueError("checkpoint_every: expected None without a checkpoint to write")
-    adapter = find_adapter(model, sites)
+    ranks = joined(process_group)
+
+    def prepare() -> tuple[LoraAdapter, EvaConfig]:
+        if checkpoint is None and checkpoint_every is not None:
+            raise ValueError("checkpoint_every: expected None without a checkpoint to write")
+        with whole_weights(model):
+            return find_adapter(model, sites), EvaConfig.of(config)
+
+    adapter, its_config = together(ranks, prepare)
     return collect_with(
-        adapter, model, loader, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
-        checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+        adapter, model, loader, its_config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
+        checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
     )  # fmt: skip
 
 
@@ -73,55 +83,105 @@ def collect_with(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
+    ranks: Ranks | None = None,
 ) -> EvaStatistics:
-    """:func:`collect` for an adapter that is known already."""
-    if adapter.left_alone:
+    """:func:`collect` for an adapter and ranks that are known already."""
+    if adapter.left_alone and (ranks is None or ranks.rank == 0):
         named = "; ".join(f"{name}: {reason}" for name, reason in adapter.left_alone.items())
         warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=4)
-    require_loaded(model)
-    run = Run(adapter, config, head=_head(model, adapter))
-    device = _input_device(model)
-    saving = position = None
-    if checkpoint is not None:
-        known = identity(model, run, device, forward_fn=forward_fn, row_mask_fn=row_mask_fn)
-        saving = Checkpoint(checkpoint, checkpoint_every, known)
-        position = saving.load_into(run)
-    early_stop = _may_stop_early(model, config, forward_fn)
-    forward = forward_fn or default_forward
-    two_sided = is_encoder_decoder(model)
+
+    def prepare() -> tuple[Run, Forwards, Checkpoint | None]:
+        require_loaded(model)
+        run = Run(adapter, config, head=_head(model, adapter), parallel=TensorParallel.of(model, adapter.sites))
+        if run.capture.parallel is not None and ranks is None:
+            raise ValueError(
+                "process_group: the model's layers are split over ranks, which have to make one pass together"
+            )
+        forwards = Forwards(model, run, forward_fn, row_mask_fn)
+        saving = None
+        if checkpoint is not None:
+            known = identity(model, run, forwards.device, forward_fn=forward_fn, row_mask_fn=row_mask_fn)
+            saving = Checkpoint(checkpoint, checkpoint_every, known)
+        return run, forwards, saving
+
+    run, forwards, saving = together(ranks, prepare)
+    if ranks is not None:
+        run.pool = Pool(run, ranks, run.capture.parallel)
+    position = None
+    if saving is not None:
+        position = together(ranks, lambda: saving.load_into(run))
+        if ranks is not None and len(set(ranks.gather(run.num_batches))) > 1:
+            raise ValueError(f"checkpoint: not every rank sees the same file {saving.path}; give one that all can read")
     bar = Progress(len(adapter.sites), config, seen=(run.num_batches, run.num_rows), enabled=progress)
     with bar, borrowed(model), adapter.disabled(), run.capture.hooks():
-        stream = Stream(loader, fingerprints=saving is not None, position=position)
+
+        def open_loader() -> Stream:
+            return Stream(loader, fingerprints=saving is not None, position=position, may_be_empty=ranks is not None)
+
+        stream = together(ranks, open_loader)
+        if ranks is not None:
+            run_together(run, stream, forwards, ranks, saving=saving, bar=bar)
         while not run.stop_reason:
-            batch = next(stream, _END)
-            if batch is _END:
+            batch = next(stream, END)
+            if batch is END:
                 run.stop_reason = "end of the data"
             else:
-                # The mask first: counted where the loader left it, no device has to be waited for.
-                mask = row_mask(batch, config, row_mask_fn, encoder_decoder=two_sided).to(device)
-                mask.sides = run.sides
-                batch = to_device(batch, device)
-                if mask.num_rows != 0:
-                    tick = time.perf_counter()
-                    with run.capture.batch(mask, early_stop=early_stop):
-                        forward(model, batch)
-                    run.seconds["forward"] += time.perf_counter() - tick
-                    if run.nonfinite_inputs():
-                        again = mask.counting()
-                        if not _others_wait():
-                            with run.capture.batch(again, early_stop=early_stop):
-                                forward(model, batch)
-                        run.fail_nonfinite(again.skipped)
-                with without_autocast(device):
+                mask = forwards.fold(batch)
+                with without_autocast(forwards.device):
                     run.finish_batch(mask)
                 bar.update(run.num_batches, run.num_rows, run.history[-1], run.trace)
             if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
-                saving.save(run, stream)
-    with without_autocast(device):
+                saving.save(run, [stream.position()])
+    with without_autocast(forwards.device):
         return run.result()
 
 
-_END = object()
+class Forwards:
+    """Forward passes of the frozen model, whose rows are folded into a run's statistics.
+
+    Attributes:
+        device: Where batches go.
+        in_step: Whether a forward waits for those of other ranks.
+    """
+
+    def __init__(self, model: nn.Module, run: Run, forward_fn: ForwardFn | None, row_mask_fn: RowMaskFn | None) -> None:
+        self._model, self._run, self._row_mask_fn = model, run, row_mask_fn
+        self._forward = forward_fn or default_forward
+        self._early_stop = _may_stop_early(model, run.config, forward_fn)
+        self._two_sided = is_encoder_decoder(model)
+        self.device, self.in_step = _input_device(model), waits_for_others(model)
+
+    def fold(self, batch: Any, *, only: Collection[int] | None = None) -> RowMask:
+        """Run one batch; ``only`` as in :meth:`Capture.batch`. Returns which rows counted.
+
+        Raises:
+            ValueError: NaN or Inf has reached a layer.
+        """
+        run = self._run
+        # The mask first: counted where the loader left it, no device has to be waited for.
+        mask = row_mask(batch, run.config, self._row_mask_fn, encoder_decoder=self._two_sided).to(self.device)
+        mask.sides = run.sides
+        if mask.num_rows == 0:
+            if self.in_step:
+                self.idle(batch)
+            return mask
+        batch = to_device(batch, self.device)
+        tick = time.perf_counter()
+        with run.capture.batch(mask, early_stop=self._early_stop, only=only):
+            self._forward(self._model, batch)
+        run.seconds["forward"] += time.perf_counter() - tick
+        if run.nonfinite_inputs():
+            again = mask.counting()
+            if not self.in_step:
+                with run.capture.batch(again, early_stop=self._early_stop, only=only):
+                    self._forward(self._model, batch)
+            run.fail_nonfinite(again.skipped)
+        return mask
+
+    def idle(self, batch: Any) -> None:
+        """Run a batch of which nothing counts, for the ranks that would wait for this one."""
+        with self._run.capture.batch(RowMask(None, 0), early_stop=False, only=()):
+            self._forward(self._model, to_device(batch, self.device))
 
 
 def _may_stop_early(model: nn.Module, config: EvaConfig, forward_fn: ForwardFn | None) -> bool:
@@ -146,14 +206,9 @@ def _head(model: nn.Module, adapter: LoraAdapter) -> nn.Module | None:
     return head
 
 
-def _others_wait() -> bool:
-    """Whether other processes would wait in vain if this one ran a forward of its own."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _input_device(model: nn.Module) -> torch.device:
-    """Where batches go: the device of the first parameter that is on one."""
-    for parameter in model.parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    raise ValueError("model: every parameter is on the meta device; load the base model's weights first")
+    """Where batches go: where the first of its modules computes."""
+    device = device_of(model)
+    if device is None:
+        raise ValueError("model: every parameter is on the meta device; load the base model's weights first")
+    return device

@@ -40,10 +40,11 @@ class Comparison:
 
     @property
     def moved(self) -> int:
-        """Ranks that the second run gives to other layers than the first: half the sum of differences."""
+        """Ranks that the second run gives to other layers than the first, which is half the sum of differences."""
         return sum(abs(a - b) for a, b in self.ranks.values()) // 2
 
     def to_dict(self) -> dict[str, Any]:
+        """As ``eva-lora compare --json`` prints it."""
         layers = {
             name: {"ranks": list(self.ranks[name]), "overlap": self.overlap[name]} for name in self.ranks
         }  # fmt: skip

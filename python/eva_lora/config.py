@@ -8,9 +8,11 @@ Convergence = Literal["component", "subspace", "captured"]
 StatisticKind = Literal["auto", "gram", "subspace"]
 
 DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run that would never converge
-DEFAULT_OVERSAMPLING = 3.0
+# By criterion: batches between refreshes in the long run, and columns kept per candidate. The paper's criterion and
+# "captured" are defined batch by batch; what refreshes often needs fewer columns for the same accuracy.
+REFRESH_PERIOD = {"subspace": 4, "component": 1, "captured": 1}
+DEFAULT_OVERSAMPLING = {"subspace": 3.0, "component": 2.0, "captured": 2.0}
 GRAM_MAX_WIDENING = 4  # d / q up to which the exact Gram costs at most twice what the subspace product does
-REFRESH_PERIOD = 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class EvaConfig:
         statistic: "gram" is exact, "subspace" needs d × q memory instead of d × d; "auto" takes "gram" for
             inputs up to ``GRAM_MAX_WIDENING`` times as wide as q while ``memory_budget`` lasts, where it costs
             at most twice as much.
-        oversampling: Columns kept per candidate component, ≥ 1. None: ``DEFAULT_OVERSAMPLING``.
+        oversampling: Columns kept per candidate component, ≥ 1. None: 3 for "subspace", 2 for the criteria that refresh
+            with every batch.
         memory_budget: Bytes all "gram" states together may take under "auto". None: no bound.
         equal_data: Keep all layers accumulating until all have converged, so that their ratios come from
             the same rows. False frees a layer's hook as soon as it has converged.
@@ -135,6 +138,7 @@ class EvaConfig:
         return max(self.min_rank, 0 if all(removable) else 1)
 
     def to_dict(self) -> dict[str, Any]:
+        """Field → value, as JSON can hold it."""
         return asdict(self)
 
     @classmethod

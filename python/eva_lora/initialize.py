@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import LoraSite, SiteAdapter, find_adapter
+from .adapters import LoraAdapter, LoraSite, SiteAdapter, find_adapter
+from .adapters.sharded import whole_weights
 from .batches import ForwardFn, RowMaskFn
-from .collecting import collect
+from .collecting import collect_with
 from .config import EvaConfig
+from .distributed import ProcessGroup, joined, together
 from .planning import EvaPlan, plan
 from .preflight import require_changeable
 from .report import EvaReport, command_line
@@ -28,6 +30,7 @@ def eva_initialize(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
+    process_group: ProcessGroup = None,
 ) -> EvaReport:
     """Initialise a model's LoRA layers with EVA (Paischer et al., arXiv 2410.07170).
 
@@ -51,27 +54,45 @@ def eva_initialize(
             has ``state_dict()``, the result is bit-equal to a pass that was never cut off, on one device with the
             same number of threads. The file stays when the pass is done, and a rerun takes its result from it.
         checkpoint_every: Batches between two saves. None: 10.
+        process_group: The ranks that make one pass together, each with batches of its own (docs/distributed.md).
+            None: torch.distributed's default group, where it has more than one rank. "off": each rank for itself.
 
     Returns:
-        What was done. Warns where layers had not converged when a bound or the data's end was reached.
+        What was done, the same on all ranks. Warns where layers had not converged when a bound or the data's end was
+        reached.
 
     Raises:
         TypeError: as :func:`eva_lora.collect`.
         ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was.
+        RuntimeError: another rank is gone. What one rank fails with, all raise.
     """
-    adapter = find_adapter(model, sites)
-    if isinstance(adapter, SiteAdapter):
-        adapter.writable()  # an error now, not after the pass
-    config = EvaConfig.of(adapter.eva_config if config is None else config)
-    require_changeable(model, ranks_change=config.rho != 1 or config.rank_multiple != 1)
-    statistics = collect(
-        model, loader, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, sites=sites, progress=progress,
-        checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+
+    def prepare() -> tuple[LoraAdapter, EvaConfig]:
+        if checkpoint is None and checkpoint_every is not None:
+            raise ValueError("checkpoint_every: expected None without a checkpoint to write")
+        with whole_weights(model):
+            adapter = find_adapter(model, sites)
+            if isinstance(adapter, SiteAdapter):
+                adapter.writable()  # an error now, not after the pass
+        chosen = EvaConfig.of(adapter.eva_config if config is None else config)
+        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
+        return adapter, chosen
+
+    ranks = joined(process_group)
+    adapter, chosen = together(ranks, prepare)
+    statistics = collect_with(
+        adapter, model, loader, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
+        checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
     )  # fmt: skip
-    eva_plan = plan(statistics)
-    report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))
-    adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
-    return report
+
+    def write() -> EvaReport:
+        eva_plan = plan(statistics)
+        report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))
+        with whole_weights(model):
+            adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
+        return report
+
+    return together(ranks, write)
 
 
 def _run_facts(model: nn.Module) -> dict[str, str]:
@@ -92,7 +113,8 @@ def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | No
     """Write a plan into a model with the same LoRA layers: all of it, or nothing and an error.
 
     Args:
-        model: As in :func:`eva_initialize`.
+        model: As in :func:`eva_initialize`; of the ranks that the plan was made from, or built with those that it gives
+            (:func:`eva_lora.peft.planned_config`), as it has to be where its weights are sharded already.
         eva_plan: From :func:`eva_lora.plan`.
         sites: As in :func:`eva_initialize`; what was given there is given here.
 
@@ -101,7 +123,9 @@ def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | No
         ValueError: the model has no LoRA layers, or others than the plan's; it is compiled or wrapped and a rank
             changes; or an optimizer holds its LoRA parameters.
     """
-    adapter = find_adapter(model, sites)
-    changed = any(site.rank != site.configured_rank for site in eva_plan.sites.values())
-    require_changeable(model, ranks_change=changed)
-    adapter.apply(eva_plan)
+    with whole_weights(model):
+        adapter = find_adapter(model, sites)
+        planned = {site.name: eva_plan.sites[site.name].rank for site in adapter.sites if site.name in eva_plan.sites}
+        changed = any(site.rank != planned.get(site.name, site.rank) for site in adapter.sites)
+        require_changeable(model, ranks_change=changed)
+        adapter.apply(eva_plan)

@@ -18,7 +18,7 @@ class Trace:
         batch: Batches seen by then.
         rows: Unmasked rows (tokens) seen by then.
         agreement: Per layer, how far the components it would be given agree with those of its refresh
-            before: the share of the subspace that is the same, or the smallest |cosine| of a component under
+            before: the share of the subspace that is the same, or the smallest ``|cosine|`` of a component under
             the "component" criterion. A number in [0, 1], to be compared with tau; None before a layer's
             second refresh.
         converged: Per layer, 1 where it had converged.

@@ -5,6 +5,8 @@ deliberately differs is listed in docs/peft.md.
 """
 
 import copy
+import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -12,20 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adapters import LoraSite, Taken
-from .adapters.peft import PeftAdapter
+from .adapters.peft import PeftAdapter, pattern_of
 from .batches import ForwardFn, RowMaskFn
 from .collecting import collect_with
 from .config import EvaConfig
+from .distributed import joined
 from .planning import EvaPlan, PlannedSite, plan
 
 __all__ = [
     "forward_fn_dict",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "planned_config",
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
 ]
@@ -107,7 +110,8 @@ def get_eva_state_dict(
             returns the rows (n, d) that count. A mapping names one for some layers; the others, as all layers with
             None, count every row. Named as in ``model``.
         adapter_name: The adapter of a ``PeftModel``.
-        gather_distributed_inputs: Whether ranks of a process group bring different data; only False is possible.
+        gather_distributed_inputs: Whether the ranks of the default process group bring different data, of which they
+            make one answer; False: each rank for itself.
         show_progress_bar: On standard error.
 
     Returns:
@@ -122,12 +126,9 @@ def get_eva_state_dict(
     peft_model = hasattr(model, "peft_config")
     if peft_config is None and not peft_model:
         raise ValueError("peft_config: expected a LoraConfig, since the model is no PeftModel; got None")
-    if isinstance(dataloader, Sized) and len(dataloader) == 0:
+    ranks = joined(None if gather_distributed_inputs else "off")
+    if ranks is None and isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ValueError("dataloader: expected at least one batch, it is empty")
-    if gather_distributed_inputs and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ValueError(
-            "gather_distributed_inputs: True is not available yet; pass False, and the same data on every rank"
-        )
     if peft_model:
         adapter: Any = PeftAdapter(model, adapter_name)
         prefix = _prefix(model)
@@ -146,7 +147,7 @@ def get_eva_state_dict(
         dataloader = _Mappings(dataloader)
     statistics = collect_with(
         adapter, model, dataloader, EvaConfig.of(peft_config.eva_config), row_mask_fn=row_mask_fn,
-        forward_fn=None if forward_fn is forward_fn_dict else forward_fn, progress=show_progress_bar,
+        forward_fn=None if forward_fn is forward_fn_dict else forward_fn, progress=show_progress_bar, ranks=ranks,
     )  # fmt: skip
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     return {prefix + name: a.to(device, copy=True) for name, a in plan(statistics).lora_a.items()}
@@ -211,6 +212,37 @@ def initialize_lora_eva_weights(
             f"(init_lora_weights=True). EVA does not apply to {adapter.left_alone or 'none of them by kind'}",
             stacklevel=2,
         )
+
+
+def planned_config(peft_config: Any, eva_plan: EvaPlan) -> Any:
+    """A copy of a ``LoraConfig`` that builds a model with the ranks of a plan, for :func:`eva_lora.apply` to fill.
+
+    Alphas go with the ranks as the plan's ``adjust_scaling_factors`` says; layers of rank 0 are left out. For models
+    whose ranks cannot change later, since they are built sharded.
+
+    Args:
+        peft_config: The ``LoraConfig`` that the statistics' model was made with.
+        eva_plan: From :func:`eva_lora.plan`.
+    """
+    from peft.utils.other import get_pattern_key
+
+    config, names = copy.deepcopy(peft_config), list(eva_plan.sites)
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, site in eva_plan.sites.items():
+        key = get_pattern_key(peft_config.alpha_pattern.keys(), name)
+        alpha = peft_config.alpha_pattern.get(key, peft_config.lora_alpha)
+        if eva_plan.config.adjust_scaling_factors:
+            growth = site.rank / site.configured_rank
+            alpha *= math.sqrt(growth) if peft_config.use_rslora else growth
+        if site.rank:
+            config.rank_pattern[pattern_of(name, names)] = site.rank
+            config.alpha_pattern[pattern_of(name, names)] = int(alpha) if float(alpha).is_integer() else alpha
+    removed = [name for name, site in eva_plan.sites.items() if site.rank == 0]
+    if removed:
+        former = config.exclude_modules or []
+        patterns = [former] if isinstance(former, str) else [rf"(.*\.)?{re.escape(name)}" for name in former]
+        config.exclude_modules = "|".join([*patterns, *map(re.escape, removed)])  # a text is matched whole
+    return config
 
 
 def _plan_of(given: Mapping[str, Tensor], sites: list[LoraSite], config: EvaConfig) -> EvaPlan:

@@ -61,6 +61,7 @@ class EvaPlan:
 
     @property
     def ranks(self) -> dict[str, int]:
+        """Name → new rank of each layer, in the model's order."""
         return {name: site.rank for name, site in self.sites.items()}
 
     def save(self, path: str | Path) -> Path:

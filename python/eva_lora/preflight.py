@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["require_changeable", "require_loaded"]
+__all__ = ["require_changeable", "require_loaded", "waits_for_others"]
 
 _WRAPPERS = {
     "OptimizedModule": "compiled by torch.compile",
@@ -31,8 +31,8 @@ def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
     if state is not None:
         raise ValueError(
             f"model: it is {state}, and a new rank means new parameters that the wrapper would not see. Initialise "
-            "before wrapping; or collect, plan, build the model with plan.ranks as its rank_pattern, and apply; or "
-            "keep every rank with rho=1"
+            "before wrapping; or collect, plan, build the model with those ranks (eva_lora.peft.planned_config), and "
+            "apply; or keep every rank with rho=1"
         )
     require_no_optimizer({id(parameter): name for name, parameter in model.named_parameters() if is_lora(name)})
 
@@ -71,6 +71,14 @@ def wrapped(model: nn.Module) -> str | None:
         if getattr(module, "_compiled_call_impl", None) is not None:
             return "compiled by module.compile()"
     return None
+
+
+def waits_for_others(model: nn.Module) -> bool:
+    """Whether a forward waits for those of other processes: weights are gathered, or activations exchanged, in it."""
+    wrappers = _WRAPPERS.keys() - {"OptimizedModule"}
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    return sharded or bool(kinds & wrappers)
 
 
 def is_lora(name: str) -> bool:

@@ -4,12 +4,12 @@ import itertools
 import math
 import time
 import warnings
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import nn
 
-from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic, refresh_
+from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic, finish_, refresh_
 
 from .adapters import LoraAdapter
 from .batches import ALL_ROWS, FITS_NO_MASK, RowMask
@@ -19,7 +19,10 @@ from .following import Following
 from .measurements import Trace, peak_memory
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
-__all__ = ["Run"]
+if TYPE_CHECKING:
+    from .distributed import Pool, TensorParallel
+
+__all__ = ["Run", "device_of"]
 
 _KINDS: dict[str, type[GramStatistic] | type[SubspaceStatistic]] = {
     kind.kind: kind for kind in (GramStatistic, SubspaceStatistic)
@@ -30,15 +33,24 @@ SHOWN_INPUTS = 3
 class Run:
     """What the hooks fill, when it is refreshed, when to stop, and what comes of it."""
 
-    def __init__(self, adapter: LoraAdapter, config: EvaConfig, *, head: nn.Module | None = None) -> None:
-        self.config, self.sites, self.left_alone = config, list(adapter.sites), dict(adapter.left_alone)
+    def __init__(
+        self,
+        adapter: LoraAdapter,
+        config: EvaConfig,
+        *,
+        head: nn.Module | None = None,
+        parallel: "TensorParallel | None" = None,
+    ) -> None:
+        self.config, self.left_alone = config, dict(adapter.left_alone)
+        self.sites = [site if parallel is None else parallel.divided(site) for site in adapter.sites]
         self.following = Following(self.sites, config)
-        oversampling = config.oversampling or DEFAULT_OVERSAMPLING
+        oversampling = config.oversampling or DEFAULT_OVERSAMPLING[config.convergence]
         self.columns = [
             min(site.in_features, math.ceil(k * oversampling))
             for site, k in zip(self.sites, self.following.candidates.tolist(), strict=True)
         ]
         self.capture = Capture(self.sites, self.columns, self._make_statistic, share=config.share_inputs, head=head)
+        self.capture.parallel = parallel
         self.gram_bytes = 0
         self.num_batches = self.num_rows = 0
         self.history: list[int] = []
@@ -49,6 +61,7 @@ class Run:
         self.rules: dict[str, set[str]] = {}  # layer -> what its rows were chosen by
         self.sides: dict[str, str] = {}  # layer of an encoder–decoder model -> which side its rows are of
         self.skipped_rows: dict[str, int] = {}  # layer -> rows left out for NaN or Inf
+        self.pool: Pool | None = None  # of a pass that several ranks make together
 
     def _make_statistic(self, stream: int) -> tuple[Statistic, str]:
         index = self.capture.site_of[stream]
@@ -72,7 +85,7 @@ class Run:
         """An empty statistic of a layer's input."""
         site = self.sites[self.capture.site_of[stream]]
         return _KINDS[kind](
-            site.in_features, columns, device=_device_of(site.module), seed=self.config.seed + stream,
+            site.in_features, columns, device=device_of(site.module) or "cpu", seed=self.config.seed + stream,
             impl=self.config.impl, watch_gain=self.config.convergence == "captured",
         )  # fmt: skip
 
@@ -85,7 +98,8 @@ class Run:
         inputs = self.capture.inputs
         if not inputs:
             return []
-        sums = torch.stack([entry.statistic.square_sum.to(inputs[0].statistic.square_sum.device) for entry in inputs])
+        device = inputs[0].statistic.square_sum.device
+        sums = torch.stack([_sum_of(entry).to(device) for entry in inputs])
         if bool(sums.sum().isfinite()):
             return []
         return [entry for entry, ok in zip(inputs, sums.isfinite().tolist(), strict=True) if not ok]
@@ -134,14 +148,13 @@ class Run:
     def _is_due(self, entry: Input) -> bool:
         """Whether an input has enough new data for a refresh.
 
-        A step from fewer rows than columns would pass the convergence test for being small. The paper's
-        criterion and "captured" are defined batch by batch; otherwise refreshes come after 1, 2, 4, 8 batches
-        and every ``REFRESH_PERIOD`` from then on, which is as accurate and costs a fraction.
+        A step from fewer rows than columns would pass the convergence test for being small. Refreshes come after
+        1, 2, 4, 8, … batches, and every ``REFRESH_PERIOD`` from then on.
         """
         statistic = entry.statistic
         if statistic.pending_rows < statistic.num_components:
             return False
-        period = REFRESH_PERIOD if self.config.convergence == "subspace" else 1
+        period = REFRESH_PERIOD[self.config.convergence]
         return entry.pending_batches >= min(2 ** max(statistic.num_refreshes - 1, 0), period)
 
     def _check_called(self) -> None:
@@ -168,7 +181,7 @@ class Run:
         if not inputs:
             return
         tick = time.perf_counter()
-        refreshed = refresh_([entry.statistic for entry in inputs])
+        refreshed = refresh_([entry.statistic for entry in inputs]) if self.pool is None else self.pool.refresh_(inputs)
         for entry, result in zip(inputs, refreshed, strict=True):
             entry.pending_batches = 0
             if not result.finite:
@@ -181,6 +194,8 @@ class Run:
 
     def result(self) -> EvaStatistics:
         """Close the books: last refreshes, the exact eigensolve of every Gram, a warning if need be."""
+        if self.pool is not None:
+            self.pool.gather_facts(final=True)
         if self.num_rows == 0:
             raise ValueError(
                 f"loader: {self.num_batches} batches held no unmasked row; check attention_mask, and labels "
@@ -197,23 +212,26 @@ class Run:
         if decision is None:
             raise ValueError(f"model: none of its {len(self.sites)} LoRA layers saw an unmasked row: {self.silent()}")
         tick = time.perf_counter()
-        for entry in self.capture.inputs:
-            entry.statistic.finish_()
+        if self.pool is None:
+            finish_([entry.statistic for entry in self.capture.inputs])
+        else:
+            self.pool.finish_(self.capture.inputs)
         self.seconds["refresh"] += time.perf_counter() - tick
         self.seconds["total"] = time.perf_counter() - self.started
         self.seconds["statistics"] = self.capture.seconds
         self.history[-1] = self.following.num_done
         done = dict(zip(members, decision.done, strict=True))
         converged = dict(zip(members, decision.components_converged, strict=True))
+        is_speaker = self.pool is None or self.pool.ranks.rank == 0
         astray = [name for name, rules in self.rules.items() if FITS_NO_MASK in rules]
-        if astray:
+        if astray and is_speaker:
             warnings.warn(
                 f"the inputs of {len(astray)} layers, the first is {astray[0]}, have rows that fit no mask of the "
                 "batch; all of their rows counted, padding included; see report.statistic[name]['rows']",
                 stacklevel=4,
             )
         pending = int((~decision.done).sum())
-        if pending:
+        if pending and is_speaker:
             warnings.warn(
                 f"EVA stopped at {self.stop_reason}, after {self.num_batches} batches and {self.num_rows} rows, with "
                 f"{pending} of {len(self.sites)} layers not converged; see report.converged",
@@ -257,7 +275,17 @@ class Run:
         )  # fmt: skip
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer that is on one."""
+def _sum_of(entry: Input) -> torch.Tensor:
+    """A number that NaN or Inf in any row of an input has reached."""
+    return entry.statistic.square_sum if entry.sketch is None else entry.sketch.total.sum()
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module computes: the device of its first parameter or buffer that is on one, or, of weights that are
+    loaded as they are needed, where its hook says. None where nothing tells."""
+    hooks = [vars(part)["_hf_hook"] for part in module.modules() if "_hf_hook" in vars(part)]
+    told = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    if told is not None:
+        return torch.device(told)
     tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)

@@ -18,7 +18,7 @@ class SiteStatistics:
 
     Attributes:
         name: The layer's name in the base model.
-        inputs: For each of its matrices A, the index of its input in :attr:`EvaStatistics.inputs`, −1 where it saw
+        inputs: For each of its matrices A, the index of its input in ``EvaStatistics.inputs``, −1 where it saw
             none. Layers fed the same tensor share one; a layer of experts has one for each expert.
         rank: The rank it was configured with.
         in_features: Width of its input.

@@ -58,7 +58,7 @@ def save(path: str | Path, kind: str, tensors: dict[str, Tensor], facts: dict[st
 
 
 def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save` wrote, whole and as it was written, or not at all.
+    """Read what ``save`` wrote, whole and as it was written, or not at all.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from .storage import raw_bytes
 
-__all__ = ["DIGEST_BYTES", "Position", "Stream", "fingerprint"]
+__all__ = ["DIGEST_BYTES", "END", "Position", "Stream", "fingerprint"]
 
 DIGEST_BYTES = 8
+END = object()  # in the place of a batch, where a round through the loader is over
+_NO_BATCH = bytes(DIGEST_BYTES)  # in the place of a fingerprint, where only other ranks had a batch
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Position:
     """A place in a stream.
 
     Attributes:
-        digests: The fingerprint of every batch before it.
+        digests: The fingerprint of every batch before it; zeros where only other ranks of the pass had one.
         loader_state: The loader's own ``state_dict()`` there, None if it has none.
     """
 
@@ -37,13 +39,21 @@ class Stream:
         fingerprints: Whether to keep the fingerprint of every batch, so that :meth:`position` can be asked for.
         position: Where to go on. A loader with ``state_dict()`` and ``load_state_dict()`` is set there; another
             is read again from its start, and each batch compared with what was seen.
+        may_be_empty: Whether a loader without a single batch will do: other ranks may have some.
 
     Raises:
         TypeError: ``loader`` is not iterable.
         ValueError: it yields nothing, or does not yield what it did before ``position``.
     """
 
-    def __init__(self, loader: Iterable[Any], *, fingerprints: bool = False, position: Position | None = None) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        fingerprints: bool = False,
+        position: Position | None = None,
+        may_be_empty: bool = False,
+    ) -> None:
         self._loader, self._fingerprints = loader, fingerprints
         self.digests: list[bytes] = []
         positioned = position is not None and position.loader_state is not None and _has_position(loader)
@@ -56,7 +66,8 @@ class Stream:
         self._ahead: list[Any] = []
         self._empty = True  # nothing has come of this round through the loader
         if position is None:
-            self._look_ahead()
+            if not may_be_empty:
+                self._look_ahead()
         elif positioned:
             self.digests, self._empty = list(position.digests), False
         else:
@@ -66,40 +77,58 @@ class Stream:
         return self
 
     def __next__(self) -> Any:
-        batch = self._ahead.pop() if self._ahead else self._next()
-        if self._fingerprints:
+        batch = self.take()
+        if batch is END and self.again():
+            batch = self.take()
+        if batch is END:
+            raise StopIteration
+        return batch
+
+    def take(self) -> Any:
+        """The next batch of this round through the loader, :data:`END` where it is over."""
+        batch = self._ahead.pop() if self._ahead else self._read()
+        if self._fingerprints and batch is not END:
             self.digests.append(fingerprint(batch))
         return batch
+
+    def again(self) -> bool:
+        """Begin another round; False where the loader cannot start again, or the last round was empty."""
+        if self._empty or self._current is self._loader:
+            return False
+        self._current, self._empty = iter(self._loader), True
+        return True
+
+    def pass_over(self) -> None:
+        """Note that only other ranks had a batch."""
+        if self._fingerprints:
+            self.digests.append(_NO_BATCH)
 
     def position(self) -> Position:
         """The place before the next batch."""
         return Position(self.digests, _state_of(self._loader))
 
-    def _next(self) -> Any:
-        while True:
-            for batch in self._current:
-                self._empty = False
-                return batch
-            if self._empty or self._current is self._loader:
-                raise StopIteration
-            self._current, self._empty = iter(self._loader), True
+    def _read(self) -> Any:
+        for batch in self._current:
+            self._empty = False
+            return batch
+        return END
 
     def _look_ahead(self) -> None:
-        try:
-            self._ahead.append(self._next())
-        except StopIteration:
-            raise ValueError("loader: expected at least one batch, it is empty") from None
+        self._ahead.append(self._read())
+        if self._ahead[0] is END:
+            raise ValueError("loader: expected at least one batch, it is empty")
 
     def _replay(self, digests: list[bytes]) -> None:
         for number, seen in enumerate(digests, 1):
-            try:
-                same = fingerprint(self._next()) == seen
-            except StopIteration:
+            batch = self._read()
+            if batch is END and seen != _NO_BATCH and self.again():
+                batch = self._read()
+            if batch is END and seen != _NO_BATCH:
                 raise ValueError(
                     f"loader: expected the {len(digests)} batches that the checkpoint has seen, it ended after "
                     f"{number - 1}; pass a loader that starts over, or delete the checkpoint to begin again"
-                ) from None
-            if not same:
+                )
+            if batch is not END and fingerprint(batch) != seen:
                 raise ValueError(
                     f"loader: batch {number} of {len(digests)} differs from the one that the checkpoint has seen; pass "
                     "a loader that yields the same batches in the same order (seed what shuffles them), or delete "

@@ -111,6 +111,7 @@ class TextBatches:
         with_labels: Whether the model takes labels; without, every token counts.
         label_mask_value: The label of tokens that do not count.
         seed: Order of the records. None: as they are.
+        shard: (rank, ranks): every ``ranks``-th batch, from number ``rank`` on.
 
     Raises:
         ValueError: fields that fit none of the rules, no chat template, or one that does not mark the
@@ -129,8 +130,9 @@ class TextBatches:
         with_labels: bool = True,
         label_mask_value: int = -100,
         seed: int | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self._records, self._tokenizer = records, tokenizer
+        self._records, self._tokenizer, self._shard = records, tokenizer, shard
         self._batch_size, self._max_length = batch_size, max_length
         self._assistant_only, self._with_labels = assistant_only, with_labels
         self._uncounted = label_mask_value
@@ -149,12 +151,17 @@ class TextBatches:
         self._encode(records[self._order[0]])  # a record that cannot be encoded shows before the model loads
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._batch_size)
+        return len(self._starts())
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(self._order), self._batch_size):
+        for start in self._starts():
             encoded = [self._encode(self._records[i]) for i in self._order[start : start + self._batch_size]]
             yield self._padded([pair for pair in encoded if pair[0]] or encoded)
+
+    def _starts(self) -> range:
+        """The first record of each batch."""
+        rank, ranks = self._shard
+        return range(rank * self._batch_size, len(self._order), ranks * self._batch_size)
 
     def example(self) -> dict[str, Tensor]:
         """A batch as large as batches get: every row of full length."""

@@ -4,6 +4,7 @@ import os
 import pytest
 
 from eva_lora import EvaConfig, eva_initialize
+from support.browser import launched
 from support.command import eva_lora
 from support.files import paragraphs, save_tiny_model, write_jsonl
 from support.models import lora, tiny_llama, token_batches
@@ -40,3 +41,8 @@ def run_folder(files):
     assert done.returncode == 0, done.stderr
     assert "EVA:" not in done.stderr  # no progress line off a terminal
     return files / "run", json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    yield from launched()

@@ -1,6 +1,5 @@
 """Every code block of the pages on the command line and the report runs, in order, as it stands there."""
 
-import re
 import shlex
 from pathlib import Path
 
@@ -10,13 +9,7 @@ from click.testing import CliRunner
 from eva_lora import EvaReport
 from eva_lora.cli import main
 from support.files import paragraphs, save_tiny_model, write_jsonl
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def blocks(page):
-    """(language, code) of each block."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+from support.pages import DOCS, blocks
 
 
 def run_shell(code):
@@ -48,12 +41,12 @@ def test_the_pages_code_runs(workplace, monkeypatch):
     scope = {"__name__": "page"}
     count = 0
     for page in ("cli.md", "report.md"):
-        for language, code in blocks(page):
+        for block in blocks(f"docs/{page}"):
             count += 1
-            if language == "sh":
-                run_shell(code)
+            if block.language == "sh":
+                run_shell(block.code)
             else:
-                exec(compile(code, page, "exec"), scope)
+                exec(compile(block.code, page, "exec"), scope)
     assert count >= 10
     assert EvaReport.load("report.json") == EvaReport.load("run/report")
     assert sum(EvaReport.load("smaller/report").ranks.values()) == 60

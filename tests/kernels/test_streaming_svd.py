@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from eva_kernels import GramStatistic, SubspaceStatistic, refresh_
+from eva_kernels.streaming_svd import finish_, refresh
 from support.streams import EXACTLY, KINDS, loss, run, scatter, stream
 
 ROUNDING = 2**-8  # of bfloat16
@@ -65,6 +66,54 @@ def test_refreshing_together_equals_refreshing_alone():
             np.testing.assert_allclose(own.cosines, expected.cosines, atol=1e-4)
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a.eigenvalues, b.eigenvalues, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def threads():
+    """PyTorch's threads, set back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def many(count=12):
+    """Statistics enough for several rounds a thread, each with rows of its own."""
+    made = []
+    for seed in range(count):
+        statistic = KINDS[seed % 2](512, 256, seed=seed)
+        statistic.accumulate_(torch.randn(300, 512, generator=torch.Generator().manual_seed(seed)))
+        made.append(statistic)
+    return made
+
+
+def test_threads_change_no_bit_and_are_left_as_they_were(threads):
+    threads(1)
+    alone = many()
+    expected = refresh_(alone)
+    side_by_side = many()
+    threads(2)
+    assert len(list(refresh._rounds(side_by_side))) >= 2
+    got = refresh_(side_by_side)
+    assert torch.get_num_threads() == 2
+    assert [torch.equal(a.basis, b.basis) for a, b in zip(alone, side_by_side, strict=True)] == [True] * len(alone)
+    assert all(np.array_equal(a.overlaps, b.overlaps) for a, b in zip(expected, got, strict=True))
+    finish_(side_by_side)
+    threads(1)
+    for statistic in alone:
+        statistic.finish_()
+    assert all(torch.equal(a.basis, b.basis) for a, b in zip(alone, side_by_side, strict=True))
+    assert not any(s.basis.requires_grad for s in side_by_side)
+
+
+def test_an_error_in_one_thread_reaches_the_caller(threads, monkeypatch):
+    def fail(_sample, _product):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(refresh, "nystrom", fail)
+    threads(2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        refresh_(many(4))
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,6 +19,8 @@ from transformers import (
     MobileNetV2Model,
 )
 
+from eva_lora import EvaConfig, eva_initialize
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
@@ -44,6 +46,12 @@ def tiny_gpt2(seed=0):
 def lora(base, **options):
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "init_lora_weights": True}
     return get_peft_model(base, LoraConfig(**{**defaults, **options}))
+
+
+def initialise(model, batches=None, **options):
+    """EVA on six batches, or on those given, and its report."""
+    options = {"max_batches": 6, **options}
+    return eva_initialize(model, batches or token_batches(), EvaConfig(**options), progress=False)
 
 
 def token_batches(count=6, shape=(4, 24), vocab=97, seed=1):

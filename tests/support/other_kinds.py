@@ -16,6 +16,7 @@ from torch import nn
 from eva_lora import EvaPlan, apply
 
 from . import layout_kinds
+from .grouped_experts import GROUPED_EXPERTS
 from .kinds import Kind, flat, patches, watched
 
 
@@ -274,16 +275,19 @@ LAYOUTS = [
         "NeMo Automodel", frozen(layout_kinds.LinearLoRA.patch), LINEAR, a=("lora_A.weight",), b=("lora_B.weight",),
     ),
     kind("Megatron-Bridge", frozen(layout_kinds.MegatronLoRALinear), LINEAR | ADAPTER),
+    GROUPED_EXPERTS,
 ]  # fmt: skip
 
 
 def skipped_where_missing(one):
-    missing = one.library is not None and importlib.util.find_spec(one.library) is None
-    return pytest.param(one, id=one.name, marks=[pytest.mark.skipif(missing, reason=f"{one.library} is not installed")])
+    library = getattr(one, "library", None)
+    missing = library is not None and importlib.util.find_spec(library) is None
+    return pytest.param(one, id=one.name, marks=[pytest.mark.skipif(missing, reason=f"{library} is not installed")])
 
 
 VERSIONS = {"loralib": "0.1.2", "lycoris": "4.1.3", "torchtune": "0.6.1", "litgpt": "0.5.13"}
 REFUSED = {
+    "torchtune LoRAGroupedExperts": "merged with B ≠ 0; ranks that change without `adjust_scaling_factors`",
     "loralib": "merged with B ≠ 0; `Conv1d` and `Conv3d`, which cannot run; `Embedding` and groups are left out",
     "lycoris": "`use_scalar`, which would never train; Tucker, groups, LoHa, LoKr and others are left out",
     "torchtune": "merged with B ≠ 0",
@@ -299,8 +303,9 @@ def table() -> str:
     """Every kind of the suite, for the documentation."""
     lines = ["| implementation | checked with | refused or left out |", "| --- | --- | --- |"]
     for one in (*INSTALLED, *LAYOUTS):
-        version = f"{one.library} {VERSIONS[one.library]}" if one.library else "its layout"
-        refused = next((why for name, why in REFUSED.items() if name == one.library or one.name.startswith(name)), "")
+        library = getattr(one, "library", None)
+        version = f"{library} {VERSIONS[library]}" if library else "its layout"
+        refused = next((why for name, why in REFUSED.items() if name == library or one.name.startswith(name)), "")
         lines.append(f"| {one.name} | {version} | {refused} |")
     return "\n".join(lines)
 

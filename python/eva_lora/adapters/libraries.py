@@ -11,7 +11,7 @@ from .sites import LeftAlone, LoraSite
 
 __all__ = ["find"]
 
-_SITE_OF: tuple[Callable[[str, Any], LoraSite | None], ...] = (
+_SITE_OF: tuple[Callable[[str, Any], LoraSite | list[LoraSite] | None], ...] = (
     loralib.site_of,
     litgpt.site_of,
     torchtune.site_of,
@@ -39,7 +39,7 @@ def find(model: nn.Module) -> SiteAdapter | None:
             left_alone[name] = str(reason)
             continue
         if site is not None:
-            sites.append(site)
+            sites += site if isinstance(site, list) else [site]
     if left_alone and not sites:
         raise ValueError(f"model: EVA applies to none of its LoRA layers: {left_alone}")
     return SiteAdapter(sites, left_alone) if sites else None

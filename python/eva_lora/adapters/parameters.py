@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..preflight import require_no_optimizer
+from .sharded import fill_
 from .sites import LoraSite, Rows
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class ParameterSite(LoraSite):
         transposed: A is (d, rank) and B (rank, out), not (rank, d) and (out, rank).
         groups: Matrices stacked in one A, (groups · rank, d), all fed the same rows.
         rows_per_rank: Rows of A that the library counts as one rank.
-        row_maker: How an input becomes rows, where it is not (..., d) already; :attr:`rows` returns it.
+        row_maker: How an input becomes rows, where it is not (..., d) already; ``rows`` returns it.
         rank_names, alpha_name, scaling_name: Attributes of :attr:`owner` that hold the rank, alpha, and what
             B A x is multiplied with, as far as it has them.
         linear_in_rank: The scaling is alpha / rank; False: alpha / √rank.
@@ -130,7 +131,7 @@ class ParameterSite(LoraSite):
         for new_a, new_b in zip(self.first, self.second, strict=True):
             if lora_a is not None:
                 matrix = lora_a.repeat(self.groups, 1)
-                new_a.copy_(matrix.T if self.transposed else matrix.view(new_a.shape))
+                fill_(new_a, matrix.T if self.transposed else matrix.view(new_a.shape))
             new_b.zero_()
 
     def rescale(self, rank: int, adjust: bool) -> None:
@@ -243,21 +244,22 @@ class SiteAdapter:
 
 
 def check_plan(plan: "EvaPlan", sites: Sequence[LoraSite]) -> None:
-    """Whether a plan was made for these sites.
+    """Whether a plan was made for these sites, as they were or built with the ranks that it gives them.
 
     Raises:
         ValueError: for others, or for sites of another rank, width or number of parts, or ones that cannot
             have the rank it gives them.
     """
     names = {site.name for site in sites}
-    missing, unknown = sorted(names - set(plan.sites)), sorted(set(plan.sites) - names)
+    removed = {name for name, planned in plan.sites.items() if planned.rank == 0}
+    missing, unknown = sorted(names - set(plan.sites)), sorted(set(plan.sites) - names - removed)
     if missing or unknown:
         raise ValueError(
             f"plan: it is for other layers than the model's: not in the plan {missing}, not in the model {unknown}"
         )
     for site in sites:
         planned = plan.sites[site.name]
-        if (planned.configured_rank, planned.in_features) != (site.rank, site.in_features):
+        if site.rank not in (planned.configured_rank, planned.rank) or planned.in_features != site.in_features:
             raise ValueError(
                 f"plan: {site.name} was planned from rank {planned.configured_rank} and width {planned.in_features}, "
                 f"the model has rank {site.rank} and width {site.in_features}"

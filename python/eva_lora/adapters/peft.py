@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from .fused import unfused
 from .parameters import check_plan
 from .peft_layers import ConvSite, factors, parts_of, site_of
+from .sharded import fill_, plain_name
 from .sites import LeftAlone, LoraSite
 
 if TYPE_CHECKING:
     from ..planning import EvaPlan, PlannedSite
 
-__all__ = ["PeftAdapter", "find"]
+__all__ = ["PeftAdapter", "find", "pattern_of"]
 
 #: Initialisations that leave the base weights as they were; B is zeroed whatever it was.
 _NEUTRAL_INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -124,7 +125,8 @@ class PeftAdapter:
         """
         check_plan(plan, self.sites)
         for name, layer in self.layers.items():
-            if any(parameter.device.type == "meta" for parameter in layer.get_base_layer().parameters()):
+            base = layer.get_base_layer()
+            if not hasattr(base, "_hf_hook") and any(p.device.type == "meta" for p in base.parameters()):
                 raise ValueError(f"model: the base weight of {name} is on the meta device; load it first")
         snapshots = [_Snapshot(member) for layer in self.layers.values() for member in parts_of(layer)]
         replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -164,11 +166,18 @@ class PeftAdapter:
                 alpha *= math.sqrt(growth) if layer.use_rslora[adapter] else growth
                 alpha = int(alpha) if float(alpha).is_integer() else alpha
             # A variant (DoRA) derives parameters from B, so it starts over from a zero B even where the rank stays.
+            if any(hasattr(weight, "device_mesh") for weight in factors(layer, adapter)[0]):
+                raise ValueError(
+                    f"model: the adapter of {site.name} is sharded and would have to be made anew, for its rank of "
+                    f"{site.rank} or for DoRA. Apply before it is sharded, or build the model with those ranks "
+                    "(eva_lora.peft.planned_config)"
+                )
             members = parts_of(layer)
             before = [{n: (p.dtype, p.requires_grad) for n, p in _adapter_parameters(member)} for member in members]
             plain = copy.copy(config)
             plain.init_lora_weights, plain.eva_config = True, None
             layer.update_layer(adapter, r=site.rank, lora_alpha=alpha, config=plain)
+            _materialise(layer, adapter)
             for member, known in zip(members, before, strict=True):
                 for name, parameter in _adapter_parameters(member):
                     dtype, requires_grad = known[name]
@@ -181,7 +190,7 @@ class PeftAdapter:
         weights, second = factors(layer, adapter)
         if lora_a is not None:
             for weight, rows in zip(weights, lora_a.chunk(len(weights)), strict=True):
-                weight.copy_(rows.view(weight.shape))
+                fill_(weight, rows.view(weight.shape))
         for parameter in (p for module in second for p in module.parameters()):
             parameter.zero_()
 
@@ -216,7 +225,7 @@ class PeftAdapter:
             ("alpha_pattern", {name: layer.lora_alpha[self.name] for name, layer in kept.items()}, config.lora_alpha),
         ):
             unlike = {name: value for name, value in values.items() if value != default}
-            setattr(config, pattern, {_pattern(name, everything): value for name, value in unlike.items()})
+            setattr(config, pattern, {pattern_of(name, everything): value for name, value in unlike.items()})
         parameters = {name for name, layer in self._everything.items() if hasattr(layer, "parameter_name")}
         if emptied & parameters:
             config.target_parameters = sorted(kept.keys() & parameters)
@@ -280,7 +289,7 @@ def _lora_layers(root: nn.Module) -> dict[str, Any]:
     named = {}
     for path, layer in layers.items():
         if id(layer) not in nested:
-            name = path.replace(".base_layer", "")
+            name = plain_name(path).replace(".base_layer", "")
             named[f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name] = layer
     return named
 
@@ -297,6 +306,17 @@ def _adapter_parameters(layer: Any) -> list[tuple[str, nn.Parameter]]:
     """Parameters of all adapters of one layer, those of its base and of what is nested in it left out."""
     containers = [(name, getattr(layer, name)) for name in layer.adapter_layer_names if _is_container(layer, name)]
     return [(f"{name}.{n}", p) for name, container in containers for n, p in container.named_parameters()]
+
+
+def _materialise(layer: Any, adapter: str) -> None:
+    """Give an adapter weights of its own where its base layer's are on the meta device but while it runs: PEFT makes
+    them there too, and they would never be loaded."""
+    hook = getattr(layer.get_base_layer(), "_hf_hook", None)
+    modules = [getattr(layer, name)[adapter] for name in ("lora_A", "lora_B") if adapter in getattr(layer, name)]
+    if hook is not None and any(p.device.type == "meta" for module in modules for p in module.parameters()):
+        for module in modules:
+            module.to_empty(device=hook.execution_device)
+        layer.reset_lora_parameters(adapter, True)
 
 
 def _holder(root: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
@@ -332,7 +352,7 @@ def _root_and_configs(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     raise ValueError("model: it has PEFT LoRA layers, but no peft_config says how they were made")
 
 
-def _pattern(name: str, everything: list[str]) -> str:
+def pattern_of(name: str, everything: list[str]) -> str:
     """``name`` as a key of ``rank_pattern``: PEFT matches such keys as regular expressions at the name's end."""
     ambiguous = any(other.endswith(f".{name}") for other in everything)
     return f"^{re.escape(name)}" if ambiguous else name

@@ -118,7 +118,7 @@ def site_of(name: str, layer: Any, adapter: str) -> LoraSite:
     rank = layer.r[adapter]
     if adapter in layer.lora_embedding_A:
         raise LeftAlone("an embedding's input is token numbers, which have no directions of variance")
-    lora_a = layer.lora_A[adapter]
+    lora_a = getattr(layer.lora_A[adapter], "_fsdp_wrapped_module", layer.lora_A[adapter])
     if isinstance(layer, ParamWrapper):
         return _parameter_site(name, layer, adapter)
     if isinstance(layer, MultiheadAttention):

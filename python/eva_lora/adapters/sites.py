@@ -77,7 +77,7 @@ class LoraSite:
 
     @property
     def rows(self) -> Rows | None:
-        """How what is taken becomes rows; None: it is (..., d) as it is."""
+        """How what is taken becomes rows; None where it is (..., d) as it is."""
         return None
 
     def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:

@@ -12,6 +12,7 @@ from .running import (
     Command,
     duration,
     json_option,
+    launched,
     print_facts,
     print_json,
     print_table,
@@ -56,6 +57,9 @@ def init(context: click.Context, /, model: str, output: Path | None, **params: A
 
     MODEL is a folder or id that transformers loads, or an adapter folder, whose base model and LoRA settings
     are then taken.
+
+    Under torchrun every process takes its share of the batches, on a GPU of its own where there are any, and the first
+    writes: torchrun --nproc-per-node 4 --no-python eva-lora init ...
     """
     config = take_config(params)
     dry_run = params["dry_run"]
@@ -63,13 +67,27 @@ def init(context: click.Context, /, model: str, output: Path | None, **params: A
         raise click.UsageError("--output is needed, except with --dry-run")
     if output is not None and output.exists() and any(output.iterdir()):
         raise click.UsageError(f"--output: {output} is not empty")
+    with launched() as (rank, ranks):
+        _run(context, model, output, config, params, rank, ranks)
+
+
+def _run(
+    context: click.Context,
+    model: str,
+    output: Path | None,
+    config: EvaConfig,
+    params: dict[str, Any],
+    rank: int,
+    ranks: int,
+) -> None:
     quiet_progress_bars()
     from ..textdata import describe_files
 
     pretrained = take_pretrained(model, params)
-    batches, num_records = _batches(pretrained, config, params)
-    if dry_run:
-        _dry_run(pretrained, batches, config, params["as_json"])
+    batches, num_records = _batches(pretrained, config, params, (rank, ranks))
+    if params["dry_run"]:
+        if rank == 0:
+            _dry_run(pretrained, batches, config, params["as_json"])
         return
     assert output is not None
     run = {
@@ -77,9 +95,12 @@ def init(context: click.Context, /, model: str, output: Path | None, **params: A
         "computed in": f"{str(pretrained.dtype).removeprefix('torch.')} on {pretrained.device}",
         "LoRA": _describe_lora(pretrained.lora_config),
         "data": describe_files(params["data"], num_records),
-        "batches": f"{len(batches)} of up to {params['batch_size']} x {params['max_length']} tokens, as {batches.kind}",
+        "batches": f"{len(batches)} of up to {params['batch_size']} x {params['max_length']} tokens, as {batches.kind}"
+        + (f", on each of {ranks} ranks" if ranks > 1 else ""),
     }
-    report = _initialize(pretrained, batches, config, output, run, params)
+    report = _initialize(pretrained, batches, config, output, run, params, writes=rank == 0)
+    if rank:
+        return
     if params["as_json"]:
         print_json({"output": str(output), "report": report.to_dict()})
     else:
@@ -89,7 +110,7 @@ def init(context: click.Context, /, model: str, output: Path | None, **params: A
         context.exit(EXIT_NOT_CONVERGED)
 
 
-def _batches(pretrained: Any, config: EvaConfig, params: dict[str, Any]) -> tuple[Any, int]:
+def _batches(pretrained: Any, config: EvaConfig, params: dict[str, Any], shard: tuple[int, int]) -> tuple[Any, int]:
     from ..textdata import TextBatches, read_records
 
     records = read_records(params["data"], split=params["split"], limit=params["limit"])
@@ -100,12 +121,20 @@ def _batches(pretrained: Any, config: EvaConfig, params: dict[str, Any]) -> tupl
         records, tokenizer, batch_size=params["batch_size"], max_length=params["max_length"],
         text_field=params["text_field"], assistant_only=params["assistant_only"], with_labels=pretrained.takes_labels,
         label_mask_value=config.label_mask_value, seed=config.seed if params["shuffle"] else None,
+        shard=shard,
     )  # fmt: skip
     return batches, len(records)
 
 
 def _initialize(
-    pretrained: Any, batches: Any, config: Any, output: Path, run: dict[str, str], params: dict[str, Any]
+    pretrained: Any,
+    batches: Any,
+    config: Any,
+    output: Path,
+    run: dict[str, str],
+    params: dict[str, Any],
+    *,
+    writes: bool,
 ) -> Any:
     from .. import EvaReport, apply, collect, plan
     from ..report import command_line
@@ -118,6 +147,8 @@ def _initialize(
     eva_plan = plan(statistics)
     apply(model, eva_plan)
     report = EvaReport.of(statistics, eva_plan, run={"command": command_line(), **run})
+    if not writes:
+        return report
     pretrained.lora_config.save_pretrained(output / "lora")
     statistics.save(output / "statistics.safetensors")
     eva_plan.save(output / "plan.safetensors")

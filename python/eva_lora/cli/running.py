@@ -3,10 +3,12 @@
 import json
 import linecache
 import logging
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -113,6 +115,25 @@ def quiet_progress_bars() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+@contextmanager
+def launched() -> Iterator[tuple[int, int]]:
+    """(rank, ranks) of the processes that torchrun has started; within it they are a process group."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1 or "MASTER_ADDR" not in os.environ:
+        yield 0, 1
+        return
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield torch.distributed.get_rank(), ranks
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ class EvaReportCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         report: What :func:`eva_lora.eva_initialize` returned.
-        plots: Formats of plots to write, as in :meth:`EvaReport.save`.
+        plots: Formats of plots to write, as in :meth:`eva_lora.EvaReport.save`.
     """
 
     def __init__(self, report: EvaReport, *, plots: Iterable[str] = ()) -> None:

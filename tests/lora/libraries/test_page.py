@@ -1,15 +1,14 @@
 """docs/libraries.md: its table is the suite's, and its code runs."""
 
 import importlib.metadata
-import re
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 from support.other_kinds import VERSIONS, Net, loralib_linear, sequences, table
+from support.pages import DOCS, blocks
 
-PAGE = Path(__file__).parents[3] / "docs" / "libraries.md"
+PAGE = DOCS / "libraries.md"
 PACKAGES = {"lycoris": "lycoris-lora"}
 
 
@@ -34,8 +33,8 @@ def test_the_code_runs(tmp_path, monkeypatch):
             model.add_module(name, loralib_linear(layer))
         return model
 
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (block,) = blocks("docs/libraries.md")
     names = {"model": build(), "loader": sequences(), "build": build}
-    exec(code, names)
+    exec(block.code, names)
     for name, value in names["model"].state_dict().items():
         assert value.equal(names["fresh"].state_dict()[name])

@@ -9,7 +9,8 @@ from lycoris import LoConModule, LohaModule
 from torch import nn
 
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
-from support import layout_kinds
+from support import grouped_experts, layout_kinds
+from support.grouped_experts import GROUPED_EXPERTS
 from support.layout_kinds import _LoRALayer
 from support.other_kinds import LAYOUTS, ConvNet, Net, images, loralib_linear, sequences
 
@@ -190,3 +191,48 @@ def test_lycoris_scalings_are_those_of_a_module_of_that_rank_and_of_the_saved_fi
         assert network.scale == pytest.approx(scale if adjust else fresh.scale)
         assert float(network.alpha) / network.lora_dim == pytest.approx(network.scale)  # how a file is read
         assert network.lora_dim == network.lora_down.weight.shape[0] == report.ranks[name]
+
+
+def test_experts_share_one_alpha_so_ranks_move_only_with_it_adjusted():
+    model = GROUPED_EXPERTS.model()
+    before = copy.deepcopy(model.state_dict())
+    config = EvaConfig(max_batches=2, adjust_scaling_factors=False)
+    statistics = collect(model, GROUPED_EXPERTS.batches(), config, progress=False)
+    with pytest.raises(ValueError, match=r"^plan: experts\.down_proj cannot keep alpha while its rank goes"):
+        apply(model, plan(statistics, budget=7))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    apply(model, plan(statistics, EvaConfig(rho=1.0, adjust_scaling_factors=False)))
+    assert not torch.equal(model.experts.lora_down_a, before["experts.lora_down_a"])
+    assert (model.experts.rank, model.experts.alpha) == (4, 8.0)
+
+
+def test_merged_experts_are_refused():
+    model = GROUPED_EXPERTS.model()
+    model.experts.merged = True
+    nn.init.normal_(model.experts.lora_up_b)
+    with pytest.raises(ValueError, match=r"^model: the adapter of experts\.gate_up_proj is merged"):
+        initialise(model, GROUPED_EXPERTS.batches())
+
+
+def test_masked_tokens_reach_no_expert():
+    """The routed rows of unmasked tokens alone count, wherever the routing takes them."""
+    batches = GROUPED_EXPERTS.batches()
+    mask = torch.rand(batches[0].shape[:2], generator=torch.Generator().manual_seed(1)) < 0.6
+
+    def with_outliers(batch):
+        return torch.where(mask[..., None], batch, 1e3 * batch.flip(-1))
+
+    reports = [
+        eva_initialize(model, loader, EvaConfig(max_batches=3), row_mask_fn=fn, progress=False)
+        for model, loader, fn in (
+            (GROUPED_EXPERTS.model(), [with_outliers(b) for b in batches], lambda _: mask),
+            (GROUPED_EXPERTS.model(), [b[mask][None] for b in batches], None),
+        )
+    ]
+    masked, dropped = reports
+    assert masked.num_rows == dropped.num_rows == int(mask.sum()) * 3
+    for name, ratios in dropped.explained_variance_ratio.items():
+        torch.testing.assert_close(torch.tensor(masked.explained_variance_ratio[name]), torch.tensor(ratios))
+    expert_rows = [report.statistic["experts.down_proj"]["expert_rows"] for report in reports]
+    assert expert_rows[0] == expert_rows[1]
+    assert sum(expert_rows[0]) == grouped_experts.TOP_K * masked.num_rows

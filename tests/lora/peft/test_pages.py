@@ -1,15 +1,11 @@
 """The code on the pages about PEFT and serving runs as it stands."""
 
-import re
-from pathlib import Path
-
 import peft
 import pytest
 import torch
 
 from support.models import LINEARS, tiny_llama, token_batches
-
-PAGES = Path(__file__).parents[3] / "docs"
+from support.pages import blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -18,8 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("eva_lora.adapters._registered", [])
-    blocks = re.findall(r"^```python\n(.*?)^```$", (PAGES / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 2
+    code = [block.code for block in blocks(f"docs/{page}") if block.language == "python"]
+    assert len(code) >= 2
     base, loader = (
         tiny_llama(),
         torch.utils.data.DataLoader(
@@ -29,7 +25,7 @@ def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=8, target_modules=LINEARS))
     model.save_pretrained("adapter")
     names = {"base": base, "loader": loader, "model": model}
-    for block in blocks:
+    for block in code:
         exec(compile(block, page, "exec"), names)
     for folder in tmp_path.glob("adapter-*"):
         assert peft.PeftConfig.from_pretrained(folder).r in (8, 32)

@@ -1,0 +1,109 @@
+"""The pass of several ranks: in step from batch to batch, each with its own, or with none."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..batches import RowMask, named_fields
+from ..capture import Portion
+from ..checkpoint import Checkpoint
+from ..progress import Progress
+from ..restoring import without_autocast
+from ..streams import END, Stream
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from ..collecting import Forwards
+    from ..running import Run
+
+__all__ = ["run_together"]
+
+
+def run_together(
+    run: "Run", stream: Stream, forwards: "Forwards", ranks: Ranks, *, saving: Checkpoint | None, bar: Progress
+) -> None:
+    """Run batches until the run says stop, on all ranks at once.
+
+    A batch of the pass is one batch of every rank that has one left; loaders start again together, when all are at
+    their end. An input starts from the rows that all ranks bring in its first batch: these are run twice, once for the
+    sketch of what is there, and once to be folded in.
+
+    Raises:
+        ValueError: no rank has a batch. What one rank fails with, all raise.
+    """
+    pool = run.pool
+    assert pool is not None
+    begins_round = True
+    while not run.stop_reason:
+        batch = ranks.attempt(stream.take, default=END)
+        has_batch, sizes = batch is not END, [0]
+        if forwards.in_step or None in run.capture.input_of:
+            sizes = ranks.gather(_num_samples(batch) if has_batch else 0)
+            leader = pool.leaders[ranks.rank]
+            run.capture.portion = Portion(sum(sizes[r] for r in sorted({*pool.leaders}) if r < leader), sizes[leader])
+        idle = _stand_in(batch, sizes, ranks) if forwards.in_step else END
+        mask = _run(forwards, ranks, batch, idle)
+        num_rows = run.capture.rows_in_batch if has_batch else 0
+        had, all_rows, changed, rows = pool.count(has_batch, num_rows)
+        if had == 0:
+            if begins_round:
+                if run.num_batches == 0:
+                    raise ValueError("loader: expected at least one batch, it is empty on every rank")
+                run.stop_reason = "end of the data"
+                _save(run, stream, ranks, saving)
+            else:
+                ranks.attempt(stream.again)
+                begins_round = True
+            continue
+        begins_round = False
+        if changed:
+            started = pool.unify()
+            if started:
+                _run(forwards, ranks, batch, idle, only=started)
+                num_rows = max(num_rows, run.capture.rows_in_batch) if has_batch else 0
+            had, all_rows, changed, rows = pool.count(has_batch, num_rows)
+        if not has_batch:
+            stream.pass_over()
+        pool.record(rows)
+        run.capture.rows_in_batch = all_rows
+        with without_autocast(forwards.device):
+            run.finish_batch(mask)
+        bar.update(run.num_batches, run.num_rows, run.history[-1], run.trace)
+        if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
+            _save(run, stream, ranks, saving)
+
+
+def _run(forwards: "Forwards", ranks: Ranks, batch: Any, idle: Any, only: Any = None) -> RowMask:
+    nothing = RowMask(None, 0)
+    if batch is not END:
+        return ranks.attempt(lambda: forwards.fold(batch, only=only), default=nothing)
+    if idle is not END:
+        ranks.attempt(forwards.idle, idle)
+    return nothing
+
+
+def _stand_in(batch: Any, sizes: list[int], ranks: Ranks) -> Any:
+    """For a rank that has no batch where others do: that of the first which has."""
+    if all(sizes) or not any(sizes):
+        return END
+    source = next(rank for rank, size in enumerate(sizes) if size)
+    received = ranks.broadcast(batch if ranks.rank == source else None, source)
+    return END if batch is not END else received
+
+
+def _save(run: "Run", stream: Stream, ranks: Ranks, saving: Checkpoint | None) -> None:
+    if saving is None or run.pool is None:
+        return
+    run.pool.gather_facts(final=False)
+    states, positions = run.pool.states(), ranks.exchange(stream.position())
+    if ranks.rank == 0:
+        ranks.attempt(lambda: saving.save(run, positions, states))
+    ranks.agree()
+
+
+def _num_samples(batch: Any) -> int:
+    """Samples of a batch: the first dimension of its first tensor."""
+    fields = named_fields(batch)
+    values = list(fields.values()) if fields is not None else batch if isinstance(batch, (tuple, list)) else [batch]
+    first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
+    return 1 if first is None else max(1, len(first))
