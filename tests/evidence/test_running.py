@@ -1,0 +1,126 @@
+"""The runner: equal conditions for every method, one pass per seed, and going on where it was stopped."""
+
+import json
+
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from benchmarks.evidence import methods
+from benchmarks.evidence.methods import Initialiser
+from benchmarks.evidence.results import Results
+from benchmarks.evidence.running import SEEDS, TUNING_SEED, run_task
+from examples.domains.task import Task
+from support.models import LINEARS, tiny_llama, token_batches
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+METHODS = ("eva_rho1", "eva_rho2", "lora", "pissa", "olora")
+
+
+class Tiny(Task):
+    name, metric, higher_is_better = "tiny", "loss", False
+    targets, learning_rates, steps = LINEARS, (1e-3, 1e-2, 1e-1), 2
+
+    def base(self, seed):
+        return tiny_llama()
+
+    def training(self, seed):
+        return [{**batch, "labels": batch["input_ids"]} for batch in token_batches(self.steps, seed=seed)]
+
+    @property
+    def validation(self):
+        return self.training(1000)
+
+    def score(self, model):
+        return self.validation_loss(model)
+
+
+def test_every_method_has_one_budget_and_starts_from_the_base():
+    task = Tiny(short=True)
+    initialise = Initialiser(task)
+    expected = task.validation_loss(task.base(0))
+    made = {name: initialise(name, seed=1) for name in METHODS}
+    ranks = {
+        name: {n: m.r["default"] for n, m in one.model.named_modules() if isinstance(m, LoraLayer) and m.r}
+        for name, one in made.items()
+    }
+    budget = task.rank * len(ranks["lora"])
+    for name, one in made.items():
+        assert sum(ranks[name].values()) == budget
+        assert task.validation_loss(one.model.eval()) == pytest.approx(expected, abs=1e-5)
+        trained = {n for n, p in one.model.named_parameters() if p.requires_grad}
+        assert all("lora_" in n for n in trained)
+        assert one.parameters == sum(one.model.get_parameter(n).numel() for n in trained)
+    assert ranks["eva_rho1"] == ranks["lora"]
+    assert ranks["eva_rho2"] != ranks["lora"]
+    assert made["eva_rho1"].parameters == made["lora"].parameters == made["pissa"].parameters
+    assert made["eva_rho2"].forwards > 0
+    assert made["lora"].forwards == 0
+
+
+def test_one_pass_serves_both_rhos_of_a_seed(monkeypatch):
+    passes = []
+    monkeypatch.setattr(methods, "collect", lambda *a, **k: passes.append(1) or original(*a, **k))
+    initialise = Initialiser(Tiny(short=True))
+    for seed in (1, 1, 2):
+        initialise("eva_rho1", seed)
+        initialise("eva_rho2", seed)
+    assert len(passes) == 2
+
+
+original = methods.collect
+
+
+def test_seeds_differ_and_a_run_repeats(tmp_path):
+    first = run_task(Tiny(short=True), ("lora",), tmp_path / "a", echo=lambda _: None)
+    again = run_task(Tiny(short=True), ("lora",), tmp_path / "b", echo=lambda _: None)
+    assert [run.curve for run in first.runs] == [run.curve for run in again.runs]
+    finals = [run for run in first.runs if not run.tuning]
+    assert [run.seed for run in finals] == list(SEEDS[:2])
+    assert finals[0].curve[0] == finals[1].curve[0]  # B = 0
+    assert finals[0].curve[-1] != finals[1].curve[-1]
+    assert {run.learning_rate for run in finals} == {
+        min(first.runs[:2], key=lambda run: run.curve[-1][1]).learning_rate
+    }
+    assert all((run.score is None) == (run.seed == TUNING_SEED) for run in first.runs)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path):
+    said = []
+
+    def stop_at_four(line):
+        said.append(line)
+        if len(said) == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run_task(Tiny(short=True), ("eva_rho2", "lora"), tmp_path, echo=stop_at_four)
+    before = (tmp_path / "tiny.jsonl").read_text()
+    assert len(before.splitlines()) == 5
+    said.clear()
+    run_task(Tiny(short=True), ("eva_rho2", "lora"), tmp_path, echo=said.append)
+    after = (tmp_path / "tiny.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(said) == 1 + 4  # the rates, and the four runs that were left
+    run_task(Tiny(short=True), ("eva_rho2", "lora"), tmp_path, echo=said.append)
+    assert (tmp_path / "tiny.jsonl").read_text() == after
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.jsonl"]
+    settings, provenance, runs = Results.load(tmp_path / "tiny.jsonl")
+    assert len(runs) == 8
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert settings["methods"] == ["eva_rho2", "lora"]
+
+
+def test_results_made_with_other_settings_are_refused(tmp_path):
+    results = run_task(Tiny(short=True), ("lora",), tmp_path, echo=lambda _: None)
+    before = results.path.read_text()
+    other = Tiny(short=True)
+    other.rank = 3
+    with pytest.raises(ValueError, match=r"tiny\.jsonl was made with other settings \(rank\)"):
+        run_task(other, ("lora",), tmp_path, echo=lambda _: None)
+    assert results.path.read_text() == before
+    assert json.loads(before.splitlines()[0])["settings"]["rank"] == 2
