@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from until_converged import RANK, Batches, captured, exact_scatters, load, lora_layers, with_lora
 
 from eva_lora import EvaConfig, EvaStatistics, apply, collect, plan
 from eva_lora.report import versions
+from until_converged import RANK, Batches, captured, exact_scatters, load, lora_layers, with_lora
 
 RHOS = (1.0, 1.25, 1.5, 2.0, 3.0)
 TAUS = (0.9, 0.95, 0.99, 0.995)

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from choosing import provenance
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor
-from until_converged import RANK, Batches, load, lora_layers, with_lora
 
+from choosing import provenance
 from eva_kernels import GramStatistic, Statistic, SubspaceStatistic, refresh_
 from eva_lora import eva_initialize
 from eva_lora.config import DEFAULT_OVERSAMPLING, REFRESH_PERIOD
+from until_converged import RANK, Batches, load, lora_layers, with_lora
 
 INPUTS = {
     "block 1, attention": "encoder.layer.0.attention.self.query",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH = 440  # narrow enough to be read on a phone at nearly its own size
-LEFT, RIGHT, BOTTOM = 14, 14, 40
+LEFT, RIGHT, BOTTOM = 20, 20, 40
 ROW, LETTER = 34, 6.3  # height of a row of dots, width of a letter of the legend
 OURS = "ours"
 PLOT_LEFT, PLOT_HEIGHT = 56, 230  # of scatters and lines

@@ -183,7 +183,7 @@ def provenance_rows(results: Results) -> list[tuple[str, str]]:
                                    "transformers", "scikit-learn", "torch-incremental-pca"))),
             ("commit", str(info["commit"])),
         ]  # fmt: skip
-    rows += [("command", results.command), ("gate", results.gate)]
+    rows += [("command", f"`{results.command}`"), ("gate", results.gate)]
     total = sum(suite["seconds"] for suite in results.suites.values())
     failed = [name for name, suite in results.suites.items() if suite["status"] != "passed"]
     rows.append(
