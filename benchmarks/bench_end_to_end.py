@@ -38,16 +38,26 @@ def bench_b1(compare: Callable[..., Any], quick: bool, dtype: torch.dtype) -> No
             exact.update(b1.exact_scatters(model, batches))
         return exact
 
-    def ours() -> None:
+    def one_pass() -> Any:
         last["ours"] = b1.eva_pass(model, batches, "auto", None)
+        return last["ours"]
+
+    def ours() -> None:
+        if "parts" in last:
+            one_pass()
+        else:  # the first call, whose time is not used
+            last["parts"] = b1.parts(one_pass)
 
     def peft() -> None:
         last["PEFT"] = b1.peft_pass(model, batches)[1]
 
     def our_errors() -> Mapping[str, float]:
         collected, plan = last["ours"]
+        found = means(b1.losses_of(collected, scatters()))
+        if dtype == torch.float32:
+            return found
         moved, budget = b1.ranks_moved(plan, b1.eva_pass(model, batches, "gram", None)[1])
-        return {**means(b1.losses_of(collected, scatters())), "ranks moved": moved / budget}
+        return {**found, "ranks moved": moved / budget}
 
     def peft_errors() -> Mapping[str, float]:
         return means([e.losses(last["PEFT"][name].components_) for name, e in scatters().items()])
@@ -66,7 +76,7 @@ def bench_b1(compare: Callable[..., Any], quick: bool, dtype: torch.dtype) -> No
         )
     )
     collected = last["ours"][0]
-    parts = b1.parts(lambda: b1.eva_pass(model, batches, "auto", None))
+    parts = last["parts"]
     losses = {"ours": b1.losses_of(collected, exact)}
     losses["PEFT"] = [e.losses(last["PEFT"][name].components_) for name, e in exact.items()]
     worse = sum(a[0] > b[0] + 1e-4 for a, b in zip(losses["ours"], losses["PEFT"], strict=True))
@@ -79,7 +89,7 @@ def bench_b1(compare: Callable[..., Any], quick: bool, dtype: torch.dtype) -> No
 
 
 def bench_b2(compare: Callable[..., Any], quick: bool) -> None:
-    """The paper's criterion until done, beside PEFT; and the other criteria, by what they cost and capture."""
+    """The paper's criterion until done, beside PEFT; and every criterion on equal data, the default with ours."""
     base, batches = b2.load()
     options: dict[str, Any] = {"max_batches": 3} if quick else {}
     exact = b2.exact_scatters(b2.with_lora(base), batches[:3] if quick else batches)
@@ -99,22 +109,19 @@ def bench_b2(compare: Callable[..., Any], quick: bool) -> None:
         return Candidate(call, errors, long=True)
 
     peers = {} if quick else {"PEFT get_eva_state_dict": candidate("PEFT", b2.theirs(batches))}
-    for criterion in ("component", "subspace", "captured"):
-        for equal in (False, True):
-            if (criterion, equal) != ("component", False) and not quick:
-                name = f"ours, {criterion}{', equal data' if equal else ''}"
-                peers[name] = candidate(name, b2.ours(batches, convergence=criterion, equal_data=equal))
+    for criterion in () if quick else ("component", "subspace", "captured"):
+        name = f"ours, {criterion}, equal data"
+        peers[name] = candidate(name, b2.ours(batches, convergence=criterion, equal_data=True))
     ours = candidate("ours", b2.ours(batches, convergence="component", equal_data=False, **options))
     plain, forwards = b2.with_lora(base), batches[: 3 if quick else FORWARDS_OF_B2]
-    ours.call()  # how many batches it needs is what the forward is compared with
     found = compare(
         Case(
             "End to end",
-            f"B2: MiniLM until converged, component, {counts['ours']} batches of 4 x 128 tokens, float32",
+            "B2: MiniLM until converged, component, 4 x 128 tokens, float32",
             ours,
             peers,
             Candidate(lambda: b2.seconds_of_a_forward(plain, forwards), long=True),
-            forward_share=len(forwards) / counts["ours"],
+            forward_share=lambda: len(forwards) / counts["ours"],
             facts={"model": "MiniLM", "benchmark": "B2"},
         )
     )

@@ -19,8 +19,7 @@ from rows import Rows, forward_of, power_law
 from shapes import MODELS
 
 K = 32  # candidates of a layer with r = 16 under rho 2
-BATCHES, ROWS = 8, 1024
-SYNTHETIC_ROWS = 512
+BATCHES, SYNTHETIC_BATCHES, SYNTHETIC_ROWS = 8, 6, 512
 SLOW_WIDTH = 4096  # beyond it, methods that decompose the whole width or all rows take minutes on a CPU
 SCALABLE = ("PEFT IncrementalPCA", "torch.svd_lowrank", "torch.pca_lowrank")
 
@@ -38,7 +37,7 @@ def stream(model: str, name: str, quick: bool) -> list[Tensor]:
     if model == "SmolLM2-135M":
         return real_rows(model, name, BATCHES)
     width = MODELS[model].input(name).width
-    return [power_law(SYNTHETIC_ROWS, width, seed=i) for i in range(BATCHES)]
+    return [power_law(SYNTHETIC_ROWS, width, seed=i) for i in range(SYNTHETIC_BATCHES)]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,6 @@ def stream(model: str, name: str, quick: bool) -> list[Tensor]:
     [
         ("SmolLM2-135M", "attention", "gram", torch.float32),
         ("SmolLM2-135M", "attention", "subspace", torch.bfloat16),
-        ("SmolLM2-135M", "down", "subspace", torch.float32),
         ("SmolLM2-135M", "down", "subspace", torch.bfloat16),
         ("Qwen2.5-0.5B", "down", "subspace", torch.bfloat16),
         ("Llama-3-8B", "attention", "subspace", torch.bfloat16),
@@ -63,13 +61,18 @@ def bench_streaming(
     exact = centred_rows(batches)
     values = leading_eigenvalues(exact, K)
 
+    found: dict[Method, Tensor] = {}
+
     def candidate(method: Method) -> Candidate:
+        def call() -> None:
+            found[method] = method(batches, K)
+
         def errors() -> Mapping[str, float]:
-            basis = torch.linalg.qr(method(batches, K)[:K].T.to(exact)).Q  # float32 rows are orthonormal to 1e-7 only
+            basis = torch.linalg.qr(found[method][:K].T.to(exact)).Q  # float32 rows are orthonormal to 1e-7 only
             captured = (exact @ basis).square().sum(0)
             return {f"variance missed by {k}": variance_missed(captured, values, k) for k in (K // 2, K)}
 
-        return Candidate(lambda: method(batches, K), errors)
+        return Candidate(call, errors)
 
     peers = {
         peer: candidate(method)

@@ -73,8 +73,11 @@ def compare(benchmark: Any, quick: bool, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def _line(found: dict[str, Any]) -> str:
-    ratios = ", ".join(f"{name} {value['median']:.2f}x" for name, value in found["ratio"].items())
-    return f"{1e3 * found['seconds']['ours']['median']:.3f} ms; {ratios}"
+    ratios = {name: value["median"] for name, value in found["ratio"].items() if name != "ruler"}
+    forward = ratios.pop("forward", None)
+    parts = [f"{1e3 * found['seconds']['ours']['median']:.3f} ms"]
+    parts += [f"{found['forward_share'] / forward:.2f} of the forward"] if forward else []
+    return "; ".join([*parts, *(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())])
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:

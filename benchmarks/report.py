@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "figures"
-SHOWN = (("Streams", "peers"), ("Gram", "forward"), ("Subspace product", "forward"), ("End to end", "peers"))
+CAPTIONS = {"peers": "every peer's time over ours", "forward": "our time over the forward's"}
+SHOWN = (("End to end", "peers"), ("Streams", "peers"), ("Gram", "forward"), ("Subspace product", "forward"))
 _GENERATED = re.compile(r"(<!-- generated: begin -->\n).*?(<!-- generated: end -->)", re.DOTALL)
 
 
@@ -42,13 +43,15 @@ def write_report(results: Results, folder: Path, before: Results | None) -> Sequ
     return found
 
 
-def figure_files(results: Results) -> dict[str, str]:
-    """The documentation's figures: file name -> SVG."""
-    return {
-        f"{published_file(results).stem}-{group.lower().replace(' ', '-')}-{name}.svg": standalone(figure)
-        for group, name in SHOWN
-        if (figure := figures_of(results, group).get(name) if results.of(group) else None) is not None
-    }
+def figure_files(results: Results) -> dict[str, tuple[str, str]]:
+    """The documentation's figures: file name -> caption and SVG."""
+    found = {}
+    for group, name in SHOWN:
+        figure = figures_of(results, group).get(name) if results.of(group) else None
+        if figure is not None:
+            file = f"{published_file(results).stem}-{group.lower().replace(' ', '-')}-{name}.svg"
+            found[file] = (f"{group}: {CAPTIONS[name]}", standalone(figure))
+    return found
 
 
 def committed() -> list[Results]:
@@ -66,17 +69,14 @@ def with_results(page: str, published: Sequence[Results]) -> str:
         raise ValueError("page: expected the marks <!-- generated: begin --> and <!-- generated: end -->")
     body = ""
     for results in published:
-        pictures = [f"![{_spoken(file)}](figures/{file})" for file in figure_files(results)]
-        body += "\n".join([f"## {_devices(results)}", "", markdown(results), *pictures, ""])
+        body += f"## {_devices(results)}\n\n{markdown(results)}\n### Figures\n"
+        for file, (caption, _) in figure_files(results).items():
+            body += f"\n{caption}:\n\n![{caption}](figures/{file})\n"
     return _GENERATED.sub(lambda match: match[1] + body + match[2], page)
 
 
 def _devices(results: Results) -> str:
     return " and ".join(f"{info['device']}, {info['threads']} threads" for info in results.machine.values())
-
-
-def _spoken(file: str) -> str:
-    return file.removesuffix(".svg").partition("-")[2].replace("-", " ")
 
 
 def publish(results: Results) -> None:
@@ -85,7 +85,7 @@ def publish(results: Results) -> None:
     PAGE.write_text(with_results(PAGE.read_text(encoding="utf-8"), published), encoding="utf-8")
     FIGURES.mkdir(exist_ok=True)
     for stored in published:
-        for file, figure in figure_files(stored).items():
+        for file, (_, figure) in figure_files(stored).items():
             (FIGURES / file).write_text(figure, encoding="utf-8")
 
 

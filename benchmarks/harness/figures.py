@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH = 440  # narrow enough to be read on a phone at nearly its own size
-LEFT, RIGHT, BOTTOM = 14, 14, 40
+LEFT, RIGHT, BOTTOM = 20, 20, 40
 ROW, LETTER = 34, 6.3  # height of a row of dots, width of a letter of the legend
+OURS = "ours"
 PLOT_LEFT, PLOT_HEIGHT = 56, 230  # of scatters and lines
 
 STYLE = """
@@ -140,7 +141,10 @@ def standalone(figure: Markup) -> str:
 
 
 def _colors(series: Sequence[str]) -> dict[str, int]:
-    return {name: number % 8 for number, name in enumerate(dict.fromkeys(series))}
+    """Ours is always the first colour, and nobody else's."""
+    names = dict.fromkeys(series)
+    peers = [name for name in names if name != OURS]
+    return ({OURS: 0} if OURS in names else {}) | {name: number % 7 + 1 for number, name in enumerate(peers)}
 
 
 def _legend(colors: dict[str, int]) -> tuple[Markup, int]:

@@ -19,7 +19,9 @@ from .memory import allocated_peak, resident_peak
 
 SLOW = 3.0  # seconds a call, from which on the first call is the only one
 FEWEST_ROUNDS, MOST_ROUNDS, QUICK_ROUNDS = 5, 50, 3
-BUDGET = 1.0  # seconds that each candidate may take in one case, about
+VERY_SLOW = 10.0  # seconds of ours and its forward, from which on they are timed twice
+BUDGET = 0.7  # seconds that each candidate may take in one case, about
+COUNTED = 1.0  # seconds a call, up to which another call is made for an exact count of its memory
 FLUSH_BYTES = 256 << 20  # written before every call on a GPU, so that its L2 cache holds nothing of ours
 
 
@@ -30,7 +32,7 @@ class Candidate:
     Attributes:
         call: What is timed.
         errors: Its errors against float64, by what they are of; from a call of its own, outside the timing.
-        long: Whether one call is a whole pass: its memory is then the process' own, read during the first call.
+        long: Whether one call is a whole pass: its memory is then what the process grew by in the first call.
     """
 
     call: Callable[[], object]
@@ -50,7 +52,8 @@ class Case:
         forward: What the same rows cost in the model's own forward, if there is such a thing; also the measure
             that later runs are compared by. None: there a square product of 512 in float32, the ruler, takes its
             place.
-        forward_share: Which part of that forward ``forward`` is, where the whole would take too long.
+        forward_share: Which part of that forward ``forward`` is, where the whole would take too long; or what
+            tells it once everything has been timed.
         flops: Of one call of ours.
         nbytes: That one call of ours has to move at least.
         dtype: Whose peak the FLOPs are compared with.
@@ -62,7 +65,7 @@ class Case:
     ours: Candidate
     peers: Mapping[str, Candidate] = field(default_factory=dict)
     forward: Candidate | None = None
-    forward_share: float = 1.0
+    forward_share: float | Callable[[], float] = 1.0
     flops: float | None = None
     nbytes: float | None = None
     dtype: torch.dtype = torch.float32
@@ -113,7 +116,7 @@ class Pairing:
             pair = self.first_of_ours + self.first[self.measure]
             self.rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(2 * BUDGET / pair)))
             if pair > SLOW:
-                self.rounds = QUICK_ROUNDS
+                self.rounds = QUICK_ROUNDS if pair < VERY_SLOW else 2
         self.seconds: dict[str, list[float | None]] = {name: [] for name in self.others}
         self._shuffled = random.Random(0)
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device != "cpu" else None
@@ -126,9 +129,7 @@ class Pairing:
         return time.perf_counter() - start
 
     def _first(self, name: str, candidate: Candidate) -> float:
-        """Seconds of the first call, which warms up, and, of a long one, the memory it took."""
-        if not candidate.long:
-            return self.timed(candidate.call)
+        """Seconds of the first call, which warms up, and the memory by which the process grew."""
         seconds = 0.0
 
         def call() -> None:
@@ -176,6 +177,7 @@ class Pairing:
                 against = [self.first[name] / statistics.median(ours)]
             times[name], ratios[name] = summary(taken), summary(against)
         case, median = self.case, statistics.median(ours)
+        share = case.forward_share() if callable(case.forward_share) else case.forward_share
         found: dict[str, Any] = {
             "group": case.group,
             "case": case.name,
@@ -183,7 +185,7 @@ class Pairing:
             "dtype": str(case.dtype).removeprefix("torch."),
             "seconds": times,
             "ratio": ratios,
-            "forward_share": case.forward_share,
+            "forward_share": share,
             "errors": self._errors(),
             "memory": self._memory(),
             "facts": dict(case.facts),
@@ -200,7 +202,7 @@ class Pairing:
 
     def _memory(self) -> dict[str, int]:
         for name, one in {"ours": self.case.ours, **self.case.peers}.items():
-            if not one.long and self.first.get(name, self.first_of_ours) <= SLOW:
+            if not one.long and self.first.get(name, self.first_of_ours) <= COUNTED:
                 self.memory[name] = allocated_peak(one.call, self.device)
         return {name: value for name, value in self.memory.items() if name != self.measure}
 

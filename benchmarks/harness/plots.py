@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from markupsafe import Markup
 
-from .figures import Curve, Mark, Row, curves, dots
+from .figures import OURS, Curve, Mark, Row, curves, dots
 from .results import Record, Results
 
 SCALING = "Scaling"
@@ -20,7 +20,7 @@ def figures_of(results: Results, group: str) -> dict[str, Markup]:
         found["peers"] = _peers(records)
     if any(record.of_forward is not None for record in records):
         found["forward"] = forward_figure(records)
-    if any(record.memory("ours") for record in records):
+    if any(record.memory(OURS) for record in records):
         found["memory"] = _memory(records)
     for number, record in enumerate(records):
         if record.peers and any(kind.startswith("variance missed") for kind in record.error("ours")):
@@ -28,18 +28,13 @@ def figures_of(results: Results, group: str) -> dict[str, Markup]:
     return found
 
 
-def _names(record: Record) -> dict[str, str]:
-    """Names in the results -> names in a legend."""
-    return {"ours": "ours", **{peer: peer for peer in record.peers}}
-
-
 def _times(records: list[Record]) -> Markup:
     rows = []
     for record in records:
         seconds: Mapping[str, Mapping[str, float]] = record.content["seconds"]
         marks = [
-            Mark(label, *(1e3 * seconds[name][part] for part in ("median", "p10", "p90")))
-            for name, label in _names(record).items()
+            Mark(name, *(1e3 * seconds[name][part] for part in ("median", "p10", "p90")))
+            for name in (OURS, *record.peers)
         ]
         rows.append(Row(record.case, tuple(marks)))
     description = "; ".join(f"{row.label}: ours {row.marks[0].value:.3g} ms" for row in rows)
@@ -67,7 +62,7 @@ def forward_figure(records: list[Record]) -> Markup:
     for record in records:
         if record.of_forward is not None:
             share, ratio = record.content["forward_share"], record.ratio("forward")
-            mark = Mark("ours over the forward", record.of_forward, share / ratio["p90"], share / ratio["p10"])
+            mark = Mark(OURS, record.of_forward, share / ratio["p90"], share / ratio["p10"])
             rows.append(Row(record.case, (mark,)))
     description = "; ".join(f"{row.label}: {row.marks[0].value:.3g}" for row in rows)
     return dots(
@@ -79,8 +74,8 @@ def forward_figure(records: list[Record]) -> Markup:
 def _memory(records: list[Record]) -> Markup:
     rows = []
     for record in records:
-        sizes = {label: record.memory(name) for name, label in _names(record).items()}
-        marks = tuple(Mark(label, size / 2**20) for label, size in sizes.items() if size and size > 0)
+        sizes = {name: record.memory(name) for name in (OURS, *record.peers)}
+        marks = tuple(Mark(name, size / 2**20) for name, size in sizes.items() if size and size > 0)
         if marks:
             rows.append(Row(record.case, marks))
     description = "; ".join(f"{row.label}: {row.marks[0].series} {row.marks[0].value:.3g} MiB" for row in rows)
@@ -91,10 +86,10 @@ def accuracy_figure(record: Record) -> Markup:
     """Accuracy against cost: down and to the left is better."""
     seconds = record.content["seconds"]
     found = []
-    for name, label in _names(record).items():
+    for name in (OURS, *record.peers):
         errors = [value for kind, value in record.error(name).items() if kind.startswith("variance missed")]
         if errors and errors[-1] > 0:
-            found.append(Curve(label, ((1e3 * seconds[name]["median"], errors[-1]),), joined=False))
+            found.append(Curve(name, ((1e3 * seconds[name]["median"], errors[-1]),), joined=False))
     kinds = [kind for kind in record.error("ours") if kind.startswith("variance missed")]
     description = f"{record.case}: " + "; ".join(
         f"{curve.series} {curve.points[0][0]:.3g} ms, {curve.points[0][1]:.1e}" for curve in found

@@ -2,7 +2,8 @@
 
 In every round a case is timed beside a measure: the model's own forward on the same rows, or a fixed product. What is
 compared between runs is our time over the measure's. A change counts beyond three standard errors of both medians
-together, and beyond `FLOOR`, by which two runs of the same code were found to differ.
+together, and beyond `FLOOR`: rounds of one run share their process, its memory layout and the weather of the machine,
+and so know nothing of how these differ between runs.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from .results import Record, Results
 
-FLOOR = 0.15  # relative; two runs of one commit on one machine agree to this where the rounds agree better
+FLOOR = 0.15  # relative: below the fifth that must not pass unseen
 ERRORS = 3.0
 
 

@@ -105,7 +105,7 @@ def test_dots_stand_where_their_values_are(results):
     rule = float(re.search(r'class="rule" d="M([\d.]+)', figure)[1])
     svd, peft = sorted(places)[:2] if len(places) == 2 else (min(places), max(places))
     assert svd < rule < peft
-    decade = rule - 14  # from 0.1, at the left margin, to 1
+    decade = rule - 20  # from 0.1, at the left margin, to 1
     assert peft - rule == pytest.approx(decade * 0.602, abs=0.2)  # log10 of 4
     assert rule - svd == pytest.approx(decade * 0.301, abs=0.2)
 
@@ -140,7 +140,7 @@ def test_the_committed_page_says_what_the_committed_results_say():
     assert report.committed()
     assert report.with_results(page, report.committed()) == page
     for results in report.committed():
-        for file, figure in report.figure_files(results).items():
+        for file, (_, figure) in report.figure_files(results).items():
             assert (report.FIGURES / file).read_text(encoding="utf-8") == figure
 
 
@@ -162,8 +162,10 @@ def test_no_result_names_its_machine():
         assert getpass.getuser() == "root" or getpass.getuser() not in text
 
 
-@pytest.fixture
-def page(tmp_path, results):
+@pytest.fixture(params=["made up", "committed"])
+def page(request, tmp_path, results):
+    if request.param == "committed":
+        results = report.committed()[0]
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     import shutil
 
@@ -187,7 +189,7 @@ def test_the_page_fits_wide_and_narrow_in_a_browser(page, width):
     page.set_viewport_size({"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == width
     drawn = page.locator("figure svg").evaluate_all("all => all.map(svg => svg.getBoundingClientRect().width)")
-    assert len(drawn) >= 8
+    assert len(drawn) >= 4
     assert min(drawn) > 250
     outside = page.locator("svg").evaluate_all(
         """all => all.flatMap(svg => { const box = svg.getBoundingClientRect();

@@ -8,14 +8,18 @@ import pytest
 import run
 from harness.results import Results
 
-pytestmark = pytest.mark.slow
-
 
 def started(monkeypatch, output, *options):
     monkeypatch.setattr(sys, "argv", ["benchmarks/run.py", "--quick", "--output", str(output), *options])
     return run.main()
 
 
+def test_the_command_is_kept_without_places():
+    arguments = ["--suite", "gram", "--output", "/somewhere", "--against=/there", "--quick"]
+    assert run._without_paths(arguments) == ["--suite", "gram", "--quick"]
+
+
+@pytest.mark.slow
 def test_a_failing_gate_leaves_no_figure(tmp_path, monkeypatch, capfd):
     failing = tmp_path / "test_wrong.py"
     failing.write_text("def test_wrong():\n    assert False\n")
@@ -25,6 +29,7 @@ def test_a_failing_gate_leaves_no_figure(tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_suite_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SUITES", ("missing", "allocation"))
     assert started(monkeypatch, tmp_path) == 1
@@ -35,6 +40,7 @@ def test_a_suite_that_fails_is_named_and_the_others_are_measured(tmp_path, monke
     assert "suite missing: failed" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_suite_runs(tmp_path, monkeypatch):
     assert started(monkeypatch, tmp_path, "--device", "cpu") == 0
     results = Results.load(tmp_path / "results.json")
