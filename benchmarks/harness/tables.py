@@ -152,11 +152,19 @@ def parts_table(results: Results) -> Table:
     names = list(dict.fromkeys(name for record in records for name in record.facts["parts"]))
     rows = tuple(
         (record.case, *(f"{100 * record.facts['parts'][name]:.0f} %" for name in names),
-         mebibytes(record.facts["bytes of states"]))
+         mebibytes(record.facts["bytes of states"]), mebibytes(_beyond_forward(record)))
         for record in records
     )  # fmt: skip
-    note = "From a second, instrumented pass. States: MiB that all statistics hold."
-    return Table("Parts of a pass", note, ("case", *names, "states"), rows)
+    note = (
+        "Shares of the first, instrumented pass. States: MiB of all statistics. Beyond the forward: MiB by which "
+        "the process grew in that pass, less what it grew by in a few whole forwards before."
+    )
+    return Table("Parts of a pass", note, ("case", *names, "states", "beyond the forward"), rows)
+
+
+def _beyond_forward(record: Record) -> int | None:
+    ours, forward = record.memory("ours"), record.memory("forward")
+    return None if ours is None or forward is None else ours - forward
 
 
 def changes_table(found: Sequence[Change]) -> Table:
