@@ -49,7 +49,8 @@ class Rows:
 
 
 def power_law(n: int, d: int, *, seed: int = 0, start: Tensor | None = None) -> Tensor:  # (n, d) float32
-    """Rows whose i-th eigenvalue is 1/i, about a mean of ten standard deviations, turned off the axes.
+    """Rows whose i-th eigenvalue is 1/i, about a mean ten times as long as the largest
+    standard deviation, turned off the axes.
 
     Batches of one stream differ by ``seed`` alone: mean and directions depend on d only.
     """
