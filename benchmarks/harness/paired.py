@@ -130,6 +130,8 @@ class Pairing:
 
     def _first(self, name: str, candidate: Candidate) -> float:
         """Seconds of the first call, which warms up, and the memory by which the process grew."""
+        if self.device != "cpu":
+            candidate.call()  # compiles its kernels, which is no reason to call it slow
         seconds = 0.0
 
         def call() -> None:
