@@ -33,6 +33,7 @@ STATISTICS: tuple[dict[str, Any], ...] = (
     {"statistic": "auto"},
     *({"statistic": "subspace", "oversampling": c} for c in (2.0, 3.0, 4.0)),
 )
+OVERSAMPLING = 3.0  # of every criterion, so that they are compared at one width
 MAX_BATCHES = 240  # two passes over the data: what has not converged by then is said to have not
 OUTPUT = Path(__file__).parents[1] / "docs" / "measured" / "choosing.json"
 
@@ -124,7 +125,7 @@ def main() -> None:
     known: dict[EvaConfig, dict[str, Any]] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
     for table, options in runs():
-        config = EvaConfig(**{"max_batches": MAX_BATCHES, **options})
+        config = EvaConfig(**{"max_batches": MAX_BATCHES, "oversampling": OVERSAMPLING, **options})
         if config not in known:
             known[config] = measure(base, exact, batches, of_rho[config.rho], config)
         row = {"options": options, **known[config]}

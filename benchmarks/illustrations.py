@@ -68,7 +68,7 @@ def streamed(rows: list[Tensor], scatter: Tensor) -> dict[str, list[float]]:
     """Method → share captured after each batch; a statistic's is that of its last refresh."""
     width = rows[0].shape[1]
     best = float(torch.linalg.eigvalsh(scatter)[-RANK:].sum())
-    columns = min(width, round(DEFAULT_OVERSAMPLING * CANDIDATES))
+    columns = min(width, round(DEFAULT_OVERSAMPLING["subspace"] * CANDIDATES))
     statistics: dict[str, Statistic] = {
         "exact (gram)": GramStatistic(width, columns),
         "streaming subspace": SubspaceStatistic(width, columns),
@@ -78,7 +78,7 @@ def streamed(rows: list[Tensor], scatter: Tensor) -> dict[str, list[float]]:
     for number, batch in enumerate(rows, 1):
         for name, statistic in statistics.items():
             statistic.accumulate_(batch)
-            if number % REFRESH_PERIOD == 0 or number in (1, 2):
+            if number % REFRESH_PERIOD["subspace"] == 0 or number in (1, 2):
                 refresh_([statistic])
             found[name].append(share(statistic.basis, scatter, best))
         peft.partial_fit(batch)

@@ -28,10 +28,8 @@ python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|numpy|np|npt|collections|contextlib|pathlib|matplotlib|transformers|typing)\..*")
-]
-nitpick_ignore = [
-    ("py:class", name) for name in ("Figure", "eva_kernels.streaming_svd.statistics.S", "eva_lora.adapters.F")
+    ("py:.*", r"(torch|nn|dist|numpy|np|npt|collections|contextlib|pathlib|matplotlib|transformers|typing)\..*"),
+    ("py:class", r"Figure|eva_kernels\.streaming_svd\.statistics\.(S|Sketch)|eva_lora\.adapters\.F"),
 ]
 
 # A pattern of the index may match nothing yet; Sphinx gives that warning no type to suppress it by.

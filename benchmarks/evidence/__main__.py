@@ -1,7 +1,7 @@
 """python -m benchmarks.evidence [--short] [--results FOLDER] [TASK ...]
 
-Runs what is not in the result files yet; it may be stopped and started again at any time. Then makes tables and
-pictures: in the pages from the committed results, beside the result files elsewhere.
+Runs what is not in the result files yet; it may be stopped and started again at any time. When all tasks are done it
+makes tables and pictures: in the pages from the committed results, beside the result files elsewhere.
 """
 
 import importlib
@@ -44,6 +44,8 @@ def main(names: tuple[str, ...], short: bool, results: Path) -> None:
     warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")
     for name in names or TASKS:
         run_task(load(name, short=short), TASKS[name][1], results, click.echo)
+    if names:
+        return
     if results == page.RESULTS:
         page.main()
     else:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.evidence.page
 
-A page marks the place of a table by ``<!-- runs: TASK -->`` and ``<!-- end -->``; what is between is replaced.
+A page marks the place of a table by ``<!-- runs: TASK -->`` (or ``rates``) and ``<!-- end -->``; what is between is
+replaced.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from . import memory
 from .plots import LABELS, plot
 from .results import Results
-from .running import target_loss
+from .running import best_rate, target_loss
 from .summary import Interval, summarise
 
 __all__ = ["PAGES", "RESULTS", "main", "pages", "table", "updated", "write_beside"]
@@ -21,7 +22,7 @@ __all__ = ["PAGES", "RESULTS", "main", "pages", "table", "updated", "write_besid
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 PAGES = ROOT / "docs"
-BLOCK = re.compile(r"(<!-- (runs|memory): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (runs|rates|memory): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def table(path: Path) -> str:
@@ -61,6 +62,25 @@ def table(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rates_table(path: Path) -> str:
+    """The Markdown of how each learning rate did on the tuning seed."""
+    settings, _, runs = Results.load(path)
+    rates = settings["learning_rates"]
+    lines = [
+        f"| validation loss after {settings['steps']} steps, seed {settings['tuning_seed']} "
+        + "".join(f"| {rate:g} " for rate in rates)
+        + "|",
+        "| --- |" + " --- |" * len(rates),
+    ]
+    for name in settings["methods"]:
+        chosen, cells = best_rate(runs, name), []
+        for rate in rates:
+            (run,) = (run for run in runs if run.tuning and (run.method, run.learning_rate) == (name, rate))
+            cells.append(f"**{run.curve[-1][1]:.3f}**" if rate == chosen else f"{run.curve[-1][1]:.3f}")
+        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def memory_table(path: Path) -> str:
     """The Markdown of what the base model knows."""
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +101,8 @@ def updated(text: str, results: Path = RESULTS) -> str:
 
     def made(match: re.Match[str]) -> str:
         opening, kind, name, _, closing = match.groups()
-        made = memory_table(results / memory.FILE.name) if kind == "memory" else table(results / f"{name}.jsonl")
+        path = results / (memory.FILE.name if kind == "memory" else f"{name}.jsonl")
+        made = {"runs": table, "rates": rates_table, "memory": memory_table}[kind](path)
         return f"{opening}\n{made}\n{closing}"
 
     return BLOCK.sub(made, text)

@@ -38,7 +38,11 @@ def plot(methods: Sequence[str], metric: str, runs: Sequence[Run], path: Path) -
             mean = interval(scores)
             right.plot(scores, [place] * len(scores), "o", color=COLOURS[name], alpha=0.4, markersize=4)
             right.errorbar(mean.mean, place, xerr=mean.half, fmt="|", color=COLOURS[name], capsize=3, markersize=12)
-        right.set(yticks=range(len(finals)), yticklabels=[LABELS[name] for name in reversed(finals)], xlabel=metric)
+        right.set(
+            yticks=range(len(finals)),
+            yticklabels=[LABELS[name] for name in reversed(finals)],
+            xlabel=metric.partition(" (")[0],
+        )
         right.margins(y=0.2)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)

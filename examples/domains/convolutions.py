@@ -25,8 +25,8 @@ class Convolutions(Task):
     targets = r".*_1x1\.convolution"
     rank = 4
     head = ("classifier",)
-    learning_rates = (1e-3, 3e-3, 1e-2)
-    steps, evaluate_every = 24, 4
+    learning_rates = (3e-4, 1e-3, 3e-3)
+    steps, evaluate_every = 32, 4
 
     @cached_property
     def _pretrained(self) -> nn.Module:
@@ -66,7 +66,7 @@ class Convolutions(Task):
 
     @cached_property
     def validation(self) -> list[Batch]:
-        return self._batches(list(range(1500, 1516 if self.short else 1580)))
+        return self._batches(list(range(1500, 1516 if self.short else 1596)))
 
     def score(self, model: nn.Module) -> float:
         batches = self._batches(list(range(1600, 1616 if self.short else 2000)))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -12,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
+from eva_lora.adapters import find_adapter
 from eva_lora.peft import planned_config
+from eva_lora.running import Run
 from support.models import LINEARS, lora, lora_a_of, tiny_llama, token_batches
 from support.ranks import on_ranks
 
@@ -170,3 +173,12 @@ def test_offloaded_layers_are_read_as_they_run_and_their_adapters_are_there_to_b
     require_same_directions(lora_a_of(model), plain)
     model(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+def test_a_statistic_is_kept_where_its_layer_computes():
+    model = lora(tiny_llama())
+    there = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
+    add_hook_to_module(there, AlignDevicesHook(execution_device="meta"))
+    run = Run(find_adapter(model), EvaConfig())
+    devices = {site.name: run.new_statistic(i, "subspace", 8).basis.device.type for i, site in enumerate(run.sites)}
+    assert {name for name, device in devices.items() if device == "meta"} == {"model.layers.1.mlp.down_proj"}

@@ -16,6 +16,7 @@ from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, plan
 from eva_lora.cli import COMMANDS, main
 from eva_lora.cli.running import duration, is_refusal
 from support.command import EVA_LORA, eva_lora
+from support.files import paragraphs, write_jsonl
 
 
 def invoke(*arguments):
@@ -266,6 +267,44 @@ def test_layers_that_did_not_converge_can_be_an_exit_code(files, tmp_path):
     assert done.exit_code == 3, done.output
     assert "warning: EVA stopped at max_batches (1)" in done.output
     assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_init_goes_on_from_its_checkpoint(files, tmp_path, monkeypatch):
+    from eva_lora import collecting
+
+    forwards, forward = [], collecting.default_forward
+
+    def counted(model, batch):
+        forwards.append(1)
+        if len(forwards) == limit:
+            raise KeyboardInterrupt
+        return forward(model, batch)
+
+    monkeypatch.setattr(collecting, "default_forward", counted)
+    options = ["--rank", 4, "--max-batches", 5, "--batch-size", 4, "--max-length", 32]
+    saving = ["--checkpoint", tmp_path / "eva.safetensors", "--checkpoint-every", 1]
+
+    def init(output, *more, data=files / "train.jsonl"):
+        return invoke("init", files / "base", "--data", data, "--output", tmp_path / output, *options, *more)
+
+    limit = 4
+    cut = init("cut", *saving)
+    assert cut.exit_code == 130, cut.output
+    assert (tmp_path / "eva.safetensors").is_file()
+    assert not (tmp_path / "cut" / "adapter").exists()
+    forwards.clear()
+    limit = None
+    assert init("resumed", *saving).exit_code == 0
+    assert len(forwards) == 2
+    assert init("whole").exit_code == 0
+    plans = [EvaPlan.load(tmp_path / name / "plan.safetensors") for name in ("resumed", "whole")]
+    assert plans[0].ranks == plans[1].ranks
+    assert all(torch.equal(a, plans[1].lora_a[name]) for name, a in plans[0].lora_a.items())
+
+    data = write_jsonl(tmp_path / "other.jsonl", [{"text": text} for text in paragraphs(48, start=60)])
+    other = init("other", *saving, data=data)
+    assert other.exit_code == 1, other.output
+    assert "checkpoint" in other.output
 
 
 # --- doctor and demo

@@ -226,7 +226,8 @@ class Pool:
             rows: list[list[Tensor]] = [[] for _ in range(self.ranks.size)]
             for i, name in places:
                 rows[inputs[i].owner].append(summands[i][name].reshape(-1).to(self.ranks.device))
-            reduced = self.ranks.reduce_scatter(_stacked(rows, dtype, self.ranks.device))
+            nothing = torch.empty(0, dtype=dtype, device=self.ranks.device)
+            reduced = self.ranks.sum_up([torch.cat([nothing, *pieces]) for pieces in rows])
             for i, name in places:
                 if inputs[i].owner == self.ranks.rank:
                     like = summands[i][name]
@@ -326,13 +327,3 @@ def _buckets(inputs: Sequence[Input]) -> Iterator[list[Input]]:
         size += entry.statistic.basis.nbytes
     if bucket:
         yield bucket
-
-
-def _stacked(rows: list[list[Tensor]], dtype: torch.dtype, device: torch.device) -> Tensor:  # (ranks, longest)
-    """Each rank's tensors, one after the other, filled up with zeros to one length."""
-    lengths = [sum(map(len, pieces)) for pieces in rows]
-    result = torch.zeros(len(rows), max(lengths), dtype=dtype, device=device)
-    for row, pieces, length in zip(result, rows, lengths, strict=True):
-        if pieces:
-            torch.cat(pieces, out=row[:length])
-    return result

@@ -121,14 +121,18 @@ class Ranks:
             dist.reduce(own, dst=dist.get_global_rank(self.group, destination), group=self.group)
         return own
 
-    def reduce_scatter(self, rows: Tensor) -> Tensor:  # (ranks, n) -> (n,)
-        """Row r of the sum over all ranks, on rank r."""
-        result = rows.new_empty(rows.shape[1])
-        # The name of the function has changed with torch 2.13, and it warns of its former one.
-        scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    def sum_up(self, pieces: Sequence[Tensor]) -> Tensor:  # one (n,) for each rank -> (n,)
+        """The sum over all ranks of their pieces for this one: a reduce-scatter of pieces of different lengths.
+
+        The pieces are exchanged and added up in the ranks' order, so that the sum has the same bits every time. Gloo's
+        own reduce-scatter sends twice as much.
+        """
+        sent, own = torch.cat(list(pieces)), len(pieces[self.rank])
+        received = sent.new_empty(self.size * own)
+        lengths = [len(piece) for piece in pieces]
         with self._reaching_all():
-            scatter(result, rows.reshape(-1), group=self.group)
-        return result
+            dist.all_to_all_single(received, sent, [own] * self.size, lengths, group=self.group)
+        return received.view(self.size, own).sum(0)
 
     def all_gather(self, row: Tensor) -> Tensor:  # (n,) -> (ranks, n)
         """Every rank's row."""

@@ -1,0 +1,64 @@
+"""The exact statistic: the Gram matrix of all rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..gram import gram_accumulate_
+from .statistics import Statistic
+
+
+class GramStatistic(Statistic):
+    """The exact statistic: the d × d Gram matrix about the shift. Order-free up to rounding."""
+
+    kind = "gram"
+
+    def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
+        super().__init__(num_features, num_components, **options)
+        self.gram = torch.zeros(num_features, num_features, dtype=self.basis.dtype, device=self.basis.device)
+        self.image: Tensor | None = None  # (d, q): Gram matrix times basis, summed over shares, until the next basis
+
+    @classmethod
+    def predict_nbytes(cls, num_features: int, num_components: int) -> int:
+        return 4 * num_features * (num_features + num_components)
+
+    def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
+        assert self.shift is not None
+        gram_accumulate_(
+            self.gram, self.column_sum, self.square_sum, x, self.shift, row_mask, sign=sign, impl=self.impl
+        )
+
+    def _merge_(self, other: "GramStatistic", offset: Tensor) -> None:
+        cross = torch.outer(offset, other.column_sum)
+        moved = cross + cross.T + other.num_rows * torch.outer(offset, offset)
+        self.gram += other.gram + moved.to(self.gram.dtype)
+        self._merge_totals_(other, offset)
+        self.pending_rows += other.num_rows
+
+    @classmethod
+    def products(cls, members: "Sequence[GramStatistic]") -> tuple[Tensor, Tensor]:
+        sample = torch.stack([s.basis for s in members])
+        product = torch.stack([s.gram @ s.basis if s.image is None else s.image for s in members])
+        sums = torch.stack([s.column_sum for s in members])[:, None]  # (b, 1, d)
+        counts = sums.new_tensor([max(s.num_rows, 1) for s in members])[:, None, None]
+        return sample, product.baddbmm_(sums.to(sample).mT, (sums / counts).to(sample) @ sample, alpha=-1)
+
+    def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
+        own = {"gram": self.gram} if whole else {"image": self.gram @ self.basis}
+        return {**super().summands(), **own}
+
+    def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
+        super().adopt_(basis, eigenvalues)
+        self.image = None
+
+    def finish_(self) -> None:
+        """Basis and eigenvalues become the exact leading ones: one eigensolve in float64."""
+        if self.num_rows == 0:
+            return
+        scatter = self.gram.double() - torch.outer(self.column_sum, self.column_sum / self.num_rows)
+        values, vectors = torch.linalg.eigh(scatter)
+        keep = self.num_components
+        self.eigenvalues = values[-keep:].flip(0).clamp_min(0)
+        self.basis = vectors[:, -keep:].flip(1).to(self.basis.dtype).contiguous()

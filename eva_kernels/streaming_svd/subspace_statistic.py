@@ -1,0 +1,123 @@
+"""The streaming statistic: a summary of the past, and one product of the rows since."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._rows import add_totals_, shifted_chunks
+from ..subspace import subspace_accumulate_
+from .statistics import Sketch, Statistic
+
+
+class SubspaceStatistic(Statistic):
+    """History PCA: a rank-q summary of the past, and the product of the pending rows with a sample of it.
+
+    One product with X per batch; the derivation and its sources are in this folder's README. The sample is
+    the basis rounded to bfloat16, so that every kernel multiplies by exactly the matrix that the extraction
+    assumes: rounding inside a kernel would turn up as variance in directions that have none.
+    """
+
+    kind = "subspace"
+
+    def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
+        super().__init__(num_features, num_components, **options)
+        self._sample = _rounded(self.basis)  # (d, q)
+        self.pending = torch.zeros_like(self.basis)  # (d, q): Σ z (zᵀ sample) over the pending rows
+        self.past_rows = 0  # rows summarised by basis and eigenvalues
+        self.past_sum = torch.zeros_like(self.column_sum)  # (d,): Σ z over those rows
+
+    @classmethod
+    def predict_nbytes(cls, num_features: int, num_components: int) -> int:
+        return 4 * num_features * (3 * num_components + 5)
+
+    @classmethod
+    def products(cls, members: "Sequence[SubspaceStatistic]") -> tuple[Tensor, Tensor]:
+        sample = torch.stack([s._sample for s in members])
+        basis = torch.stack([s.basis for s in members])
+        weighted = torch.stack([s.eigenvalues for s in members]).to(basis)[:, :, None] * (basis.mT @ sample)
+        product = torch.stack([s.pending for s in members]).baddbmm_(basis, weighted)
+        rows = [(s.past_rows, s.num_rows - s.past_rows) for s in members]  # past n, pending m
+        past = torch.stack([s.past_sum for s in members])
+        pending = torch.stack([s.column_sum for s in members]) - past
+        n, m = past.new_tensor([(max(n, 1), max(m, 1)) for n, m in rows])[:, :, None].unbind(1)  # (b, 1)
+        directions = torch.stack([pending / m, pending / m - past / n], 1).to(basis)  # (b, 2, d)
+        weights = basis.new_tensor([(-m, n * m / max(n + m, 1)) for n, m in rows])
+        return sample, product.baddbmm_((weights[:, :, None] * directions).mT, directions @ sample)
+
+    def start_(self, sketch: Sketch) -> None:
+        super().start_(sketch)
+        self._sample = _rounded(self.basis)
+
+    def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
+        own = {"pending": self.pending, "past_sum": self.past_sum} if whole else {"pending": self.pending}
+        return {**super().summands(), **own}
+
+    def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
+        assert self.shift is not None
+        subspace_accumulate_(
+            self.pending, self.column_sum, self.square_sum, x, self._sample, self.shift, row_mask,
+            sign=sign, impl=self.impl,
+        )  # fmt: skip
+
+    def accumulate_block_(
+        self,
+        x: Tensor,  # (..., w), the features from ``start`` on
+        row_mask: Tensor | None,  # (...) bool
+        *,
+        num_rows: int,
+        start: int,
+        add_up_: Callable[[Tensor], object],
+        counts: bool,
+        sign: int = 1,
+    ) -> None:
+        """As :meth:`accumulate_` where the features of a row are split into blocks, each in a share of its own.
+
+        Args:
+            x, row_mask, num_rows, sign: As there; there has to be a shift.
+            start: The block's first feature.
+            add_up_: Adds a tensor up over all blocks, in place: the rows' products with the sample, (n, q).
+            counts: Whether the rows count in this share.
+        """
+        assert self.shift is not None
+        stop = start + x.shape[-1]
+        shift = self.shift[start:stop]
+        matrices = [self._sample] if self.previous is None else [self._sample, self.previous, self.basis]
+        columns = torch.cat([matrix[start:stop] for matrix in matrices], 1)
+        products = torch.cat([chunk @ columns for chunk in shifted_chunks(x, shift, row_mask)])
+        add_up_(products)
+        row, q = 0, self.num_components
+        for chunk in shifted_chunks(x, shift, row_mask):
+            self.pending[start:stop].addmm_(chunk.mT, products[row : row + len(chunk), :q], alpha=sign)
+            add_totals_(self.column_sum[start:stop], self.square_sum, chunk, sign)
+            row += len(chunk)
+        if counts:
+            self.num_rows += sign * num_rows
+            self.pending_rows += sign * num_rows
+            if self.previous is not None:
+                self._add_projections_(products[:, q:], sign)
+
+    def _merge_(self, other: "SubspaceStatistic", offset: Tensor) -> None:
+        for name, statistic in (("self", self), ("other", other)):
+            if statistic.pending_rows:
+                raise ValueError(f"{name}: expected no rows since the last refresh, got {statistic.pending_rows}")
+        ours, theirs = self.num_rows, other.num_rows
+        between = self.column_sum / max(ours, 1) - (other.column_sum / max(theirs, 1) + offset)
+        parts = [s.basis.double() * s.eigenvalues.sqrt() for s in (self, other)]
+        weight = (ours * theirs / max(ours + theirs, 1)) ** 0.5
+        vectors, values, _ = torch.linalg.svd(torch.cat([*parts, weight * between[:, None]], 1), full_matrices=False)
+        self._merge_totals_(other, offset)
+        keep = self.num_components
+        self.adopt_(vectors[:, :keep].to(self.basis.dtype).contiguous(), values[:keep].square())
+
+    def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
+        super().adopt_(basis, eigenvalues)
+        self._sample = _rounded(basis)
+        self.pending.zero_()
+        self.past_rows = self.num_rows
+        self.past_sum = self.column_sum.clone()
+
+
+def _rounded(basis: Tensor) -> Tensor:
+    return basis.to(torch.bfloat16).to(basis.dtype)
