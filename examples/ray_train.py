@@ -5,7 +5,7 @@ import tempfile
 import ray
 import torch
 from peft import LoraConfig, get_peft_model
-from ray.train import RunConfig, ScalingConfig, get_context, report
+from ray.train import Checkpoint, RunConfig, ScalingConfig, get_context, report
 from ray.train.torch import TorchTrainer, prepare_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +31,11 @@ def train() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    report({"loss": float(loss), "rows": eva.num_rows, "ranks": list(eva.ranks.values())})
+    metrics = {"loss": float(loss), "rows": eva.num_rows, "ranks": list(eva.ranks.values())}
+    with tempfile.TemporaryDirectory() as folder:
+        if rank == 0:
+            model.save_pretrained(folder)
+        report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
 
 
 if __name__ == "__main__":

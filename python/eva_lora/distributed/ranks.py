@@ -41,7 +41,10 @@ class Ranks:
 
     def __init__(self, group: "dist.ProcessGroup") -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        on_gpu = "cuda:" in dist.get_backend_config(group) and torch.cuda.is_available()
+        backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))  # device -> backend
+        on_gpu = (
+            backends.get("cuda", "gloo") != "gloo" and torch.cuda.is_available()
+        )  # gloo lacks some collectives there
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._error: tuple[float, BaseException] | None = None
         # Longer than the group's: a rank that fails has to wait until the others give up what they wait for in it.
