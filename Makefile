@@ -113,9 +113,11 @@ bench-gpu: $(VENV)/.dev
 
 studies: $(VENV)/.dev
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/end_to_end.py --dtype bfloat16 --batches 40 --tokens 336 --no-peft
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/until_converged.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/distributed.py
 
 instructions: $(VENV)/.dev
 	$(BIN)/python benchmarks/instructions.py

@@ -38,6 +38,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", _devices(metafunc.config), scope="session")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases that know of no device run on the CPU: not where another one is asked for."""
+    if config.getoption("device") not in (None, "cpu"):
+        left_out = [item for item in items if "device" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def quick(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("quick"))

@@ -18,6 +18,7 @@ from harness.page import markdown, render
 from harness.plots import figures_of
 from harness.regression import Change, changes
 from harness.results import Results
+from harness.tables import threads
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "benchmarks" / "results"
@@ -76,7 +77,7 @@ def with_results(page: str, published: Sequence[Results]) -> str:
 
 
 def _devices(results: Results) -> str:
-    return " and ".join(f"{info['device']}, {info['threads']} threads" for info in results.machine.values())
+    return " and ".join(f"{info['device']}, {threads(info)}" for info in results.machine.values())
 
 
 def publish(results: Results) -> None:

@@ -48,8 +48,8 @@ class Rows:
         return min(outputs, FORWARD_OUTPUTS) / outputs
 
 
-def power_law(n: int, d: int, *, seed: int = 0, start: Tensor | None = None) -> Tensor:  # (n, d) float32
-    """Rows whose i-th eigenvalue is 1/i, about a mean of ten standard deviations, turned off the axes.
+def power_law(n: int, d: int, *, seed: int = 0) -> Tensor:  # (n, d) float32
+    """Rows whose i-th eigenvalue is 1/i, off the axes, about a mean ten times as long as their largest deviation.
 
     Batches of one stream differ by ``seed`` alone: mean and directions depend on d only.
     """

@@ -44,7 +44,7 @@ GATE = (
     "tests/bench",
 )
 QUICK_GATE = ("tests/kernels/test_orthonormalize.py",)
-TIME_LIMIT = 900  # seconds a suite
+TIME_LIMIT = 1200  # seconds a suite
 
 
 def passes_gate(tests: tuple[str, ...]) -> bool:

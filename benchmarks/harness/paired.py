@@ -130,6 +130,8 @@ class Pairing:
 
     def _first(self, name: str, candidate: Candidate) -> float:
         """Seconds of the first call, which warms up, and the memory by which the process grew."""
+        if self.device != "cpu":
+            candidate.call()  # compiles its kernels, which is no reason to call it slow
         seconds = 0.0
 
         def call() -> None:
@@ -204,7 +206,8 @@ class Pairing:
         for name, one in {"ours": self.case.ours, **self.case.peers}.items():
             if not one.long and self.first.get(name, self.first_of_ours) <= COUNTED:
                 self.memory[name] = allocated_peak(one.call, self.device)
-        return {name: value for name, value in self.memory.items() if name != self.measure}
+        whole_forward = self.case.forward is not None and self.case.forward.long
+        return {name: size for name, size in self.memory.items() if name != self.measure or whole_forward}
 
 
 def _square_product(device: str) -> Candidate:

@@ -36,7 +36,12 @@ class Change:
 
 
 def changes(now: Results, before: Results) -> list[Change]:
-    """Of every case that both have, on devices and with threads that both share; the worst first."""
+    """Of every case that both have, on devices and with threads that both share; the worst first.
+
+    Nothing where one run was quick and the other was not.
+    """
+    if now.quick != before.quick:
+        return []
     comparable = {
         device
         for device, info in now.machine.items()

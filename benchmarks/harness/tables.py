@@ -1,8 +1,9 @@
 """Results as tables: the same ones for the Markdown and for the page."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .regression import Change
 from .results import Record, Results
@@ -24,6 +25,10 @@ class Table:
         lines = ["| " + " | ".join(self.header) + " |", "|" + align]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join(lines)
+
+
+def threads(info: Mapping[str, Any]) -> str:
+    return f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -152,11 +157,19 @@ def parts_table(results: Results) -> Table:
     names = list(dict.fromkeys(name for record in records for name in record.facts["parts"]))
     rows = tuple(
         (record.case, *(f"{100 * record.facts['parts'][name]:.0f} %" for name in names),
-         mebibytes(record.facts["bytes of states"]))
+         mebibytes(record.facts["bytes of states"]), mebibytes(_beyond_forward(record)))
         for record in records
     )  # fmt: skip
-    note = "From a second, instrumented pass. States: MiB that all statistics hold."
-    return Table("Parts of a pass", note, ("case", *names, "states"), rows)
+    note = (
+        "Shares of the first, instrumented pass. States: MiB of all statistics. Beyond the forward: MiB by which "
+        "the process grew in that pass, less what it grew by in a few whole forwards before."
+    )
+    return Table("Parts of a pass", note, ("case", *names, "states", "beyond the forward"), rows)
+
+
+def _beyond_forward(record: Record) -> int | None:
+    ours, forward = record.memory("ours"), record.memory("forward")
+    return None if ours is None or forward is None else ours - forward
 
 
 def changes_table(found: Sequence[Change]) -> Table:
@@ -177,7 +190,7 @@ def provenance_rows(results: Results) -> list[tuple[str, str]]:
     for info in results.machine.values():
         rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {dtype}" for dtype, rate in info["flop_rate"].items())
         rows += [
-            ("device", f"{info['device']}, {info['cores']} cores, {info['threads']} threads"),
+            ("device", f"{info['device']}, {info['cores']} cores, {threads(info)}"),
             ("measured peaks", f"{rates}, {info['copy_rate'] / 1e9:,.0f} GB/s of a copy"),
             ("versions", ", ".join(f"{name} {info[name]}" for name in ("python", "torch", "numpy", "peft",
                                    "transformers", "scikit-learn", "torch-incremental-pca"))),

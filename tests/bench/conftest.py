@@ -16,7 +16,8 @@ def results():
         entry("Streams", "a stream", peers={"PEFT": 4.0, "svd": 0.5}, errors=missed),
         entry("Rank allocation", "sites", forward=None, peers={}),
         entry("End to end", "B1: float32", 11.0, forward=0.94, share=0.25, peers={"PEFT IncrementalPCA": 2.5},
-              errors={"ours": losses, "PEFT IncrementalPCA": theirs}, facts=facts),
+              errors={"ours": losses, "PEFT IncrementalPCA": theirs}, facts=facts,
+              memory={"ours": 300 << 20, "forward": 200 << 20}),
         *(entry("Scaling", f"{x} rows", x * 1e-6, peers={}, facts={"curve": "gram", "axis": "rows", "x": x})
           for x in (256, 512)),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from harness.page import WARNING, markdown, render
 from harness.plots import figures_of
 from harness.regression import changes
 from harness.results import Results
-from harness.tables import goals_table, group_table, losses_table
+from harness.tables import goals_table, group_table, losses_table, parts_table
 from support.benchmark_results import entry, results_of
 
 
@@ -64,6 +64,11 @@ def test_goals_say_what_was_not_reached(results):
     assert reached["B1 float32: our pass over its full forwards"] == "yes"
     assert reached["B1 float32: PEFT's time over ours"] == "**no**"
     assert reached["B1 float32: variance missed by 32, over PEFT's"] == "yes"
+
+
+def test_the_parts_of_a_pass_with_its_memory(results):
+    (row,) = parts_table(results).rows
+    assert row == ("B1: float32", "70 %", "30 %", "1.0", "100.0")
 
 
 def test_the_markdown_has_every_table_with_provenance(results):

@@ -62,5 +62,9 @@ def test_other_machines_are_not_compared(name, value):
     assert changes(results_of(entry(forward=0.9)), results_of(entry(), machine=machine)) == []
 
 
+def test_a_quick_run_is_no_measure_of_another():
+    assert changes(results_of(entry()), results_of(entry(), quick=True)) == []
+
+
 def test_new_cases_are_left_out():
     assert len(changes(results_of(entry(), entry(case="new")), results_of(entry()))) == 1
