@@ -117,6 +117,7 @@ studies: $(VENV)/.dev
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/until_converged.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/distributed.py
 
 instructions: $(VENV)/.dev
 	$(BIN)/python benchmarks/instructions.py
@@ -125,11 +126,11 @@ roofline: $(VENV)/.dev
 	$(BIN)/python benchmarks/roofline.py
 
 evidence: $(VENV)/.data
-	$(BIN)/python -m benchmarks.evidence.memory
-	$(BIN)/python -m benchmarks.evidence
+	$(BIN)/python -m benchmarks.evidence.memory build/evidence
+	$(BIN)/python -m benchmarks.evidence --results build/evidence
 
 evidence-short: $(VENV)/.data
-	$(BIN)/python -m benchmarks.evidence --short --results build/evidence
+	$(BIN)/python -m benchmarks.evidence --short --results build/evidence-short
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from queue import Empty
 from typing import Any
 
 import peft
@@ -106,7 +107,7 @@ def measure(size: int, work: Callable[..., None], count: int) -> dict[str, float
     """Rows per processor second of all processes together, and the wall time and bytes of the slowest and busiest."""
     base, batches = AutoModel.from_pretrained(minilm()).float(), text(count)
     context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
+    queue = context.Queue()
 
     def process(rank: int, store: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
@@ -114,6 +115,8 @@ def measure(size: int, work: Callable[..., None], count: int) -> dict[str, float
         before, started, worked = written(), time.perf_counter(), time.process_time()
         work(base, batches[rank::size])
         queue.put((written() - before, time.perf_counter() - started, time.process_time() - worked))
+        queue.close()
+        queue.join_thread()
         dist.barrier()
         os._exit(0)
 
@@ -121,7 +124,13 @@ def measure(size: int, work: Callable[..., None], count: int) -> dict[str, float
         processes = [context.Process(target=process, args=(rank, f"{folder}/store")) for rank in range(size)]
         for one in processes:
             one.start()
-        results = [queue.get() for _ in processes]
+        results: list[tuple[int, float, float]] = []
+        while len(results) < size:
+            try:
+                results.append(queue.get(timeout=5))
+            except Empty:
+                if any(one.exitcode for one in processes):
+                    raise RuntimeError("a process failed; its own output says how") from None
         for one in processes:
             one.join()
     sent, wall, cpu = zip(*results, strict=True)
@@ -129,7 +138,7 @@ def measure(size: int, work: Callable[..., None], count: int) -> dict[str, float
     return {
         "processes": size, "batches in all": count, "rows per processor second": rows / sum(cpu),
         "processor seconds": sum(cpu), "wall seconds": max(wall), "MB sent per process": max(sent) / 1e6,
-        "MB sent per batch and process": max(sent) / (count // size) / 1e6,
+        "MB sent per step and process": max(sent) / (count // size) / 1e6,
     }  # fmt: skip
 
 

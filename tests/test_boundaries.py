@@ -56,6 +56,10 @@ def test_eva_lora_names_no_triton_and_not_the_compiled_module():
     assert [path.name for path in LORA.rglob("*.py") if "eva_kernels._core" in path.read_text(encoding="utf-8")] == []
 
 
+def test_the_numerics_know_no_process_groups():
+    assert [path.name for path in KERNELS.rglob("*.py") if "distributed" in path.read_text(encoding="utf-8")] == []
+
+
 def test_eva_initialize_is_found_where_strangers_look():
     assert eva_kernels.eva_initialize is eva_lora.eva_initialize
 

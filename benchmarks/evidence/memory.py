@@ -1,6 +1,6 @@
 """Whether SmolLM2 has memorised the newswire it is trained on here, beside texts it surely knows.
 
-    python -m benchmarks.evidence.memory
+    python -m benchmarks.evidence.memory [FOLDER]
 
 Windows of 128 tokens. A model that knows a text by heart guesses most next tokens, and goes on with it word by word.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from examples.domains.language_generation import LanguageGeneration
 
 __all__ = ["FILE", "measure"]
 
-FILE = Path(__file__).parent / "results" / "memory.json"
+FILE = "memory.json"
 WINDOW, PROMPT = 128, 96
 
 
@@ -48,15 +49,18 @@ def licence(tokenizer: Any, folder: Path, name: str) -> list[Tensor]:
     return list(ids.unfold(0, WINDOW, 16))
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(path_type=Path), default=Path(__file__).parent / "results")
+def main(folder: Path) -> None:
     task = LanguageGeneration()
-    model, tokenizer = task._pretrained
+    model, tokenizer = task.pretrained
     newswire = {"newswire, validation and test": task.held_out, "newswire, training (seed 1)": task.training(1)}
     texts = {name: [row for batch in batches for row in batch["input_ids"]] for name, batches in newswire.items()}
     texts["MIT licence"] = licence(tokenizer, unpacked(TEXTILES), "LICENSE")
     texts["BSD 3-clause licence"] = licence(tokenizer, unpacked(MLXTEND), "LICENSE-BSD3.txt")
     found = {name: measure(model.eval(), windows) for name, windows in texts.items()}
-    FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, values in found.items():
         print(name, values)
 

@@ -43,7 +43,7 @@ class Initialiser:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._seed: int | None = None
+        self._passes: dict[int, tuple[EvaStatistics, float]] = {}  # the last seed's
 
     def __call__(self, method: str, seed: int) -> Initialised:
         if method in EVA:
@@ -64,14 +64,14 @@ class Initialiser:
 
     def _eva(self, rho: float, seed: int) -> Initialised:
         model = self._peft(seed, True)
-        if self._seed != seed:
-            self._statistics, self._pass_seconds = self._collected(model, self.task.training(seed))
-            self._seed = seed
+        if seed not in self._passes:
+            self._passes = {seed: self._collected(model, self.task.training(seed))}
+        statistics, pass_seconds = self._passes[seed]
         start = time.perf_counter()
-        eva_plan = plan(self._statistics, EvaConfig(rho=rho))
+        eva_plan = plan(statistics, EvaConfig(rho=rho))
         apply(model, eva_plan)
-        seconds = self._pass_seconds + time.perf_counter() - start
-        return self._described(model, seconds, self._statistics.num_batches, eva_plan.ranks)
+        seconds = pass_seconds + time.perf_counter() - start
+        return self._described(model, seconds, statistics.num_batches, eva_plan.ranks)
 
     @staticmethod
     def _collected(model: nn.Module, batches: list[Batch]) -> tuple[EvaStatistics, float]:

@@ -101,7 +101,7 @@ def updated(text: str, results: Path = RESULTS) -> str:
 
     def made(match: re.Match[str]) -> str:
         opening, kind, name, _, closing = match.groups()
-        path = results / (memory.FILE.name if kind == "memory" else f"{name}.jsonl")
+        path = results / (memory.FILE if kind == "memory" else f"{name}.jsonl")
         made = {"runs": table, "rates": rates_table, "memory": memory_table}[kind](path)
         return f"{opening}\n{made}\n{closing}"
 
@@ -115,7 +115,10 @@ def pages() -> Iterator[Path]:
 def write_beside(folder: Path) -> None:
     """``summary.md`` and a picture per task, in the folder of the result files."""
     draw(folder, folder)
-    tables = [f"## {path.stem}\n\n{table(path)}" for path in sorted(folder.glob("*.jsonl"))]
+    paths = sorted(folder.glob("*.jsonl"))
+    tables = [f"## {path.stem}\n\n{table(path)}\n{rates_table(path)}" for path in paths]
+    if (folder / memory.FILE).exists():
+        tables.append(f"## What the language model knows\n\n{memory_table(folder / memory.FILE)}")
     (folder / "summary.md").write_text("\n".join(tables), encoding="utf-8")
 
 

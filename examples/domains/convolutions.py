@@ -29,7 +29,7 @@ class Convolutions(Task):
     steps, evaluate_every = 32, 4
 
     @cached_property
-    def _pretrained(self) -> nn.Module:
+    def pretrained(self) -> nn.Module:
         torch.manual_seed(0)
         config = MobileNetV2Config(tf_padding=False, output_stride=32, num_labels=len(FAULTS))
         if self.short:
@@ -43,7 +43,7 @@ class Convolutions(Task):
         return model
 
     def base(self, seed: int) -> nn.Module:
-        model = copy.deepcopy(self._pretrained)
+        model = copy.deepcopy(self.pretrained)
         nn.init.normal_(model.classifier.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(model.classifier.bias)
         return model

@@ -40,7 +40,7 @@ class ImageClassification(Task):
     steps, evaluate_every = 60, 5
 
     @cached_property
-    def _pretrained(self) -> nn.Module:
+    def pretrained(self) -> nn.Module:
         torch.manual_seed(0)
         hidden, layers = (16, 1) if self.short else (64, 4)
         config = ViTConfig(
@@ -54,7 +54,7 @@ class ImageClassification(Task):
         return vit
 
     def base(self, seed: int) -> nn.Module:
-        return copy.deepcopy(self._pretrained)
+        return copy.deepcopy(self.pretrained)
 
     def training(self, seed: int) -> list[Batch]:
         images, labels = digits(ADAPTED)

@@ -34,7 +34,7 @@ class LanguageGeneration(Task):
             self.sequences, self.tokens = 2, 16
 
     @cached_property
-    def _pretrained(self) -> tuple[nn.Module, object]:
+    def pretrained(self) -> tuple[nn.Module, object]:
         if self.short:
             torch.manual_seed(0)
             config = LlamaConfig(
@@ -46,15 +46,15 @@ class LanguageGeneration(Task):
         return model.to(torch.bfloat16), tokenizer
 
     def base(self, seed: int) -> nn.Module:
-        return copy.deepcopy(self._pretrained[0])
+        return copy.deepcopy(self.pretrained[0])
 
     def packed(self, split: str, count: int, seed: int) -> list[Batch]:
         """``count`` batches (sequences, tokens) of whole documents one after another, without padding."""
         documents, ids = reuters_r8(split), []
         size = self.sequences * self.tokens
-        end = self._pretrained[0].config.eos_token_id
+        end = self.pretrained[0].config.eos_token_id
         for i in seeded_order(len(documents), seed):
-            ids += [*self._pretrained[1](documents[i][0])["input_ids"], end]
+            ids += [*self.pretrained[1](documents[i][0])["input_ids"], end]
             if len(ids) >= count * size:
                 break
         rows = torch.tensor(ids[: count * size]).reshape(count, self.sequences, self.tokens)

@@ -32,7 +32,7 @@ class LanguageUnderstanding(Task):
         return AutoTokenizer.from_pretrained(_folder())
 
     @cached_property
-    def _pretrained(self) -> nn.Module:
+    def pretrained(self) -> nn.Module:
         if self.short:
             torch.manual_seed(0)
             size = len(self._tokenizer)
@@ -44,7 +44,7 @@ class LanguageUnderstanding(Task):
         return BertForSequenceClassification.from_pretrained(_folder(), num_labels=len(TOPICS), dtype=torch.float32)
 
     def base(self, seed: int) -> nn.Module:
-        model = copy.deepcopy(self._pretrained)
+        model = copy.deepcopy(self.pretrained)
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(model.classifier.weight, std=0.02, generator=generator)
         return model

@@ -116,7 +116,7 @@ class ReinforcementLearning(Task):
     steps, evaluate_every = 40, 4
 
     @cached_property
-    def _pretrained(self) -> Policy:
+    def pretrained(self) -> Policy:
         torch.manual_seed(0)
         if self.short:
             return Policy(16, 1)
@@ -126,7 +126,7 @@ class ReinforcementLearning(Task):
         return policy
 
     def base(self, seed: int) -> nn.Module:
-        return copy.deepcopy(self._pretrained)
+        return copy.deepcopy(self.pretrained)
 
     def training(self, seed: int) -> list[Batch]:
         inputs, pushes = demonstrations(LONG_POLE, episodes=10, seed=100 + seed)

@@ -247,8 +247,9 @@ class Capture:
         x, rows = taken.tensor.detach(), site.rows
         if self.parallel is not None:
             x, kind = self.parallel.part(site, x) if rows is None and taken.tokens is None else (x, "replica")
-            if kind == "block" and not isinstance(entry.statistic, SubspaceStatistic):
-                x, kind = self.parallel.whole(x), "replica"  # a Gram matrix needs every two features together
+            if kind == "block" and (self._mask.skip_nonfinite or not isinstance(entry.statistic, SubspaceStatistic)):
+                # A Gram matrix needs every two features together, and a row is left out for any of them.
+                x, kind = self.parallel.whole(x), "replica"
             if kind == "replica" and self.parallel.rank:
                 return
             rows_mask = self.parallel.tokens(rows_mask) if kind == "tokens" else rows_mask

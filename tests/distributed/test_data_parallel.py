@@ -82,7 +82,7 @@ def text():
     return model, batches, {name: scatter(rows) for name, rows in layer_inputs(model, batches).items()}
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])  # 3: uneven parts
 def test_subspaces_on_real_text_capture_what_those_of_one_rank_do(text, size):
     model, batches, scatters = text
     options = {"statistic": "subspace", "max_batches": 3}
@@ -143,6 +143,7 @@ def test_models_are_equal_on_all_ranks_and_only_one_rank_warns():
     assert all(torch.equal(second[name], a) for name, a in first.items())
 
 
+@pytest.mark.slow
 def test_a_group_can_be_left_out_or_be_a_part_of_the_ranks():
     batches = token_batches(count=2, shape=(4, 24))
 

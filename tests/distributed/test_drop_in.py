@@ -36,6 +36,7 @@ def test_ranks_with_different_data_get_one_answer():
         assert overlap == pytest.approx(1, abs=1e-3), name
 
 
+@pytest.mark.slow
 def test_without_gathering_each_rank_is_for_itself_and_functions_of_ones_own_choose_its_rows():
     def first_sequence(inputs, peft_config):
         return torch.nonzero(torch.arange(len(inputs["input_ids"])) == 0)

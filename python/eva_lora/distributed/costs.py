@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from eva_kernels.streaming_svd import GramStatistic, SubspaceStatistic
 
-from ..config import REFRESH_PERIOD
+from ..config import DEFAULT_OVERSAMPLING, REFRESH_PERIOD
 from .pooling import BUCKET_BYTES, EVIDENCE
 
 __all__ = ["Decoder", "Devices", "InputShape", "Prediction", "Traffic", "predict", "traffic"]
+
+OVERSAMPLING, PERIOD = DEFAULT_OVERSAMPLING["subspace"], REFRESH_PERIOD["subspace"]  # of the default criterion
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Traffic:
     end: float
 
     def total(self, batches: int) -> float:
-        """Of a pass that refreshes after 1, 2, 4, … and then every ``REFRESH_PERIOD`` batches."""
+        """Of a pass that refreshes after 1, 2, 4, … and then every 4 batches."""
         return self.start + batches * self.batch + num_refreshes(batches) * self.refresh + self.end
 
 
@@ -74,7 +76,7 @@ def num_refreshes(batches: int) -> int:
     refreshes = pending = 0
     for _ in range(batches):
         pending += 1
-        if pending >= min(2 ** max(refreshes - 1, 0), REFRESH_PERIOD):
+        if pending >= min(2 ** max(refreshes - 1, 0), PERIOD):
             refreshes, pending = refreshes + 1, 0
     return refreshes + bool(pending)
 
@@ -109,7 +111,7 @@ class Decoder:
     hidden: int
     intermediate: int
 
-    def inputs(self, rank: int, *, rho: float = 2.0, oversampling: float = 3.0) -> list[InputShape]:
+    def inputs(self, rank: int, *, rho: float = 2.0, oversampling: float = OVERSAMPLING) -> list[InputShape]:
         """Of each block: of query, key and value together, of the output projection, of gate and up, and of down."""
         columns = round(rank * rho * oversampling)
         widths = [self.hidden, self.hidden, self.hidden, self.intermediate]
@@ -172,15 +174,15 @@ def predict(model: Decoder, devices: Devices, *, tokens: int, rank: int = 16) ->
     """A pass in its steady state, every device with ``tokens`` rows a batch, weights in two bytes."""
     inputs = model.inputs(rank)
     sent = traffic(inputs, devices.count, layers=7 * model.blocks)
-    network_bytes = sent.batch + sent.refresh / REFRESH_PERIOD
+    network_bytes = sent.batch + sent.refresh / PERIOD
     buckets = 1 + sum(4 * shape.width * shape.columns for shape in inputs) // BUCKET_BYTES
     steps = 3 * buckets * (devices.count - 1)  # of a refresh: per bucket products and totals go, bases come
-    waiting = steps * devices.latency / REFRESH_PERIOD + devices.message_latency * math.log2(devices.count)
+    waiting = steps * devices.latency / PERIOD + devices.message_latency * math.log2(devices.count)
     algebra = sum(8 * shape.width * shape.columns**2 + 30 * shape.columns**3 for shape in inputs)
     return Prediction(
         forward_seconds=2 * model.parameters * tokens / devices.flops,
         statistics_seconds=sum(4 * shape.width * shape.columns for shape in inputs) * tokens / devices.flops,
-        algebra_seconds=algebra / devices.count / REFRESH_PERIOD / devices.algebra_flops,
+        algebra_seconds=algebra / devices.count / PERIOD / devices.algebra_flops,
         network_seconds=network_bytes / devices.bandwidth + waiting,
         network_bytes=network_bytes,
         memory_bytes=2 * model.parameters / devices.count + sum(shape.nbytes for shape in inputs) + 2 * BUCKET_BYTES,

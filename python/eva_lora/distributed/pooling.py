@@ -2,8 +2,9 @@
 
 Between two refreshes every rank folds its own rows into a share of each statistic. What a refresh needs of the shares
 (q × d numbers of an input, and its totals) is added up on one rank, the input's owner, which does the small algebra
-and hands the new basis to all. That is a reduce-scatter and an all-gather, together the bytes of one all-reduce. An
-owner holds all sums from then on and the others hold zeros, so that what all hold together is the whole at any time.
+and hands the new basis to all. Together that sends the bytes of one all-reduce, after which every rank would have to
+repeat the algebra. An owner holds all sums from then on and the others hold zeros, so that what all hold together is
+the whole at any time.
 """
 
 from collections.abc import Iterator, Sequence
