@@ -82,20 +82,12 @@ def percentile(sample: list[float], share: float) -> float:
 
 
 def summary(sample: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile, how many, and the standard error of the median's logarithm.
-
-    The error comes from the median absolute deviation of the logarithms (1.4826 of it is a normal standard
-    deviation, 1.2533/√n of that the error of a median). 0 where there is one value: nothing is known of its spread.
-    """
-    logs = [math.log(value) for value in sample]
-    middle = statistics.median(logs)
-    deviation = 1.4826 * statistics.median(abs(value - middle) for value in logs)
+    """Median, 10th and 90th percentile, and of how many."""
     return {
         "median": statistics.median(sample),
         "p10": percentile(sample, 0.1),
         "p90": percentile(sample, 0.9),
         "rounds": len(sample),
-        "error": 1.2533 * deviation / math.sqrt(len(sample)),
     }
 
 

@@ -63,10 +63,9 @@ class Record:
         return float(self.content["forward_share"] / self.ratio("forward")["median"])
 
     @property
-    def cost(self) -> tuple[float, float]:
-        """Our time in units of what was timed beside it for this purpose, and the standard error of its logarithm."""
-        measure = self.ratio("forward" if "forward" in self.content["ratio"] else "ruler")
-        return 1 / measure["median"], measure["error"]
+    def measure(self) -> Mapping[str, float]:
+        """Over ours, the time of what stands beside it for comparisons between runs: the forward or the ruler."""
+        return self.ratio("forward" if "forward" in self.content["ratio"] else "ruler")
 
 
 @dataclass(frozen=True)

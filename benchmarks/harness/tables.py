@@ -49,7 +49,10 @@ def errors(record: Record, name: str) -> str:
 
 
 def group_table(results: Results, group: str) -> Table:
-    """One suite: our time and its spread, our part of the forward, every peer's time over ours, errors, memory."""
+    """One suite: our time and its spread, our part of the forward, every peer's time over ours, errors, memory.
+
+    Facts of a case that are no whole numbers are its own figures, and have columns too.
+    """
     records = results.of(group)
     peers = list(dict.fromkeys(peer for record in records for peer in record.peers))
     has = {
@@ -60,7 +63,8 @@ def group_table(results: Results, group: str) -> Table:
         "error": any(record.error("ours") for record in records),
     }
     devices = len({record.device for record in results.records}) > 1
-    header = ["case", "ms", "p10 to p90", *(name for name, there in has.items() if there), *peers]
+    own = list(dict.fromkeys(k for record in records for k, v in record.facts.items() if isinstance(v, float)))
+    header = ["case", "ms", "p10 to p90", *(name for name, there in has.items() if there), *own, *peers]
     rows = []
     for record in records:
         seconds = record.seconds
@@ -77,6 +81,7 @@ def group_table(results: Results, group: str) -> Table:
                 milliseconds(seconds["median"]),
                 f"{milliseconds(seconds['p10'])} to {milliseconds(seconds['p90'])}",
                 *(cells[name] for name, there in has.items() if there),
+                *(f"{record.facts[name]:.3g}" if name in record.facts else "" for name in own),
                 *(_against(record, peer) for peer in peers),
             )
         )

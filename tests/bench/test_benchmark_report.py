@@ -44,6 +44,12 @@ def test_a_group_s_table_holds_its_figures(results):
     assert first["full product"] == "2.00x; 2.0e-03; 5.0"
 
 
+def test_a_case_s_own_figures_have_a_column():
+    table = group_table(results_of(entry("Hooks", facts={"microseconds a hook": 8.256, "sites": 36})), "Hooks")
+    assert dict(zip(table.header, table.rows[0], strict=True))["microseconds a hook"] == "8.26"
+    assert "sites" not in table.header
+
+
 def test_the_forward_s_share_is_counted(results):
     """A fourth of the forwards was timed beside the pass, which took 0.94 of all of them."""
     (row,) = group_table(results, "End to end").rows

@@ -5,8 +5,8 @@ import copy
 from harness.results import Record, Results
 
 
-def spread(median, error=0.01, rounds=20):
-    return {"median": median, "p10": 0.9 * median, "p90": 1.1 * median, "rounds": rounds, "error": error}
+def spread(median, rounds=20):
+    return {"median": median, "p10": 0.9 * median, "p90": 1.1 * median, "rounds": rounds}
 
 
 def entry(group="Gram", case="SmolLM2-135M attention, 1024 x 576", ours=1e-3, *, forward=0.5, share=1.0, **more):
