@@ -22,9 +22,9 @@ def figures_of(results: Results, group: str) -> dict[str, Markup]:
         found["forward"] = forward_figure(records)
     if any(record.memory(OURS) for record in records):
         found["memory"] = _memory(records)
-    for number, record in enumerate(records):
+    for record in records:
         if record.peers and any(kind.startswith("variance missed") for kind in record.error("ours")):
-            found[f"accuracy {number}"] = accuracy_figure(record)
+            found[f"accuracy against cost: {record.case}"] = accuracy_figure(record)
     return found
 
 

@@ -72,6 +72,10 @@ def test_goals_say_what_was_not_reached(results):
     assert reached["B1 float32: variance missed by 32, over PEFT's"] == "yes"
 
 
+def test_a_quick_run_is_held_against_no_goal(results):
+    assert goals_table(results_of(*(record.content for record in results.records), quick=True)).rows == ()
+
+
 def test_the_parts_of_a_pass_with_its_memory(results):
     (row,) = parts_table(results).rows
     assert row == ("B1: float32", "70 %", "30 %", "1.0", "100.0")
