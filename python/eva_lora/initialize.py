@@ -125,7 +125,11 @@ def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | No
     """
     with whole_weights(model):
         adapter = find_adapter(model, sites)
-        planned = {site.name: eva_plan.sites[site.name].rank for site in adapter.sites if site.name in eva_plan.sites}
-        changed = any(site.rank != planned.get(site.name, site.rank) for site in adapter.sites)
+        ranks = {site.name: site.rank for site in adapter.sites}
+        changed = any(
+            planned.rank != ranks.get(name, planned.configured_rank)
+            for name, planned in eva_plan.sites.items()
+            if name in ranks or planned.rank  # a layer of rank 0 may have been left out when the model was built
+        )
         require_changeable(model, ranks_change=changed)
         adapter.apply(eva_plan)

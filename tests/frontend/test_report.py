@@ -243,3 +243,11 @@ def test_layers_are_laid_out_by_block():
 def test_names_are_shortened_as_far_as_they_stay_apart():
     names = ["attention.self.query", "attention.output.dense", "output.dense", "intermediate.dense"]
     assert short_names(names) == ["query", "attention.output.dense", "output.dense", "intermediate.dense"]
+
+
+def test_the_page_of_a_run_that_no_command_started(report, tmp_path):
+    """A notebook's, for instance."""
+    without = dataclasses.replace(report, run={})
+    page = (without.save(tmp_path / "report") / "report.html").read_text(encoding="utf-8")
+    assert "<h3>Call</h3>" in page
+    assert "<h3>Command</h3>" not in page

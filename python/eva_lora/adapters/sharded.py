@@ -33,7 +33,8 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
     All of them are gathered, on every process. A model without such a wrapper is left alone.
     """
-    if not any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+    modules = model.modules() if isinstance(model, nn.Module) else ()  # what is none is refused by name later
+    if not any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
         yield
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
