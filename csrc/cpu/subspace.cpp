@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define EVA_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
@@ -23,20 +24,61 @@ constexpr int64_t kTall = 4;        // rows and registers of a tile of accumulat
 constexpr int64_t kWide = 6;
 constexpr int64_t kThreadRows = 128;  // fewer rows than this are not worth a thread
 
-// An array whose registers never straddle two cache lines. Its content is indeterminate.
+// Memory that a call leaves to the next of its thread. Taken from the system anew it would come in pages that have to
+// be cleared first, which takes longer than the products of a narrow input.
+class Pool {
+ public:
+  ~Pool() {
+    for (const Block& block : blocks_) ::operator delete(block.data, kLine);
+  }
+
+  void* take(size_t size) {
+    for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+      if (block->size == size) {  // inputs of one shape come again and again
+        void* data = block->data;
+        held_ -= size;
+        blocks_.erase(block);
+        return data;
+      }
+    return ::operator new(size, kLine);
+  }
+
+  void give(void* data, size_t size) {
+    blocks_.push_back({data, size});
+    for (held_ += size; held_ > kLimit; blocks_.erase(blocks_.begin())) {
+      held_ -= blocks_.front().size;
+      ::operator delete(blocks_.front().data, kLine);
+    }
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t size;
+  };
+  static constexpr size_t kLimit = size_t{16} << 20;
+  static constexpr std::align_val_t kLine{64};
+  std::vector<Block> blocks_;  // the longest unused first
+  size_t held_ = 0;
+};
+
+thread_local Pool pool;
+
+// An array whose registers never straddle two cache lines. Its content is indeterminate. It ends in the thread it began.
 template <typename T>
 class Array {
  public:
-  explicit Array(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kLine))) {}
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t index) const { return data_.get()[index]; }
+  explicit Array(int64_t size) : size_(size * sizeof(T)), data_(static_cast<T*>(pool.take(size_))) {}
+  Array(Array&& other) noexcept : size_(other.size_), data_(std::exchange(other.data_, nullptr)) {}
+  ~Array() {
+    if (data_) pool.give(data_, size_);
+  }
+  T* get() const { return data_; }
+  T& operator[](int64_t index) const { return data_[index]; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, kLine); }
-  };
-  std::unique_ptr<T, Free> data_;
+  size_t size_;
+  T* data_;
 };
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
