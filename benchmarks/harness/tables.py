@@ -152,7 +152,7 @@ def goals_table(results: Results) -> Table:
         elif benchmark == "B2":
             goal("B2: our pass over its forwards", "≤ 1.05", of_forward, of_forward <= 1.05)
             goal("B2: PEFT's time over ours", "≥ 2.2", against, against >= 2.2)
-    cells = tuple((what, limit, f"{value:.2g}", "yes" if reached else "**no**") for what, limit, value, reached in rows)
+    cells = tuple((what, limit, f"{value:.3g}", "yes" if reached else "**no**") for what, limit, value, reached in rows)
     return Table("Goals", "", ("goal", "limit", "measured", "reached"), cells)
 
 
