@@ -15,7 +15,7 @@ from .batches import ForwardFn, RowMask, RowMaskFn, default_forward, is_encoder_
 from .checkpoint import Checkpoint, identity
 from .config import EvaConfig
 from .distributed import Pool, ProcessGroup, Ranks, TensorParallel, joined, run_together, together
-from .preflight import require_loaded, waits_for_others
+from .preflight import is_partitioned, require_loaded, waits_for_others
 from .progress import Progress
 from .restoring import borrowed, without_autocast
 from .running import Run, device_of
@@ -191,6 +191,8 @@ def _may_stop_early(model: nn.Module, config: EvaConfig, forward_fn: ForwardFn |
     if forward_fn is not None:
         return False
     wrappers = ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+    if any(map(is_partitioned, model.parameters())):
+        return False
     return not any(
         hasattr(module, "_hf_hook") or type(module).__name__ in wrappers or hasattr(module, "_get_fsdp_state")
         for module in model.modules()

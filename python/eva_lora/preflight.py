@@ -34,6 +34,11 @@ def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
             "before wrapping; or collect, plan, build the model with those ranks (eva_lora.peft.planned_config), and "
             "apply; or keep every rank with rho=1"
         )
+    if any(hasattr(parameter, "_z3_optimizer") for parameter in model.parameters()):
+        raise ValueError(
+            "model: DeepSpeed's optimizer already holds a copy of its weights, and would go on training that. "
+            "Initialise before deepspeed.initialize makes an optimizer"
+        )
     require_no_optimizer({id(parameter): name for name, parameter in model.named_parameters() if is_lora(name)})
 
 
@@ -70,15 +75,20 @@ def wrapped(model: nn.Module) -> str | None:
                 return _WRAPPERS[kind.__name__]
         if getattr(module, "_compiled_call_impl", None) is not None:
             return "compiled by module.compile()"
-    return None
+    return "partitioned by DeepSpeed ZeRO-3" if any(map(is_partitioned, model.parameters())) else None
 
 
 def waits_for_others(model: nn.Module) -> bool:
     """Whether a forward waits for those of other processes: weights are gathered, or activations exchanged, in it."""
     wrappers = _WRAPPERS.keys() - {"OptimizedModule"}
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    sharded = any(hasattr(p, "device_mesh") or is_partitioned(p) for p in model.parameters())
     return sharded or bool(kinds & wrappers)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds a parameter: nobody has it whole but while a layer that needs it runs."""
+    return hasattr(parameter, "ds_tensor")
 
 
 def is_lora(name: str) -> bool:

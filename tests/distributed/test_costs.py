@@ -1,5 +1,6 @@
-"""The cost model against the bytes that gloo sends, and the table in the documentation against the model."""
+"""The cost model against the bytes that gloo sends, and the documentation's tables against model and results."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from support.models import lora, tiny_llama, token_batches
 from support.ranks import on_ranks
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "distributed.md"
 IO = Path("/proc/self/io")
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -52,7 +54,18 @@ def test_a_pass_refreshes_as_often_as_the_model_says():
         assert len(collect(lora(tiny_llama()), batches, config, progress=False).trace.batch) == expected, count
 
 
-def test_the_table_in_the_documentation_is_what_the_model_says(monkeypatch):
+@pytest.fixture
+def script(monkeypatch):
+    """What benchmarks/distributed.py defines."""
     monkeypatch.setattr(sys, "argv", ["distributed.py"])
-    made = runpy.run_path(str(ROOT / "benchmarks" / "distributed.py"))
-    assert made["prediction_table"]() in (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    return runpy.run_path(str(ROOT / "benchmarks" / "distributed.py"))
+
+
+def test_the_table_in_the_documentation_is_what_the_model_says(script):
+    assert script["prediction_table"]() in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_measured_tables_in_the_documentation_are_the_committed_results(script):
+    page, results = PAGE.read_text(encoding="utf-8"), json.loads(script["RESULTS"].read_text(encoding="utf-8"))
+    assert script["scaling_table"](results["rows"]) in page
+    assert script["forms_table"](results["refreshes"]) in page

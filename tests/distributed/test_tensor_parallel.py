@@ -10,7 +10,16 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from eva_lora import EvaConfig, collect, eva_initialize, plan
-from support.models import captured_share, layer_inputs, lora, scatter, tiny_llama, token_batches
+from support.models import (
+    captured_share,
+    layer_inputs,
+    load_minilm,
+    lora,
+    minilm_text_batches,
+    scatter,
+    tiny_llama,
+    token_batches,
+)
 from support.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -35,12 +44,27 @@ def pieces(batches, index, count):
     return [{name: value.chunk(count)[index] for name, value in batch.items()} for batch in batches]
 
 
-def require_equal(found, one, rtol):
+def require_same_rows(found, one):
     assert [i.num_rows for i in found.inputs] == [i.num_rows for i in one.inputs]
     assert [s.inputs for s in found.sites] == [s.inputs for s in one.sites]
     for mine, its in zip(one.inputs, found.inputs, strict=True):
         assert its.total_scatter == pytest.approx(mine.total_scatter, rel=1e-6)
+
+
+def require_equal(found, one, rtol):
+    require_same_rows(found, one)
+    for mine, its in zip(one.inputs, found.inputs, strict=True):
         assert torch.allclose(its.eigenvalues, mine.eigenvalues, rtol=0, atol=rtol * float(mine.eigenvalues[0]))
+
+
+def require_as_good_a_plan(results, one, rows):
+    """Of the ranks that one process finds, with A the same on all ranks, capturing as much of these rows."""
+    ours, theirs, others = (plan(statistics) for statistics in (one, *results))
+    assert ours.ranks == theirs.ranks == others.ranks
+    for name, a in ours.lora_a.items():
+        exact = scatter(rows[name])
+        assert torch.equal(theirs.lora_a[name], others.lora_a[name])
+        assert captured_share(theirs.lora_a[name], exact) == pytest.approx(captured_share(a, exact), abs=1e-5)
 
 
 OPTIONS = {"max_batches": 4, "impl": "reference"}  # whose products do not round rows to bfloat16
@@ -56,16 +80,32 @@ def test_inputs_that_are_whole_count_once_and_blocks_of_features_make_one_input(
         assert model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.to_local().shape == (32, 24)
         return collect(model, BATCHES, config, progress=False)
 
-    first, second = on_ranks(2, check)
-    require_equal(first, one, 1e-5)
-    scatters = {name: scatter(rows) for name, rows in layer_inputs(lora(tiny_llama()), BATCHES).items()}
-    ours, theirs = plan(one), plan(first)
-    assert ours.ranks == theirs.ranks
-    for name, a in ours.lora_a.items():
-        assert torch.equal(theirs.lora_a[name], plan(second).lora_a[name])
-        assert captured_share(theirs.lora_a[name], scatters[name]) == pytest.approx(
-            captured_share(a, scatters[name]), abs=1e-5
-        )
+    results = on_ranks(2, check)
+    require_equal(results[0], one, 1e-5)
+    require_as_good_a_plan(results, one, layer_inputs(lora(tiny_llama()), BATCHES))
+
+
+@pytest.mark.slow
+def test_a_real_encoder_with_its_heads_split_is_on_real_text_what_one_rank_finds():
+    batches = [{name: value[:8] for name, value in batch.items()} for batch in minilm_text_batches()[:3]]
+    config = EvaConfig(statistic="subspace", impl="reference", max_batches=3)
+    model = lora(load_minilm(), target_modules=["query", "key", "value", "attention.output.dense"], r=8)
+    one = collect(model, batches, config, progress=False)
+    rows = layer_inputs(model, batches)
+    assert len(one.sites) == 24
+
+    def check(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.base_model.model.encoder.layer:
+            for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+                parallelize_module(linear.base_layer, mesh, ColwiseParallel())
+            parallelize_module(layer.attention.output.dense.base_layer, mesh, RowwiseParallel())
+        assert linear.base_layer.weight.to_local().shape == (192, 384)
+        return collect(model, batches, config, progress=False)
+
+    results = on_ranks(2, check)
+    require_same_rows(results[0], one)
+    require_as_good_a_plan(results, one, rows)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..preflight import is_lora, is_partitioned
+
 __all__ = ["fill_", "plain_name", "whole_weights"]
 
 _WRAPPER = "_fsdp_wrapped_module."
@@ -29,11 +31,21 @@ def fill_(
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Within it the weights that ``FullyShardedDataParallel`` has flattened have their shapes, and can be written.
+    """Within it weights that a process holds a part of, in no shape, have their own and can be written.
 
-    All of them are gathered, on every process. A model without such a wrapper is left alone.
+    Those that ``FullyShardedDataParallel`` has flattened are all gathered, on every process; of those that DeepSpeed
+    ZeRO-3 has partitioned the adapters' are. Any other model is left alone.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()  # what is none is refused by name later
+    is_module = isinstance(model, nn.Module)  # what is none is refused by name later
+    named = model.named_parameters() if is_module else ()
+    adapters = [p for name, p in named if is_lora(name) and is_partitioned(p)]
+    if adapters:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(adapters, modifier_rank=0), torch.no_grad():
+            yield
+        return
+    modules = model.modules() if is_module else ()
     if not any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
         yield
         return
