@@ -23,7 +23,11 @@ SOURCES = [
     "csrc/allocation.cpp",
     "csrc/tracker.cpp",
     "csrc/bindings.cpp",
+    "csrc/cpu/memory.cpp",
+    "csrc/cpu/threads.cpp",
     "csrc/cpu/subspace.cpp",
+    "csrc/cpu/symmetric_eigen.cpp",
+    "csrc/cpu/refresh.cpp",
     "csrc/cpu/bindings.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/compare_bases.cu", "csrc/cuda/bindings.cpp"]

@@ -1,7 +1,10 @@
-// Tensors arrive as addresses: eva_kernels.subspace has checked their shapes, types and strides.
+// Tensors arrive as addresses: the Python functions that call these have checked their shapes, types and strides.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "refresh.h"
 #include "subspace.h"
+#include "symmetric_eigen.h"
 
 namespace py = pybind11;
 
@@ -22,6 +25,37 @@ void subspace(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_st
   eva::subspace_accumulate(task, threads);
 }
 
+using Addresses = std::vector<uintptr_t>;
+
+void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& images, const Addresses& bases,
+             const Addresses& eigenvalues, uintptr_t directions, uintptr_t weights, const Addresses& new_bases,
+             uintptr_t new_eigenvalues, uintptr_t cosines, uintptr_t overlaps, uintptr_t solved, double jitter,
+             double alignment, double orthogonal, int threads) {
+  std::vector<eva::RefreshTask> tasks;
+  for (int64_t i = 0; i < static_cast<int64_t>(samples.size()); ++i)
+    tasks.push_back({d, q, address<float>(samples[i]), address<float>(images[i]),
+                     bases.empty() ? nullptr : address<float>(bases[i]), address<double>(eigenvalues[i]),
+                     address<float>(directions) + i * 2 * d, address<float>(weights) + i * 2,
+                     address<float>(new_bases[i]), address<double>(new_eigenvalues) + i * q,
+                     address<double>(cosines) + i * q, address<double>(overlaps) + i * q});
+  py::gil_scoped_release unlocked;
+  eva::refresh(tasks, {jitter, alignment, orthogonal}, address<uint8_t>(solved), threads);
+}
+
+std::pair<bool, double> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t out, int threads) {
+  py::gil_scoped_release unlocked;
+  double deviation = 0;
+  const bool done = eva::cholesky_qr(address<float>(y), d, q, address<float>(out), &deviation, threads);
+  return {done, deviation};
+}
+
+void symmetric_eigen(uintptr_t matrices, int64_t batch, int64_t n, uintptr_t values, uintptr_t vectors,
+                     uintptr_t solved, int threads) {
+  py::gil_scoped_release unlocked;
+  eva::symmetric_eigen_of_all(address<double>(matrices), batch, n, address<double>(values), address<double>(vectors),
+                              address<uint8_t>(solved), threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& module) {
@@ -29,4 +63,11 @@ void bind_cpu(py::module_& module) {
   module.def("has_bf16_subspace", &eva::has_bf16_subspace);
   module.def("subspace", &subspace, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "basis"_a,
              "q"_a, "sign"_a, "product"_a, "column_sum"_a, "square_sum"_a, "threads"_a);
+  module.def("has_refresh", &eva::has_refresh);
+  module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "directions"_a,
+             "weights"_a, "new_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a, "solved"_a, "jitter"_a,
+             "alignment"_a, "orthogonal"_a, "threads"_a);
+  module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "threads"_a);
+  module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,
+             "threads"_a);
 }

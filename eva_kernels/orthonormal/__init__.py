@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .core import cholesky_qr_core, core_runs
 from .reference import cholesky_qr, householder_qr
 
 __all__ = ["orthonormalize"]
@@ -22,10 +23,11 @@ def orthonormalize(
     if y.ndim < 2 or y.shape[-2] < y.shape[-1]:
         raise ValueError(f"y: expected shape (..., d, q) with d ≥ q, got {tuple(y.shape)}")
     flat = y.reshape(-1, *y.shape[-2:])
-    q, enough = cholesky_qr(flat)
+    one_pass = cholesky_qr_core if core_runs(flat) else cholesky_qr
+    q, enough = one_pass(flat)
     again = ~enough
     if bool(again.any()):
-        q[again], enough[again] = cholesky_qr(q[again])
+        q[again], enough[again] = one_pass(q[again])
         failed = ~enough
         q[failed] = householder_qr(flat[failed])
     return q.reshape(y.shape)

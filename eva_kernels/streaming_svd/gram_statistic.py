@@ -14,11 +14,14 @@ class GramStatistic(Statistic):
     """The exact statistic: the d × d Gram matrix about the shift. Order-free up to rounding."""
 
     kind = "gram"
+    summarises = False
 
     def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
         super().__init__(num_features, num_components, **options)
         self.gram = torch.zeros(num_features, num_features, dtype=self.basis.dtype, device=self.basis.device)
-        self.image: Tensor | None = None  # (d, q): Gram matrix times basis, summed over shares, until the next basis
+        self.shared_image: Tensor | None = (
+            None  # (d, q): Gram matrix times basis, summed over shares, until the next basis
+        )
 
     @classmethod
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
@@ -37,21 +40,27 @@ class GramStatistic(Statistic):
         self._merge_totals_(other, offset)
         self.pending_rows += other.num_rows
 
+    @property
+    def sample(self) -> Tensor:
+        return self.basis
+
+    def image(self) -> Tensor:
+        return self.gram @ self.basis if self.shared_image is None else self.shared_image
+
     @classmethod
-    def products(cls, members: "Sequence[GramStatistic]") -> tuple[Tensor, Tensor]:
-        sample = torch.stack([s.basis for s in members])
-        product = torch.stack([s.gram @ s.basis if s.image is None else s.image for s in members])
-        sums = torch.stack([s.column_sum for s in members])[:, None]  # (b, 1, d)
-        counts = sums.new_tensor([max(s.num_rows, 1) for s in members])[:, None, None]
-        return sample, product.baddbmm_(sums.to(sample).mT, (sums / counts).to(sample) @ sample, alpha=-1)
+    def means(cls, members: "Sequence[GramStatistic]") -> tuple[Tensor, Tensor]:
+        counts = [max(s.num_rows, 1) for s in members]
+        sums = torch.stack([s.column_sum for s in members])
+        mean = (sums / sums.new_tensor(counts)[:, None]).to(members[0].basis)
+        return torch.stack([mean, torch.zeros_like(mean)], 1), mean.new_tensor([(-n, 0) for n in counts])
 
     def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
-        own = {"gram": self.gram} if whole else {"image": self.gram @ self.basis}
+        own = {"gram": self.gram} if whole else {"shared_image": self.gram @ self.basis}
         return {**super().summands(), **own}
 
     def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
         super().adopt_(basis, eigenvalues)
-        self.image = None
+        self.shared_image = None
 
     def finish_(self) -> None:
         """Basis and eigenvalues become the exact leading ones: one eigensolve in float64."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..orthonormal import orthonormalize
 from ..symmetric_eigen import symmetric_eigen
+from .core import extract_core, refresh_core_runs
 from .statistics import Statistic
 
 # Of the unit diagonal of the scaled ΩᵀY. Each refresh loses half of it in variance; a direction that is only rounding
@@ -22,10 +23,16 @@ RELATIVE_ALIGNMENT = 5e-4  # ωᵀCω below this fraction of ‖Cω‖ is roundi
 RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis too far from orthonormal
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
 CPU_CACHE_BYTES = 2**21  # bases refreshed at a time on a CPU: about what its second-level cache holds
+CORE_MEMBERS = 8  # statistics a thread that compiled code is given at a time: their new bases exist beside the old ones
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_LIMITS = {
+    "jitter": RELATIVE_JITTER,
+    "alignment": RELATIVE_ALIGNMENT,
+    "orthogonal": RELATIVE_ORTHOGONAL,
+}
 SOLVED, NOT_FINITE, OBLIQUE, INDEFINITE = range(4)  # what became of an extraction; the last two are mended
 
 
@@ -70,8 +77,18 @@ def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
     numerically dependent. Cosines and overlaps compare with the matrix that the rows were multiplied with: the basis
     before, where it is a subspace statistic's rounded to bfloat16. Before the first refresh that is the start.
     """
+    shapes: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, statistic in enumerate(statistics):
+        basis = statistic.basis
+        shapes[(basis.device, type(statistic), basis.dtype, basis.shape)].append(index)
     results: dict[int, Refreshed] = {}
-    for some in _side_by_side(lambda group: _refresh_(statistics, group), list(_rounds(statistics)), statistics):
+    others: list[list[int]] = []
+    for indices in shapes.values():
+        results.update(_refresh_by_core_(statistics, indices))
+        others.append([i for i in indices if i not in results])
+    for some in _side_by_side(
+        lambda group: _refresh_(statistics, group), list(_rounds(statistics, others)), statistics
+    ):
         results.update(some)
     return [results[i] for i in range(len(statistics))]
 
@@ -79,6 +96,24 @@ def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
 def finish_(statistics: Sequence[Statistic]) -> None:
     """:meth:`Statistic.finish_` of every one."""
     _side_by_side(lambda statistic: statistic.finish_(), statistics, statistics)
+
+
+def _refresh_by_core_(statistics: Sequence[Statistic], indices: list[int]) -> dict[int, Refreshed]:
+    """Refresh those statistics of one kind and shape that compiled code can: none where it does not run."""
+    results: dict[int, Refreshed] = {}
+    size = CORE_MEMBERS * torch.get_num_threads()
+    indices = [i for i in indices if refresh_core_runs(statistics[i])]
+    for part in (indices[start : start + size] for start in range(0, len(indices), size)):
+        members = [statistics[i] for i in part]
+        taken = extract_core(members, _LIMITS)
+        evidence = _evidence(members, taken.eigenvalues, taken.cosines, taken.overlaps).numpy()
+        for index, member, one, basis, values, solved in zip(
+            part, members, evidence, taken.bases, taken.eigenvalues, taken.solved, strict=True
+        ):
+            if solved:
+                member.adopt_(basis, values.clone())
+                results[index] = _refreshed(one)
+    return results
 
 
 def _refresh_(statistics: Sequence[Statistic], group: list[list[int]]) -> dict[int, Refreshed]:
@@ -111,14 +146,10 @@ def _side_by_side(work: Callable[[T], R], items: Sequence[T], statistics: Sequen
         torch.set_num_threads(threads)  # which the threads to come begin with
 
 
-def _rounds(statistics: Sequence[Statistic]) -> Iterator[list[list[int]]]:
+def _rounds(statistics: Sequence[Statistic], shapes: list[list[int]]) -> Iterator[list[list[int]]]:
     """What to extract before the host waits: per device all statistics; on a CPU, where waiting is free, a cacheful."""
-    shapes: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, statistic in enumerate(statistics):
-        basis = statistic.basis
-        shapes[(basis.device, type(statistic), basis.dtype, basis.shape)].append(index)
     devices: dict[torch.device, list[list[int]]] = defaultdict(list)
-    for indices in shapes.values():
+    for indices in filter(None, shapes):
         basis = statistics[indices[0]].basis
         if basis.device.type == "cpu":
             size = max(1, CPU_CACHE_BYTES // basis.nbytes)
@@ -131,16 +162,30 @@ def _rounds(statistics: Sequence[Statistic]) -> Iterator[list[list[int]]]:
 def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
     sample, product = members[0].products(members)
     basis, eigenvalues, cross, status = nystrom(sample, product)
-    return _Extraction(indices, members, sample, product, basis, eigenvalues, _evidence(members, eigenvalues, cross),
-                       status)  # fmt: skip
+    evidence = _evidence(members, eigenvalues, *_agreement(cross))
+    return _Extraction(indices, members, sample, product, basis, eigenvalues, evidence, status)
 
 
-def _evidence(members: Sequence[Statistic], eigenvalues: Tensor, cross: Tensor) -> Tensor:  # (b, 4, q)
+def _agreement(cross: Tensor) -> tuple[Tensor, Tensor]:  # (b, q, q) -> (b, q), (b, q)
+    """Per component its ``|cosine|``, per block its overlap."""
+    squares = cross.square().cumsum(-1).cumsum(-2)
+    return cross.diagonal(dim1=-2, dim2=-1).abs().clamp_max(1), squares.diagonal(dim1=-2, dim2=-1)
+
+
+def _evidence(
+    members: Sequence[Statistic],
+    eigenvalues: Tensor,  # (b, q)
+    cosines: Tensor,  # (b, q)
+    overlaps: Tensor,  # (b, q)
+) -> Tensor:  # (b, 4, q)
     """Per component its ``|cosine|``, per block its overlap, per component its ratio, per block its gain."""
-    cosines = cross.diagonal(dim1=-2, dim2=-1).abs().clamp_max(1)
-    overlaps = cross.square().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
     ratios = Statistic.explained_variance_ratios(members, eigenvalues)
     return torch.stack([cosines, overlaps, ratios, Statistic.gains(members)], 1)
+
+
+def _refreshed(evidence: npt.NDArray[np.float64], finite: bool = True) -> Refreshed:  # (4, q)
+    cosines, overlaps, ratios, gains = evidence
+    return Refreshed(cosines, overlaps, ratios, gains, finite)
 
 
 def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refreshed]:
@@ -155,14 +200,11 @@ def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refr
         basis = straighten(sample, basis, values)
         extraction.basis[mended], extraction.eigenvalues[mended] = basis, values
         members = [extraction.members[i] for i in mended]
-        evidence[mended] = _evidence(members, values, (sample.mT @ basis).double()).cpu().numpy()
+        evidence[mended] = _evidence(members, values, *_agreement((sample.mT @ basis).double())).cpu().numpy()
     for i, member in enumerate(extraction.members):
         if status[i] != NOT_FINITE:
             member.adopt_(extraction.basis[i].clone(), extraction.eigenvalues[i].clone())
-    return [
-        Refreshed(cosines=c, overlaps=o, explained_variance_ratio=r, gains=g, finite=code != NOT_FINITE)
-        for (c, o, r, g), code in zip(evidence, status, strict=True)
-    ]
+    return [_refreshed(one, bool(code != NOT_FINITE)) for one, code in zip(evidence, status, strict=True)]
 
 
 def nystrom(

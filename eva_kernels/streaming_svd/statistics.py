@@ -17,7 +17,7 @@ from ..orthonormal import orthonormalize
 
 S = TypeVar("S", bound="Statistic")
 
-_OPTIONS = {"num_features", "num_components", "impl", "image"}  # attributes that are none of what rows leave
+_OPTIONS = {"num_features", "num_components", "impl", "shared_image"}  # attributes that are none of what rows leave
 
 
 class Sketch(NamedTuple):
@@ -62,6 +62,7 @@ class Statistic(ABC):
     """
 
     kind: ClassVar[str]
+    summarises: ClassVar[bool]  # whether basis and eigenvalues stand for rows that are kept nowhere else
 
     def __init__(
         self,
@@ -200,10 +201,31 @@ class Statistic(ABC):
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
         """Bytes a float32 state of this size holds, known before it is made."""
 
+    @property
+    @abstractmethod
+    def sample(self) -> Tensor:  # (d, q)
+        """The matrix that rows were multiplied with; it spans what the basis spans."""
+
+    @abstractmethod
+    def image(self) -> Tensor:  # (d, q)
+        """The second moment of the rows that the basis does not summarise, times the sample."""
+
     @classmethod
     @abstractmethod
-    def products(cls, members: "Sequence[Any]") -> tuple[Tensor, Tensor]:  # (b, d, q), (b, d, q)
-        """Each member's sample, which spans what its basis spans, and the centred scatter of its rows times it."""
+    def means(cls, members: "Sequence[Any]") -> tuple[Tensor, Tensor]:  # (b, 2, d), (b, 2)
+        """Each member's directions u and weights w: Σ w u uᵀ is what centring adds to the scatter."""
+
+    @classmethod
+    def products(cls, members: "Sequence[Statistic]") -> tuple[Tensor, Tensor]:  # (b, d, q), (b, d, q)
+        """Each member's sample, and the centred scatter of its rows times it: statistics of one kind and shape."""
+        sample = torch.stack([s.sample for s in members])
+        product = torch.stack([s.image() for s in members])
+        if cls.summarises:
+            basis = torch.stack([s.basis for s in members])
+            weighted = torch.stack([s.eigenvalues for s in members]).to(basis)[:, :, None] * (basis.mT @ sample)
+            product.baddbmm_(basis, weighted)
+        directions, weights = cls.means(members)
+        return sample, product.baddbmm_((weights[:, :, None] * directions).mT, directions @ sample)
 
     @staticmethod
     def gains(members: "Sequence[Statistic]") -> Tensor:  # (b, q) float64

@@ -20,6 +20,7 @@ class SubspaceStatistic(Statistic):
     """
 
     kind = "subspace"
+    summarises = True
 
     def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
         super().__init__(num_features, num_components, **options)
@@ -32,19 +33,22 @@ class SubspaceStatistic(Statistic):
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
         return 4 * num_features * (3 * num_components + 5)
 
+    @property
+    def sample(self) -> Tensor:
+        return self._sample
+
+    def image(self) -> Tensor:
+        return self.pending
+
     @classmethod
-    def products(cls, members: "Sequence[SubspaceStatistic]") -> tuple[Tensor, Tensor]:
-        sample = torch.stack([s._sample for s in members])
-        basis = torch.stack([s.basis for s in members])
-        weighted = torch.stack([s.eigenvalues for s in members]).to(basis)[:, :, None] * (basis.mT @ sample)
-        product = torch.stack([s.pending for s in members]).baddbmm_(basis, weighted)
+    def means(cls, members: "Sequence[SubspaceStatistic]") -> tuple[Tensor, Tensor]:
+        basis = members[0].basis
         rows = [(s.past_rows, s.num_rows - s.past_rows) for s in members]  # past n, pending m
         past = torch.stack([s.past_sum for s in members])
         pending = torch.stack([s.column_sum for s in members]) - past
         n, m = past.new_tensor([(max(n, 1), max(m, 1)) for n, m in rows])[:, :, None].unbind(1)  # (b, 1)
-        directions = torch.stack([pending / m, pending / m - past / n], 1).to(basis)  # (b, 2, d)
-        weights = basis.new_tensor([(-m, n * m / max(n + m, 1)) for n, m in rows])
-        return sample, product.baddbmm_((weights[:, :, None] * directions).mT, directions @ sample)
+        directions = torch.stack([pending / m, pending / m - past / n], 1).to(basis)
+        return directions, basis.new_tensor([(-m, n * m / max(n + m, 1)) for n, m in rows])
 
     def start_(self, sketch: Sketch) -> None:
         super().start_(sketch)

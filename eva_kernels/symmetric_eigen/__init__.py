@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import choose_impl
+from .core import core_runs, symmetric_eigen_core
 from .reference import symmetric_eigen_reference
 
 __all__ = ["symmetric_eigen"]
@@ -20,7 +21,8 @@ def symmetric_eigen(
     """Eigenpairs of every matrix of a batch: ``matrix @ vectors`` = ``vectors * values``.
 
     An eigenvalue that rounding has made negative comes back as its magnitude from the kernel and as it is
-    from the reference; both are of the size of the rounding. "auto" takes the kernel on a GPU for k up to 256.
+    from the reference; both are of the size of the rounding. "auto" takes the kernel on a GPU for k up to 256,
+    and on a CPU with AVX-512 compiled code for float64 and k up to 128.
 
     Raises:
         TypeError: ``matrix`` is neither float32 nor float64.
@@ -39,4 +41,6 @@ def symmetric_eigen(
         from .triton import symmetric_eigen_triton
 
         return symmetric_eigen_triton(matrix)
+    if impl == "auto" and core_runs(matrix):
+        return symmetric_eigen_core(matrix)
     return symmetric_eigen_reference(matrix)

@@ -16,6 +16,7 @@ SANITIZERS = {
 }
 THREAD_SANITIZER_FOUND_A_RACE = 66  # its exit status
 KERNEL = "tests/core/compare_bases_host.cpp"
+REFRESH = ("refresh_host.cpp", "refresh.cpp", "symmetric_eigen.cpp", "memory.cpp", "threads.cpp")
 TRACKERS = ("tests/core/trackers_host.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp")
 
 
@@ -39,3 +40,12 @@ def test_the_thread_sanitizer_sees_missing_barriers(compile_program: Callable[..
 @pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
 def test_trackers_are_clean_in_several_threads(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
     subprocess.run([compile_program(*TRACKERS, flags=flags)], check=True)
+
+
+@pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
+def test_refreshes_are_clean_at_odd_sizes(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    program, *sources = REFRESH
+    own = compile_program(
+        f"tests/core/{program}", *(f"csrc/cpu/{source}" for source in sources), flags=(*flags, "-ldl")
+    )
+    subprocess.run([own], check=True)

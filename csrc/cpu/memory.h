@@ -1,0 +1,32 @@
+// Memory that a kernel's call leaves to the next of its thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+namespace eva {
+
+// Taken from the system anew it would come in pages that have to be cleared first, which takes longer than the
+// products of a narrow input. What is taken in one thread has to be given back in it. Throws std::bad_alloc.
+void* take_memory(size_t size);
+void give_memory(void* data, size_t size);
+
+// An array whose registers never straddle two cache lines. Its content is indeterminate. It ends in the thread it began.
+template <typename T>
+class Array {
+ public:
+  explicit Array(int64_t size) : size_(size * sizeof(T)), data_(static_cast<T*>(take_memory(size_))) {}
+  Array(Array&& other) noexcept : size_(other.size_), data_(std::exchange(other.data_, nullptr)) {}
+  ~Array() {
+    if (data_) give_memory(data_, size_);
+  }
+  T* get() const { return data_; }
+  T& operator[](int64_t index) const { return data_[index]; }
+
+ private:
+  size_t size_;
+  T* data_;
+};
+
+}  // namespace eva

@@ -1,0 +1,53 @@
+"""Refreshes on a CPU with AVX-512, one statistic a thread: csrc/cpu/refresh.cpp."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._build import use_core
+from .statistics import Statistic
+
+
+class CoreExtraction(NamedTuple):
+    """What was taken out of statistics of one kind and shape; indeterminate where ``solved`` is False."""
+
+    bases: list[Tensor]  # b of (d, q)
+    eigenvalues: Tensor  # (b, q) float64
+    cosines: Tensor  # (b, q) float64
+    overlaps: Tensor  # (b, q) float64
+    solved: list[bool]  # False: not finite, not positive definite or too steep
+
+
+def refresh_core_runs(statistic: Statistic) -> bool:
+    """Whether there is compiled code for this statistic on this machine."""
+    basis = statistic.basis
+    if basis.device.type != "cpu" or basis.dtype != torch.float32 or statistic.impl != "auto":
+        return False
+    core = use_core("auto")
+    return core is not None and core.has_refresh()
+
+
+def extract_core(members: Sequence[Statistic], limits: Mapping[str, float]) -> CoreExtraction:
+    """As ``products`` and ``nystrom`` of :mod:`.refresh` one after the other; ``limits`` are its constants."""
+    first = members[0]
+    d, q = first.basis.shape
+    directions, weights = (x.contiguous() for x in first.means(members))
+    samples, images, bases = ([x.contiguous() for x in matrices] for matrices in zip(
+        *((s.sample, s.image(), s.basis) for s in members), strict=True))  # fmt: skip
+    new_bases = [torch.empty(d, q) for _ in members]
+    eigenvalues, cosines, overlaps = torch.empty(3, len(members), q, dtype=torch.float64)
+    solved = torch.zeros(len(members), dtype=torch.bool)
+    use_core("core").refresh(
+        d=d, q=q, samples=_addresses(samples), images=_addresses(images),
+        bases=_addresses(bases) if first.summarises else [], eigenvalues=_addresses([s.eigenvalues for s in members]),
+        directions=directions.data_ptr(), weights=weights.data_ptr(), new_bases=_addresses(new_bases),
+        new_eigenvalues=eigenvalues.data_ptr(), cosines=cosines.data_ptr(), overlaps=overlaps.data_ptr(),
+        solved=solved.data_ptr(), threads=torch.get_num_threads(), **limits,
+    )  # fmt: skip
+    return CoreExtraction(new_bases, eigenvalues, cosines, overlaps, solved.tolist())
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

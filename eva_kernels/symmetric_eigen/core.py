@@ -1,0 +1,34 @@
+"""The eigensolver on a CPU with AVX-512: csrc/cpu/symmetric_eigen.cpp."""
+
+import torch
+from torch import Tensor
+
+from .._build import use_core
+from .reference import symmetric_eigen_reference
+
+CORE_MAX_SIZE = 128  # beyond it LAPACK's divide and conquer is as fast
+
+
+def core_runs(matrix: Tensor) -> bool:
+    """Whether there is compiled code for these matrices on this machine."""
+    is_small = matrix.numel() > 0 and matrix.shape[-1] <= CORE_MAX_SIZE
+    if matrix.device.type != "cpu" or matrix.dtype != torch.float64 or not is_small:
+        return False
+    core = use_core("auto")
+    return core is not None and core.has_refresh()
+
+
+def symmetric_eigen_core(
+    matrix: Tensor,  # (..., k, k) float64
+) -> tuple[Tensor, Tensor]:  # (..., k), (..., k, k)
+    """As the reference, which is also left what this does not solve: NaN and Inf."""
+    flat = matrix.reshape(-1, *matrix.shape[-2:]).contiguous()
+    values, vectors = torch.empty_like(flat[..., 0]), torch.empty_like(flat)
+    solved = torch.zeros(len(flat), dtype=torch.bool)
+    use_core("core").symmetric_eigen(
+        matrices=flat.data_ptr(), batch=len(flat), n=flat.shape[-1], values=values.data_ptr(),
+        vectors=vectors.data_ptr(), solved=solved.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if not bool(solved.all()):
+        return symmetric_eigen_reference(matrix)
+    return values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)

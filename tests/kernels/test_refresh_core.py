@@ -1,0 +1,164 @@
+"""The compiled refresh, eigensolver and Cholesky QR against PyTorch and NumPy, where this processor has AVX-512."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eva_kernels import SubspaceStatistic, refresh_
+from eva_kernels._build import use_core
+from eva_kernels.orthonormal.core import cholesky_qr_core
+from eva_kernels.orthonormal.reference import cholesky_qr
+from eva_kernels.streaming_svd import refresh
+from eva_kernels.streaming_svd.core import extract_core, refresh_core_runs
+from eva_kernels.symmetric_eigen import symmetric_eigen
+from eva_kernels.symmetric_eigen.core import symmetric_eigen_core
+from support.streams import KINDS, stream
+
+pytestmark = pytest.mark.skipif(
+    use_core("auto") is None or not use_core("core").has_refresh(),
+    reason="the compiled module is missing or this processor has no AVX-512",
+)
+
+
+def fed(kind, d, q, *, batches=3, rows=200, seed=0, **options):
+    """A statistic with a past, and rows that it has not been refreshed with."""
+    statistic = kind(d, q, seed=seed, **options)
+    parts = stream(batches, rows, d, decay=0.5, mean=3, seed=seed)
+    for batch in parts[:-1]:
+        statistic.accumulate_(batch)
+        refresh_([statistic])
+    statistic.accumulate_(parts[-1])
+    return statistic
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    sizes=st.sampled_from([(1, 1), (7, 1), (9, 2), (16, 16), (40, 15), (65, 17), (130, 33), (300, 100)]),
+    members=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_extraction_equals_that_of_pytorch(kind, sizes, members, seed):
+    d, q = sizes
+    statistics = [fed(kind, d, q, seed=seed + i, rows=400) for i in range(members)]
+    assert all(map(refresh_core_runs, statistics))
+    taken = extract_core(statistics, refresh._LIMITS)
+    sample, product = kind.products(statistics)
+    basis, values, cross, status = refresh.nystrom(sample, product)
+    cosines, overlaps = refresh._agreement(cross)
+    assert taken.solved == [code == refresh.SOLVED for code in status.tolist()]
+    for i in np.flatnonzero(taken.solved):
+        largest = float(values[i, 0])
+        np.testing.assert_allclose(taken.eigenvalues[i], values[i], rtol=1e-4, atol=1e-6 * largest)
+        ours, theirs = (
+            (b.double() * v.sqrt()) for b, v in ((taken.bases[i], taken.eigenvalues[i]), (basis[i], values[i]))
+        )
+        np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=2e-5 * largest)
+        eye = torch.eye(q, dtype=torch.float64)
+        assert (taken.bases[i].mT @ taken.bases[i] - eye).abs().max() <= 1e-3  # up to what a steep spectrum leaves
+        exact = sample[i].double().T @ taken.bases[i].double()
+        np.testing.assert_allclose(taken.cosines[i], exact.diagonal().abs().clamp_max(1), atol=1e-5)
+        np.testing.assert_allclose(taken.overlaps[i], refresh._agreement(exact[None])[1][0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(taken.overlaps[i][-1], overlaps[i][-1], rtol=1e-4)
+    assert cosines.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refresh_takes_compiled_code_and_gives_what_pytorch_gives(kind, monkeypatch):
+    compiled, plain = fed(kind, 96, 24, seed=3), fed(kind, 96, 24, seed=3, impl="reference")
+    plain.load_state_(compiled.state())
+    calls, nystrom = [], refresh.nystrom
+    monkeypatch.setattr(refresh, "nystrom", lambda *args: (calls.append(1), nystrom(*args))[1])
+    (ours,) = refresh_([compiled])
+    assert not calls
+    (theirs,) = refresh_([plain])
+    assert calls
+    np.testing.assert_allclose(ours.explained_variance_ratio, theirs.explained_variance_ratio, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(ours.overlaps, theirs.overlaps, rtol=1e-4)
+    assert compiled.num_refreshes == plain.num_refreshes == 3
+    assert compiled.pending_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "finite"),
+    [
+        (lambda s: s.pending.fill_(float("nan")), False),
+        (lambda s: s.pending[0, 0].fill_(float("inf")), False),
+        (lambda s: s.pending.copy_(3e38 * s.sample.sign()), False),
+        (lambda s: s.pending.mul_(-1), True),
+        (lambda s: s.pending.zero_(), True),
+    ],
+    ids=["NaN", "Inf", "overflow", "indefinite", "no variance"],
+)
+def test_what_compiled_code_cannot_solve_is_left_to_pytorch(spoil, finite):
+    statistics = [SubspaceStatistic(20, 6, seed=i) for i in range(3)]
+    for i, statistic in enumerate(statistics):
+        statistic.accumulate_(stream(1, 100, 20, decay=0.5, seed=i)[0])
+    expected = [s.clone() for s in statistics]
+    spoil(statistics[1])
+    before = statistics[1].basis.clone()
+    assert extract_core(statistics, refresh._LIMITS).solved == [True, False, True]
+    results = refresh_(statistics)
+    assert [result.finite for result in results] == [True, finite, True]
+    assert torch.equal(statistics[1].basis, before) or finite
+    assert statistics[1].basis.isfinite().all()
+    refresh_(expected)
+    for i in (0, 2):
+        assert torch.equal(statistics[i].basis, expected[i].basis)
+
+
+def spectra(n, generator):
+    """Symmetric matrices that an eigensolver may stumble over, by name."""
+    full = torch.randn(n, n + 5, dtype=torch.float64, generator=generator)
+    thin = torch.randn(n, max(1, n // 4), dtype=torch.float64, generator=generator)
+    steep = torch.logspace(0, -9, n, dtype=torch.float64)
+    plain = full @ full.T
+    return {
+        "plain": plain,
+        "steep": steep[:, None] * plain * steep,
+        "ascending": plain * steep.flip(0)[:, None] * steep.flip(0),
+        "diagonal": torch.diag(torch.rand(n, dtype=torch.float64, generator=generator)),
+        "low rank": thin @ thin.T,
+        "zero": torch.zeros(n, n, dtype=torch.float64),
+        "nearly the identity": torch.eye(n, dtype=torch.float64) + 1e-10 * plain,
+        "indefinite": full[:, :n] + full[:, :n].T,
+        "huge": 1e200 * plain,
+        "tiny": 1e-200 * plain,
+    }
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 16, 17, 33, 96, 128])
+def test_eigenpairs_are_those_of_numpy(n):
+    matrices = spectra(n, torch.Generator().manual_seed(n))
+    values, vectors = symmetric_eigen_core(torch.stack(list(matrices.values())))
+    for name, matrix, value, vector in zip(matrices, matrices.values(), values, vectors, strict=True):
+        expected = np.linalg.eigvalsh(matrix.numpy())[::-1]
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(value, expected, atol=1e-13 * size, rtol=0, err_msg=name)
+        np.testing.assert_allclose(vector.T @ vector, np.eye(n), atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(matrix @ vector, vector * value, atol=1e-12 * size, rtol=0, err_msg=name)
+
+
+def test_eigenpairs_of_nan_are_left_to_lapack():
+    with pytest.raises(torch.linalg.LinAlgError):
+        symmetric_eigen(torch.full((2, 3, 3), float("nan"), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 5), (3, 40, 7), (1, 200, 96), (2, 130, 17)])
+def test_a_pass_of_cholesky_qr_equals_that_of_pytorch(shape):
+    y = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, shape[-1])
+    ours, enough = cholesky_qr_core(y)
+    theirs, also = cholesky_qr(y)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    assert torch.equal(enough, also)
+
+
+def test_a_failed_pass_of_cholesky_qr_leaves_the_matrix():
+    y = torch.randn(2, 30, 6, generator=torch.Generator().manual_seed(0))
+    y[0, 0, 0] = float("nan")
+    out, enough = cholesky_qr_core(y)
+    assert torch.equal(out[0].nan_to_num(), y[0].nan_to_num())
+    assert not enough[0]
+    assert torch.equal(out[1], cholesky_qr_core(y[1:])[0][0])
