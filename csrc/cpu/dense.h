@@ -92,8 +92,8 @@ EVA_AVX512 inline void multiply_rows(Left<T> left, const T* right, int64_t right
 
 // to (+)= left · right, (m × k) · (k × n).
 template <typename T>
-EVA_AVX512 void multiply(Left<T> left, const T* right, int64_t right_stride, T* to, int64_t stride, int64_t m, int64_t n,
-                         int64_t k, bool adds = false) {
+EVA_AVX512 void multiply(Left<T> left, const T* right, int64_t right_stride, T* to, int64_t stride, int64_t m,
+                         int64_t n, int64_t k, bool adds = false) {
   constexpr int64_t kTall = 4;    // rows and registers of a tile: 24 of the 32 registers
   constexpr int64_t kDepth = 96;  // so much of the right factor stays in the first-level cache
   const int64_t registers = (n + Register<T>::kLanes - 1) / Register<T>::kLanes;

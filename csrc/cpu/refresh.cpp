@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <memory>
 
 #include "memory.h"
@@ -46,6 +47,15 @@ EVA_AVX512 void convert(const From* from, To* to, int64_t size) {
   for (int64_t j = 0; j < size; ++j) to[j] = static_cast<To>(from[j]);
 }
 
+EVA_AVX512 void round_to_bfloat16(const float* from, float* to, int64_t size) {
+  for (int64_t j = 0; j < size; ++j) {
+    uint32_t bits;
+    std::memcpy(&bits, from + j, sizeof bits);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;  // to nearest, ties to even
+    std::memcpy(to + j, &bits, sizeof bits);
+  }
+}
+
 void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t width) {
   for (int64_t j = 0; j < rows; ++j)
     std::fill(std::copy_n(from + j * from_stride, width, to + j * to_stride), to + (j + 1) * to_stride, 0.0f);
@@ -56,8 +66,8 @@ class Extractor {
  public:
   Extractor(int64_t d, int64_t q, const RefreshLimits& limits)
       : limits_(limits), d_(d), q_(q), stride_(padded(q)), tall_(d * stride_), square_(q * stride_),
-        product_(tall_), sketch_(tall_), copy_(stride_ == q ? 0 : tall_), small_(std::max<int64_t>(q, 2) * stride_), core_(square_),
-        first_(square_), second_(square_), third_(square_ + 4 * stride_), vectors_(square_), scale_(stride_),
+        product_(tall_), sketch_(tall_), copy_(stride_ == q ? 0 : tall_),
+        small_(std::max<int64_t>(q, 2) * stride_), core_(square_), first_(square_), second_(square_), third_(square_ + 4 * stride_), vectors_(square_), scale_(stride_),
         norms_(stride_) {}
 
   EVA_AVX512 bool run(const RefreshTask& task) {
@@ -143,6 +153,8 @@ class Extractor {
     multiply<float>({sketch_.get(), stride_, 1}, small_.get(), stride_, to, stride_, d_, q_, q_);
     if (stride_ != q_)
       for (int64_t j = 0; j < d_; ++j) std::copy_n(to + j * stride_, q_, task.new_basis + j * q_);
+    if (task.basis) std::fill_n(task.image, d_ * q_, 0.0f);
+    if (task.rounded_basis) round_to_bfloat16(task.new_basis, task.rounded_basis, d_ * q_);
     return true;
   }
 

@@ -19,19 +19,21 @@ struct RefreshLimits {
 struct RefreshTask {
   int64_t d, q;
   const float* sample;         // (d, q), Ω
-  const float* image;          // (d, q)
+  float* image;                // (d, q); cleared where there is a basis of the past and all went well
   const float* basis;          // (d, q), Q, or null where the image holds all rows
   const double* eigenvalues;   // (q), Λ
   const float* directions;     // (2, d)
   const float* weights;        // (2)
   float* new_basis;            // (d, q)
+  float* rounded_basis;        // (d, q), the same rounded to bfloat16, or null
   double* new_eigenvalues;     // (q), descending
   double* cosines;             // (q), |cosine| of each new component to the sample's
   double* overlaps;            // (q), ‖(Ωᵀ Q′)₁..ᵢ‖²_F
 };
 
-// Tasks of one d and q. Sets solved[i] to 1 where task i went well, else to 0. Where it did not, because something is not finite, ΩᵀY not positive definite
-// or the spectrum too steep, its output is indeterminate. Requires has_refresh(). Does not depend on `threads`.
+// Tasks of one d and q. Sets solved[i] to 1 where task i went well, else to 0: something is not finite, ΩᵀY not
+// positive definite or the spectrum too steep, and the output is indeterminate. Requires has_refresh(). Results do not
+// depend on `threads`.
 void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads);
 
 // One pass of Cholesky QR over y (d, q), unit columns inside the q × q matrix. Returns whether it could be done;

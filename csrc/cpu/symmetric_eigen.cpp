@@ -38,8 +38,8 @@ EVA_AVX512 void multiply_symmetric(const double* matrix, int64_t stride, int64_t
 
 // Householder reflections I − β v vᵀ from both sides bring the matrix to the tridiagonal (diagonal, beside). Row k of
 // the matrix then holds v of the reflection that cleared it, in the columns from k + 1 on.
-EVA_AVX512 void tridiagonalize(double* matrix, int64_t n, int64_t stride, double* diagonal, double* beside, double* beta,
-                               double* product) {
+EVA_AVX512 void tridiagonalize(double* matrix, int64_t n, int64_t stride, double* diagonal, double* beside,
+                               double* beta, double* product) {
   for (int64_t k = 0; k < n; ++k) {
     double* v = matrix + k * stride;
     diagonal[k] = v[k];
@@ -145,7 +145,8 @@ EVA_AVX512 bool diagonalize(double* diagonal, double* beside, int64_t n, double*
 }  // namespace
 
 bool symmetric_eigen(double* matrix, int64_t n, int64_t stride, double* values, double* vectors, double* scratch) {
-  double *rows = scratch, *diagonal = rows + n * stride, *beside = diagonal + stride, *beta = beside + stride, *product = beta + stride;
+  double *rows = scratch, *diagonal = rows + n * stride;
+  double *beside = diagonal + stride, *beta = beside + stride, *product = beta + stride;
   double largest = 0;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < n; ++j) {

@@ -14,6 +14,7 @@ class CoreExtraction(NamedTuple):
     """What was taken out of statistics of one kind and shape; indeterminate where ``solved`` is False."""
 
     bases: list[Tensor]  # b of (d, q)
+    samples: list[Tensor | None]  # the same rounded to bfloat16, where the kind multiplies rows with that
     eigenvalues: Tensor  # (b, q) float64
     cosines: Tensor  # (b, q) float64
     overlaps: Tensor  # (b, q) float64
@@ -30,23 +31,29 @@ def refresh_core_runs(statistic: Statistic) -> bool:
 
 
 def extract_core(members: Sequence[Statistic], limits: Mapping[str, float]) -> CoreExtraction:
-    """As ``products`` and ``nystrom`` of :mod:`.refresh` one after the other; ``limits`` are its constants."""
+    """As ``products`` and ``nystrom`` of :mod:`.refresh` one after the other; ``limits`` are its constants.
+
+    The images of solved members of a kind that summarises are zero afterwards: they are in the bases.
+    """
     first = members[0]
     d, q = first.basis.shape
     directions, weights = (x.contiguous() for x in first.means(members))
     samples, images, bases = ([x.contiguous() for x in matrices] for matrices in zip(
         *((s.sample, s.image(), s.basis) for s in members), strict=True))  # fmt: skip
     new_bases = [torch.empty(d, q) for _ in members]
+    next_samples: list[Tensor] = [torch.empty(d, q) for _ in members] if first.summarises else []
     eigenvalues, cosines, overlaps = torch.empty(3, len(members), q, dtype=torch.float64)
     solved = torch.zeros(len(members), dtype=torch.bool)
     use_core("core").refresh(
         d=d, q=q, samples=_addresses(samples), images=_addresses(images),
         bases=_addresses(bases) if first.summarises else [], eigenvalues=_addresses([s.eigenvalues for s in members]),
         directions=directions.data_ptr(), weights=weights.data_ptr(), new_bases=_addresses(new_bases),
-        new_eigenvalues=eigenvalues.data_ptr(), cosines=cosines.data_ptr(), overlaps=overlaps.data_ptr(),
-        solved=solved.data_ptr(), threads=torch.get_num_threads(), **limits,
+        rounded_bases=_addresses(next_samples), new_eigenvalues=eigenvalues.data_ptr(), cosines=cosines.data_ptr(),
+        overlaps=overlaps.data_ptr(), solved=solved.data_ptr(), threads=torch.get_num_threads(), **limits,
     )  # fmt: skip
-    return CoreExtraction(new_bases, eigenvalues, cosines, overlaps, solved.tolist())
+    return CoreExtraction(
+        new_bases, [*next_samples] or [None] * len(members), eigenvalues, cosines, overlaps, solved.tolist()
+    )
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

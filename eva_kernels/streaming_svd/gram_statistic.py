@@ -58,7 +58,7 @@ class GramStatistic(Statistic):
         own = {"gram": self.gram} if whole else {"shared_image": self.gram @ self.basis}
         return {**super().summands(), **own}
 
-    def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
+    def adopt_(self, basis: Tensor, eigenvalues: Tensor, *, sample: Tensor | None = None) -> None:
         super().adopt_(basis, eigenvalues)
         self.shared_image = None
 

@@ -107,12 +107,10 @@ def _refresh_by_core_(statistics: Sequence[Statistic], indices: list[int]) -> di
         members = [statistics[i] for i in part]
         taken = extract_core(members, _LIMITS)
         evidence = _evidence(members, taken.eigenvalues, taken.cosines, taken.overlaps).numpy()
-        for index, member, one, basis, values, solved in zip(
-            part, members, evidence, taken.bases, taken.eigenvalues, taken.solved, strict=True
-        ):
-            if solved:
-                member.adopt_(basis, values.clone())
-                results[index] = _refreshed(one)
+        for i, member in enumerate(members):
+            if taken.solved[i]:
+                member.adopt_(taken.bases[i], taken.eigenvalues[i].clone(), sample=taken.samples[i])
+                results[part[i]] = _refreshed(evidence[i])
     return results
 
 

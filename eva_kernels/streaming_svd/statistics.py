@@ -243,8 +243,10 @@ class Statistic(ABC):
         self,
         basis: Tensor,  # (d, q)
         eigenvalues: Tensor,  # (q,) float64
+        *,
+        sample: Tensor | None = None,  # (d, q)
     ) -> None:
-        """Take a refreshed basis as one's own."""
+        """Take a refreshed basis as one's own; ``sample``: from compiled code, which has cleared the image as well."""
         if self.watch_gain:
             self.previous = self.basis
             self.projections.zero_()

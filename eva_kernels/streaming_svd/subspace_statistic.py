@@ -115,10 +115,12 @@ class SubspaceStatistic(Statistic):
         keep = self.num_components
         self.adopt_(vectors[:, :keep].to(self.basis.dtype).contiguous(), values[:keep].square())
 
-    def adopt_(self, basis: Tensor, eigenvalues: Tensor) -> None:
+    def adopt_(self, basis: Tensor, eigenvalues: Tensor, *, sample: Tensor | None = None) -> None:
         super().adopt_(basis, eigenvalues)
-        self._sample = _rounded(basis)
-        self.pending.zero_()
+        if sample is None:
+            sample = _rounded(basis)
+            self.pending.zero_()
+        self._sample = sample
         self.past_rows = self.num_rows
         self.past_sum = self.column_sum.clone()
 

@@ -26,11 +26,12 @@ double refresh(int64_t d, int64_t q, int64_t members, bool summarises, int threa
   }
   std::vector<double> past(q, 0.5), values(members * q), cosines(members * q), overlaps(members * q);
   std::vector<float> directions(members * 2 * d), weights(members * 2);
+  std::vector<float> rounded(members * d * q);
   std::vector<uint8_t> solved(members);
   std::vector<eva::RefreshTask> tasks;
   for (int64_t i = 0; i < members; ++i)
     tasks.push_back({d, q, samples[i].data(), images[i].data(), summarises ? samples[i].data() : nullptr, past.data(),
-                     directions.data() + i * 2 * d, weights.data() + i * 2, bases[i].data(), values.data() + i * q,
+                     directions.data() + i * 2 * d, weights.data() + i * 2, bases[i].data(), rounded.data() + i * d * q, values.data() + i * q,
                      cosines.data() + i * q, overlaps.data() + i * q});
   eva::refresh(tasks, {1e-6, 5e-4, 1e-5}, solved.data(), threads);
   double sum = 0;
