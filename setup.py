@@ -23,6 +23,8 @@ SOURCES = [
     "csrc/allocation.cpp",
     "csrc/tracker.cpp",
     "csrc/bindings.cpp",
+    "csrc/cpu/parallel.cpp",
+    "csrc/cpu/sketch.cpp",
     "csrc/cpu/subspace.cpp",
     "csrc/cpu/bindings.cpp",
 ]
