@@ -23,6 +23,7 @@ constexpr int64_t kSliceRows = 64;         // rows that are multiplied while wha
 constexpr int64_t kBlockFeatures = 768;    // features whose parts of Q and Y stay in the L2 cache
 constexpr int64_t kChunkSize = 320 << 10;  // elements of a block of so many rows that they stay there too
 constexpr int64_t kChunkRows = 1024;
+constexpr int64_t kProjectedSize = 2 << 20;  // elements of all blocks' P for a chunk: memory that a call leaves behind
 constexpr int64_t kThreadRows = 64;  // fewer rows than this, or features for each, are not worth a second thread
 constexpr int64_t kThreadFeatures = 64;
 
@@ -295,7 +296,9 @@ void subspace_accumulate(const SubspaceTask& task, int max_threads) {
   const int64_t features = task.n < kThreadRows ? 0 : task.d / kThreadFeatures;
   const int64_t threads = std::clamp<int64_t>(features, 1, std::max(max_threads, 1));
   const int64_t width = round_up(divide_up(task.d, threads * divide_up(task.d, threads * kBlockFeatures)), kLanes);
-  const int64_t least_chunks = std::max(divide_up(task.n * width, kChunkSize), divide_up(task.n, kChunkRows));
+  const int64_t shares = divide_up(task.d, width);
+  const int64_t least_chunks = std::max({divide_up(task.n * width, kChunkSize), divide_up(task.n, kChunkRows),
+                                         divide_up(task.n * task.q * shares, kProjectedSize)});
   const int64_t chunk_rows = round_up(divide_up(task.n, least_chunks), kSliceRows);
   const int64_t chunks = divide_up(task.n, chunk_rows);
   const Array<uint32_t> projected(chunk_rows / 2 * round_up(task.q, kLanes));  // P as pairs of rows
@@ -304,9 +307,8 @@ void subspace_accumulate(const SubspaceTask& task, int max_threads) {
     blocks.push_back(std::make_unique<Block>(task, begin, std::min(begin + width, task.d), chunk_rows));
 
   const auto rows = [&](int64_t chunk) { return Rows{chunk * chunk_rows, std::min((chunk + 1) * chunk_rows, task.n)}; };
-  const int64_t shares = static_cast<int64_t>(blocks.size());
   // Two steps a chunk: project it, after what is left to do of the one before, and settle the projection.
-  run_in_parallel(threads, 2 * chunks + 1, shares, [&](int64_t step, int64_t share) {
+  run_in_parallel(std::min(threads, shares), 2 * chunks + 1, shares, [&](int64_t step, int64_t share) {
     const int64_t chunk = step / 2;
     if (step % 2 == 1) {
       const int64_t pairs = rows(chunk).padded() / 2;
