@@ -21,7 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "benchmarks" / "results" / "instructions.json"
-SOURCES = ("benchmarks/hot_paths.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp", "csrc/cpu/subspace.cpp")
+SOURCES = (
+    "benchmarks/hot_paths.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp", "csrc/cpu/parallel.cpp",
+    "csrc/cpu/subspace.cpp",
+)  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread")  # as in setup.py
 UNSUPPORTED = 3  # exit status of a path whose instructions the processor, or valgrind's, does not have
 NOTICEABLE = 0.01  # a change of this part is pointed out

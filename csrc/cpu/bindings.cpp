@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "refresh.h"
+#include "sketch.h"
 #include "subspace.h"
 #include "symmetric_eigen.h"
 
@@ -57,6 +58,16 @@ void symmetric_eigen(uintptr_t matrices, int64_t batch, int64_t n, uintptr_t val
                               address<uint8_t>(solved), threads);
 }
 
+void sketch(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t signs,
+            int64_t chunk_rows, int64_t before, int64_t column, int64_t q, uintptr_t sums, uintptr_t tally,
+            uintptr_t total, int threads) {
+  const eva::SketchTask task{address<void>(x), is_float32, n, d, row_stride, address<uint8_t>(mask),
+                             address<float>(signs), chunk_rows, before, column, q,
+                             address<float>(sums), address<float>(tally), address<double>(total)};
+  py::gil_scoped_release unlocked;
+  eva::sketch_add(task, threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& module) {
@@ -71,4 +82,6 @@ void bind_cpu(py::module_& module) {
   module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "threads"_a);
   module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,
              "threads"_a);
+  module.def("sketch", &sketch, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "signs"_a,
+             "chunk_rows"_a, "before"_a, "column"_a, "q"_a, "sums"_a, "tally"_a, "total"_a, "threads"_a);
 }

@@ -11,7 +11,7 @@
 
 #include "memory.h"
 #include "symmetric_eigen.h"
-#include "threads.h"
+#include "parallel.h"
 
 namespace eva {
 namespace {
@@ -191,7 +191,7 @@ void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits,
   for (int64_t share = 0; share < shares; ++share)
     extractors.push_back(std::make_unique<Extractor>(tasks[0].d, tasks[0].q, limits));
   std::atomic<int64_t> next{0};
-  run_in_parallel(shares, [&](int64_t share) {
+  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
     for (int64_t i = next++; i < size; i = next++) solved[i] = extractors[share]->run(tasks[i]);
   });
 }
@@ -205,7 +205,7 @@ bool cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* devia
   const float* from = is_padded ? y : copy.get();
   float* to = is_padded ? out : result.get();
   const auto bound = [&](int64_t share, int64_t of) { return share == shares ? of : of * share / shares / 4 * 4; };
-  run_in_parallel(shares, [&](int64_t share) {  // rows of the Gram matrix, so that bits do not depend on the shares
+  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {  // rows of the Gram matrix, so that bits do not depend on the shares
     const int64_t begin = bound(share, q), end = bound(share + 1, q);
     multiply<float>({from + begin, 1, stride}, from, stride, small.get() + begin * stride, stride, end - begin, q, d);
   });
@@ -226,7 +226,7 @@ bool cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* devia
   invert_upper(gram.get(), q, stride, inverse.get());
   for (int64_t i = 0; i < q; ++i)
     for (int64_t j = 0; j < stride; ++j) small[i * stride + j] = static_cast<float>(scale[i] * inverse[i * stride + j]);
-  run_in_parallel(shares, [&](int64_t share) {
+  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
     const int64_t begin = bound(share, d), end = bound(share + 1, d);
     multiply<float>({from + begin * stride, stride, 1}, small.get(), stride, to + begin * stride, stride, end - begin,
                     q, q);

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "memory.h"
-#include "threads.h"
+#include "parallel.h"
 
 namespace eva {
 namespace {
@@ -173,7 +173,7 @@ void symmetric_eigen_of_all(const double* matrices, int64_t batch, int64_t n, do
   const int64_t stride = padded(n), square = n * stride, shares = std::clamp<int64_t>(batch, 1, std::max(threads, 1));
   std::vector<Array<double>> memory;
   for (int64_t share = 0; share < shares; ++share) memory.emplace_back(3 * square + 4 * stride);
-  run_in_parallel(shares, [&](int64_t share) {
+  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
     double *matrix = memory[share].get(), *rows = matrix + square, *scratch = rows + square;
     for (int64_t b = share; b < batch; b += shares) {
       std::fill_n(matrix, square, 0.0);

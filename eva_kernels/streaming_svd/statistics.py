@@ -12,8 +12,10 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._rows import CHUNK_ROWS, shifted_chunks
+from .._rows import shifted_chunks
 from ..orthonormal import orthonormalize
+from ..subspace.core import core_runs
+from .count_sketch import count_sketch_core, count_sketch_reference
 
 S = TypeVar("S", bound="Statistic")
 
@@ -319,17 +321,11 @@ class Statistic(ABC):
         signs = signs.to(self.basis)
         if row_mask is not None:
             signs *= row_mask.reshape(-1, 1)
-        sums, tally, row = self.basis.new_zeros(columns, d), self.basis.new_zeros(columns, 1), 0
+        sums, tally = self.basis.new_zeros(columns, d), self.basis.new_zeros(columns, 1)
         total = self.column_sum.new_zeros(d)
-        for chunk in shifted_chunks(x, self.basis.new_zeros(d), row_mask, first):
-            total += chunk.sum(0)
-            column = 0 if row else first % CHUNK_ROWS % columns  # every chunk begins anew, but one can be cut
-            while len(chunk):
-                part, chunk = chunk[: columns - column], chunk[columns - column :]
-                sign = signs[row : row + len(part)]
-                sums[column : column + len(part)].addcmul_(part, sign)
-                tally[column : column + len(part)] += sign
-                row, column = row + len(part), 0
+        compiled = self.impl == "auto" and core_runs(x, sums)
+        add = count_sketch_core if compiled else count_sketch_reference
+        add(sums, tally, total, x, signs, row_mask, first)
         return Sketch(sums, tally, total, num_rows)
 
     def start_(self, sketch: Sketch) -> None:
@@ -339,7 +335,8 @@ class Statistic(ABC):
         """
         self.shift = (sketch.total / sketch.num_rows).to(self.basis.dtype)
         sums = sketch.sums - sketch.tally * self.shift
-        self.basis = orthonormalize(torch.where(sums.isfinite().all(), sums.T, self.basis))
+        finite = all(math.isfinite(bound) for bound in sums.aminmax())
+        self.basis = orthonormalize(sums.T if finite else self.basis)
 
     def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
         """By attribute, the tensors that add up where the rows come in shares, each folded into a statistic of its own.

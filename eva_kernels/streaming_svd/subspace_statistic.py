@@ -24,7 +24,7 @@ class SubspaceStatistic(Statistic):
 
     def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
         super().__init__(num_features, num_components, **options)
-        self._sample = _rounded(self.basis)  # (d, q)
+        self._sample = self.basis  # (d, q): unit vectors are the same when rounded
         self.pending = torch.zeros_like(self.basis)  # (d, q): Σ z (zᵀ sample) over the pending rows
         self.past_rows = 0  # rows summarised by basis and eigenvalues
         self.past_sum = torch.zeros_like(self.column_sum)  # (d,): Σ z over those rows

@@ -16,7 +16,7 @@ SANITIZERS = {
 }
 THREAD_SANITIZER_FOUND_A_RACE = 66  # its exit status
 KERNEL = "tests/core/compare_bases_host.cpp"
-REFRESH = ("refresh_host.cpp", "refresh.cpp", "symmetric_eigen.cpp", "memory.cpp", "threads.cpp")
+REFRESH = ("refresh_host.cpp", "refresh.cpp", "symmetric_eigen.cpp", "memory.cpp", "parallel.cpp")
 TRACKERS = ("tests/core/trackers_host.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp")
 
 

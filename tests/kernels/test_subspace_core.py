@@ -31,18 +31,8 @@ def results(d, q):
     return torch.zeros(d, q), torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
 
-@given(
-    n=st.sampled_from([0, 1, 2, 63, 64, 65, 300]),
-    d=st.sampled_from([1, 2, 15, 16, 17, 130]),
-    q=st.sampled_from([1, 15, 16, 17, 96, 100]),
-    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
-    masked=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-@settings(deadline=None, max_examples=80)
-def test_matches_float64_within_the_rounding_of_its_operands(n, d, q, dtype, masked, seed):
-    x, shift, basis, mask = problem(n, d, q, dtype, seed, masked)
-    product, sums, squares = results(d, q)
+def assert_matches_float64(x, shift, basis, mask):
+    product, sums, squares = results(*basis.shape)
     assert core.core_runs(x, product)
     core.subspace_core(product, sums, squares, x, basis, shift, mask, 1.0)
     keep = slice(None) if mask is None else mask
@@ -54,6 +44,30 @@ def test_matches_float64_within_the_rounding_of_its_operands(n, d, q, dtype, mas
     eps = np.finfo(np.float32).eps
     assert np.all(np.abs(sums.numpy() - z.sum(0)) <= 64 * eps * np.abs(z).sum(0) + 1e-12)
     assert abs(float(squares) - (z**2).sum()) <= 64 * eps * (z**2).sum()
+
+
+@given(
+    n=st.sampled_from([0, 1, 2, 63, 64, 65, 300]),
+    d=st.sampled_from([1, 2, 15, 16, 17, 130]),
+    q=st.sampled_from([1, 15, 16, 17, 96, 100]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=80)
+def test_matches_float64_within_the_rounding_of_its_operands(n, d, q, dtype, masked, seed):
+    assert_matches_float64(*problem(n, d, q, dtype, seed, masked))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("n", "d", "q"), [(4001, 767, 17), (1100, 1601, 16), (2049, 70, 97)])
+def test_chunks_of_rows_and_blocks_of_features_leave_nothing_out(n, d, q, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_matches_float64(*problem(n, d, q, torch.bfloat16, n))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_operands_that_bfloat16_holds_exactly_give_the_float32_result():

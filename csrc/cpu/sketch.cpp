@@ -1,0 +1,71 @@
+#include "sketch.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "parallel.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define EVA_WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#else
+#define EVA_WIDE
+#endif
+
+namespace eva {
+namespace {
+
+constexpr int64_t kThreadFeatures = 64;  // fewer for each are not worth a second thread
+
+inline float widen(float value) { return value; }
+
+inline float widen(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// The features begin … end of all rows. `chunk_sum` is (d).
+template <typename X>
+EVA_WIDE void add(const SketchTask& task, int64_t begin, int64_t end, float* __restrict chunk_sum) {
+  const auto finish_chunk = [&] {
+    for (int64_t j = begin; j < end; ++j) task.total[j] += chunk_sum[j];
+    std::fill(chunk_sum + begin, chunk_sum + end, 0.0f);
+  };
+  int64_t column = task.column, left = task.chunk_rows - task.before;
+  for (int64_t row = 0; row < task.n; ++row) {
+    if (left == 0) {
+      finish_chunk();
+      column = 0, left = task.chunk_rows;
+    }
+    if (!task.mask || task.mask[row]) {
+      const X* x = static_cast<const X*>(task.x) + row * task.row_stride;
+      float* __restrict sum = task.sums + column * task.d;
+      const float sign = task.signs[row];
+      if (begin == 0) task.tally[column] += sign;
+      for (int64_t j = begin; j < end; ++j) {
+        const float value = widen(x[j]);
+        sum[j] += sign * value;
+        chunk_sum[j] += value;
+      }
+    }
+    column = column + 1 == task.q ? 0 : column + 1;
+    --left;
+  }
+  finish_chunk();
+}
+
+}  // namespace
+
+void sketch_add(const SketchTask& task, int threads) {
+  std::vector<float> chunk_sum(task.d);
+  const int64_t shares = std::clamp<int64_t>(task.d / kThreadFeatures, 1, std::max(threads, 1));
+  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
+    const int64_t begin = task.d * share / shares, end = task.d * (share + 1) / shares;
+    task.is_float32 ? add<float>(task, begin, end, chunk_sum.data())
+                    : add<uint16_t>(task, begin, end, chunk_sum.data());
+  });
+}
+
+}  // namespace eva

@@ -1,0 +1,57 @@
+"""Adding rows to a count sketch: every row, with its sign, to one of q sums."""
+
+import torch
+from torch import Tensor
+
+from .._build import use_core
+from .._rows import CHUNK_ROWS, row_views, shifted_chunks
+
+
+def count_sketch_reference(
+    sums: Tensor,  # (q, d)
+    tally: Tensor,  # (q, 1)
+    total: Tensor,  # (d,) float64
+    x: Tensor,  # (..., d)
+    signs: Tensor,  # (n, 1) in sums' dtype, 0 where a row is masked
+    row_mask: Tensor | None,  # (...) bool
+    first: int,
+) -> None:
+    """In plain PyTorch: the specification.
+
+    Row i of a chunk of ``CHUNK_ROWS`` goes to sum i mod q; the first chunk is what ``first`` rows before these leave
+    of one.
+    """
+    row, columns = 0, len(sums)
+    for chunk in shifted_chunks(x, sums.new_zeros(x.shape[-1]), row_mask, first):
+        total += chunk.sum(0)
+        column = 0 if row else first % CHUNK_ROWS % columns  # every chunk begins anew, but one can be cut
+        while len(chunk):
+            part, chunk = chunk[: columns - column], chunk[columns - column :]
+            sign = signs[row : row + len(part)]
+            sums[column : column + len(part)].addcmul_(part, sign)
+            tally[column : column + len(part)] += sign
+            row, column = row + len(part), 0
+
+
+def count_sketch_core(
+    sums: Tensor,  # (q, d) float32
+    tally: Tensor,  # (q, 1) float32
+    total: Tensor,  # (d,) float64
+    x: Tensor,  # (..., d) bfloat16 or float32
+    signs: Tensor,  # (n, 1) float32
+    row_mask: Tensor | None,  # (...) bool
+    first: int,
+) -> None:
+    """The same on a CPU, in one reading of the rows: csrc/cpu/sketch.cpp. ``total`` may round otherwise."""
+    core, row = use_core("core"), 0
+    for rows, mask in row_views(x, row_mask):
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        mask = None if mask is None else mask.contiguous()
+        core.sketch(
+            x=rows.data_ptr(), is_float32=rows.dtype == torch.float32, n=rows.shape[0], d=rows.shape[1],
+            row_stride=rows.stride(0), mask=0 if mask is None else mask.data_ptr(), signs=signs[row:].data_ptr(),
+            chunk_rows=CHUNK_ROWS, before=first % CHUNK_ROWS, column=0 if row else first % CHUNK_ROWS % len(sums),
+            q=len(sums), sums=sums.data_ptr(), tally=tally.data_ptr(), total=total.data_ptr(),
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        row += rows.shape[0]
