@@ -244,7 +244,9 @@ class Capture:
 
     def _accumulate(self, entry: Input, stream: int, taken: Taken, *, sign: int = 1) -> None:
         site, rows_mask, kind = self.sites[self.site_of[stream]], self._mask, ""
-        x, rows = taken.tensor.detach(), site.rows
+        x, rows = taken.tensor, site.rows
+        if x.requires_grad:
+            x = x.detach()
         if self.parallel is not None:
             x, kind = self.parallel.part(site, x) if rows is None and taken.tokens is None else (x, "replica")
             if kind == "block" and (self._mask.skip_nonfinite or not isinstance(entry.statistic, SubspaceStatistic)):
@@ -325,7 +327,8 @@ class Capture:
 
     def _release(self, entry: Input) -> None:
         """Let go of the tensors that every layer still wanted has been called with."""
-        for call in entry.calls[: min((entry.taken[s] for s in entry.streams if self._is_wanted(s)), default=None)]:
+        counts = [count for stream, count in entry.taken.items() if self._is_wanted(stream)]
+        for call in entry.calls[: min(counts, default=None)]:
             call.held = None
 
 

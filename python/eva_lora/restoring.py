@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,17 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Within it no product is rounded to the caller's autocast dtype: the statistics need every bit of theirs."""
+    # Entered for every input of every batch, where more than this question would be felt.
+    return _autocast_off(device) if torch._C._is_any_autocast_enabled() else nullcontext()
+
+
+@contextmanager
+def _autocast_off(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in {"cpu", device.type}:
-            # Asked first: entering a context for every input of every batch would be felt. "meta" has none.
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if torch.amp.is_autocast_available(kind):  # "meta" has none
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
