@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .survey import Survey
+
 __all__ = ["require_changeable", "require_loaded", "waits_for_others"]
 
 _WRAPPERS = {
@@ -27,14 +29,15 @@ def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
     Raises:
         ValueError: it is compiled or wrapped and ranks change, or an optimizer holds its LoRA parameters.
     """
-    state = wrapped(model) if ranks_change else None
+    survey = Survey(model)
+    state = wrapped(survey) if ranks_change else None
     if state is not None:
         raise ValueError(
             f"model: it is {state}, and a new rank means new parameters that the wrapper would not see. Initialise "
             "before wrapping; or collect, plan, build the model with those ranks (eva_lora.peft.planned_config), and "
             "apply; or keep every rank with rho=1"
         )
-    if any(hasattr(parameter, "_z3_optimizer") for parameter in model.parameters()):
+    if any(hasattr(parameter, "_z3_optimizer") for parameter in survey.parameters):
         raise ValueError(
             "model: DeepSpeed's optimizer already holds a copy of its weights, and would go on training that. "
             "Initialise before deepspeed.initialize makes an optimizer"
@@ -52,14 +55,14 @@ def require_no_optimizer(names: dict[int, str]) -> None:
         )
 
 
-def require_loaded(model: nn.Module) -> None:
+def require_loaded(survey: Survey) -> None:
     """Raise ValueError if a weight of the base model is on the meta device and nothing will load it."""
     on_meta = [
         f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if not hasattr(module, "_hf_hook")  # accelerate's: loads the weights when the module runs
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.device.type == "meta" and not is_lora(f"{prefix}.{name}")
+        for prefix, module in survey.named_modules
+        if "_hf_hook" not in vars(module)  # accelerate's: loads the weights when the module runs
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.device.type == "meta" and not is_lora(f"{prefix}.{name}")
     ]
     if on_meta:
         raise ValueError(
@@ -67,23 +70,26 @@ def require_loaded(model: nn.Module) -> None:
         )
 
 
-def wrapped(model: nn.Module) -> str | None:
+def wrapped(survey: Survey) -> str | None:
     """How the model or a part of it is compiled or wrapped, or None."""
-    for module in model.modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in _WRAPPERS:
-                return _WRAPPERS[kind.__name__]
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            return "compiled by module.compile()"
-    return "partitioned by DeepSpeed ZeRO-3" if any(map(is_partitioned, model.parameters())) else None
+    wrapper = wrapper_of(survey)
+    if wrapper is not None:
+        return _WRAPPERS[wrapper]
+    if any(module._compiled_call_impl is not None for module in survey.modules):
+        return "compiled by module.compile()"
+    return "partitioned by DeepSpeed ZeRO-3" if any(map(is_partitioned, survey.parameters)) else None
 
 
-def waits_for_others(model: nn.Module) -> bool:
+def wrapper_of(survey: Survey) -> str | None:
+    """The class that compiles or wraps the model or a part of it, or None."""
+    return next((name for name in survey.class_names if name in _WRAPPERS), None)
+
+
+def waits_for_others(survey: Survey) -> bool:
     """Whether a forward waits for those of other processes: weights are gathered, or activations exchanged, in it."""
     wrappers = _WRAPPERS.keys() - {"OptimizedModule"}
-    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    sharded = any(hasattr(p, "device_mesh") or is_partitioned(p) for p in model.parameters())
-    return sharded or bool(kinds & wrappers)
+    sharded = any(hasattr(p, "device_mesh") or is_partitioned(p) for p in survey.parameters)
+    return sharded or not wrappers.isdisjoint(survey.class_names)
 
 
 def is_partitioned(parameter: Tensor) -> bool:

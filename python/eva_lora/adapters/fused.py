@@ -1,6 +1,6 @@
 """Unsloth's and axolotl's fused forwards, which read PEFT's weights without calling the layers that hold them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ __all__ = ["unfused"]
 
 
 @contextmanager
-def unfused(model: nn.Module) -> Iterator[None]:
+def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within it, attention and MLP modules call their projections, so that those are seen; afterwards all is as before.
 
     Both libraries hang ``apply_qkv`` and ``apply_o`` on an attention module, axolotl as methods, Unsloth as functions
@@ -18,7 +18,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
     """
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for module in model.modules():
+        for module in modules:
             names = vars(module)
             for name, plain in (("apply_qkv", _projections("q_proj", "k_proj", "v_proj")), ("apply_o", _o)):
                 if name in names:
