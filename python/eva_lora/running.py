@@ -122,8 +122,11 @@ class Run:
         self.num_batches += 1
         for name, rule in mask.rules.items():
             self.rules.setdefault(name, set()).add(rule)
-        for entry in self.capture.inputs:  # what the first layer fed by an input found out holds for the others
+        for entry in self.capture.inputs:
             names = self.names(entry)
+            if len(names) == 1:
+                continue
+            # What the first layer fed by an input found out holds for the others.
             rules = set[str]().union(*(self.rules.get(name, ()) for name in names))
             self.rules.update({name: set(rules) for name in names})
             side = next((self.sides[name] for name in names if name in self.sides), None)
