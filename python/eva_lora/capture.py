@@ -255,13 +255,12 @@ class Capture:
             if kind == "replica" and self.parallel.rank:
                 return
             rows_mask = self.parallel.tokens(rows_mask) if kind == "tokens" else rows_mask
-        width = rows.width if rows is not None else x.shape[-1] if x.ndim else 0
+        shape = tuple(x.shape)
+        width = rows.width if rows is not None else shape[-1] if shape else 0
         if width != site.in_features and kind != "block":
-            raise ValueError(
-                f"layer {site.name}: expected an input of width {site.in_features}, got shape {tuple(x.shape)}"
-            )
-        shape = tuple(x.shape[:-1]) if rows is None else rows.shape(x)
-        mask, num_rows = rows_mask.of_rows(taken.batch or shape, x.device, site.name)
+            raise ValueError(f"layer {site.name}: expected an input of width {site.in_features}, got shape {shape}")
+        layout = taken.batch or (shape[:-1] if rows is None else rows.shape(x))
+        mask, num_rows = rows_mask.of_rows(layout, x.device, site.name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
         tick = time.perf_counter()

@@ -171,8 +171,8 @@ class Run:
 
     def silent(self) -> list[str]:
         """Names of the sites that have seen no input."""
-        streams = [[self.capture.input_of[s] for s in self.capture.streams_of[i]] for i in range(len(self.sites))]
-        return [self.sites[i].name for i, entries in enumerate(streams) if not any(entries)]
+        heard = {site for site, entry in zip(self.capture.site_of, self.capture.input_of, strict=True) if entry}
+        return [site.name for i, site in enumerate(self.sites) if i not in heard]
 
     def _rows_of(self, site: int) -> int | None:
         """Rows that a site's inputs hold; None where it was not called."""

@@ -20,11 +20,11 @@ def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         for module in modules:
             names = vars(module)
-            for name, plain in (("apply_qkv", _projections("q_proj", "k_proj", "v_proj")), ("apply_o", _o)):
+            for name, plain in _PLAIN.items():
                 if name in names:
                     kept.append((names, name, names[name]))
                     names[name] = plain(module)
-            if "lora_mlp" in getattr(names.get("forward"), "__name__", ""):
+            if "forward" in names and "lora_mlp" in getattr(names["forward"], "__name__", ""):
                 kept.append((names, "forward", names.pop("forward")))
         yield
     finally:
@@ -41,3 +41,9 @@ def _projections(*projections: str) -> Callable[[Any], Callable[..., list[Tensor
 
 def _o(module: Any) -> Callable[..., Tensor]:
     return lambda *args: module.o_proj(args[-1])
+
+
+_PLAIN: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "apply_qkv": _projections("q_proj", "k_proj", "v_proj"),
+    "apply_o": _o,
+}
