@@ -209,7 +209,8 @@ class Capture:
             entry.calls.append(Call(weakref.ref(x), _version(x), taken if shared else None))
             self._live[self._key(stream, x)] = (entry, index)
         entry.taken[stream] = index + 1
-        self._release(entry)
+        if entry.calls[index].held is not None:
+            self._release(entry)
 
     def _key(self, stream: int, x: Tensor) -> tuple[int, Rows | None]:
         return id(x), self.sites[self.site_of[stream]].rows
