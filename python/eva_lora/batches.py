@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,7 +100,6 @@ class RowMask:
     sides: dict[str, str] = field(default_factory=dict)
     rules: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
-    _counted: dict[int, "weakref.ref[Tensor]"] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "RowMask":
         """The same, with its masks on ``device``."""
@@ -168,15 +166,13 @@ class RowMask:
         finite = (low >= -bound) & (high <= bound)  # False for NaN
         kept = finite if mask is None else finite & mask
         left = int(kept.sum())
-        before = self._counted.get(id(x))
-        if left < count and (before is None or before() is not x):
-            self._counted[id(x)] = weakref.ref(x)
+        if left < count:
             self.skipped[site] = self.skipped.get(site, 0) + count - left
         return (mask, count) if left == count else (kept, left)
 
     def counting(self) -> "RowMask":
         """The same mask, to find out how many rows NaN or Inf is in."""
-        return replace(self, skip_nonfinite=True, rules={}, skipped={}, _counted={})
+        return replace(self, skip_nonfinite=True, rules={}, skipped={})
 
 
 def _fitted(mask: Tensor | None, rows: tuple[int, ...]) -> Tensor | None:

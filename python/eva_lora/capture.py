@@ -209,7 +209,8 @@ class Capture:
             entry.calls.append(Call(weakref.ref(x), _version(x), taken if shared else None))
             self._live[self._key(stream, x)] = (entry, index)
         entry.taken[stream] = index + 1
-        self._release(entry)
+        if entry.calls[index].held is not None:
+            self._release(entry)
 
     def _key(self, stream: int, x: Tensor) -> tuple[int, Rows | None]:
         return id(x), self.sites[self.site_of[stream]].rows
@@ -244,7 +245,9 @@ class Capture:
 
     def _accumulate(self, entry: Input, stream: int, taken: Taken, *, sign: int = 1) -> None:
         site, rows_mask, kind = self.sites[self.site_of[stream]], self._mask, ""
-        x, rows = taken.tensor.detach(), site.rows
+        x, rows = taken.tensor, site.rows
+        if x.requires_grad:
+            x = x.detach()
         if self.parallel is not None:
             x, kind = self.parallel.part(site, x) if rows is None and taken.tokens is None else (x, "replica")
             if kind == "block" and (self._mask.skip_nonfinite or not isinstance(entry.statistic, SubspaceStatistic)):
@@ -253,13 +256,12 @@ class Capture:
             if kind == "replica" and self.parallel.rank:
                 return
             rows_mask = self.parallel.tokens(rows_mask) if kind == "tokens" else rows_mask
-        width = rows.width if rows is not None else x.shape[-1] if x.ndim else 0
+        shape = tuple(x.shape)
+        width = rows.width if rows is not None else shape[-1] if shape else 0
         if width != site.in_features and kind != "block":
-            raise ValueError(
-                f"layer {site.name}: expected an input of width {site.in_features}, got shape {tuple(x.shape)}"
-            )
-        shape = tuple(x.shape[:-1]) if rows is None else rows.shape(x)
-        mask, num_rows = rows_mask.of_rows(taken.batch or shape, x.device, site.name)
+            raise ValueError(f"layer {site.name}: expected an input of width {site.in_features}, got shape {shape}")
+        layout = taken.batch or (shape[:-1] if rows is None else rows.shape(x))
+        mask, num_rows = rows_mask.of_rows(layout, x.device, site.name)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
         tick = time.perf_counter()
@@ -325,7 +327,8 @@ class Capture:
 
     def _release(self, entry: Input) -> None:
         """Let go of the tensors that every layer still wanted has been called with."""
-        for call in entry.calls[: min((entry.taken[s] for s in entry.streams if self._is_wanted(s)), default=None)]:
+        counts = [count for stream, count in entry.taken.items() if self._is_wanted(stream)]
+        for call in entry.calls[: min(counts, default=None)]:
             call.held = None
 
 

@@ -15,12 +15,13 @@ from .batches import ForwardFn, RowMask, RowMaskFn, default_forward, is_encoder_
 from .checkpoint import Checkpoint, identity
 from .config import EvaConfig
 from .distributed import Pool, ProcessGroup, Ranks, TensorParallel, joined, run_together, together
-from .preflight import is_partitioned, require_loaded, waits_for_others
+from .preflight import is_partitioned, require_loaded, waits_for_others, wrapper_of
 from .progress import Progress
 from .restoring import borrowed, without_autocast
 from .running import Run, device_of
 from .statistics import EvaStatistics
 from .streams import END, Stream
+from .survey import Survey
 
 __all__ = ["collect"]
 
@@ -90,14 +91,16 @@ def collect_with(
         named = "; ".join(f"{name}: {reason}" for name, reason in adapter.left_alone.items())
         warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=4)
 
+    survey = Survey(model)
+
     def prepare() -> tuple[Run, Forwards, Checkpoint | None]:
-        require_loaded(model)
-        run = Run(adapter, config, head=_head(model, adapter), parallel=TensorParallel.of(model, adapter.sites))
+        require_loaded(survey)
+        run = Run(adapter, config, head=_head(model, adapter), parallel=TensorParallel.of(survey, adapter.sites))
         if run.capture.parallel is not None and ranks is None:
             raise ValueError(
                 "process_group: the model's layers are split over ranks, which have to make one pass together"
             )
-        forwards = Forwards(model, run, forward_fn, row_mask_fn)
+        forwards = Forwards(model, survey, run, forward_fn, row_mask_fn)
         saving = None
         if checkpoint is not None:
             known = identity(model, run, forwards.device, forward_fn=forward_fn, row_mask_fn=row_mask_fn)
@@ -113,7 +116,7 @@ def collect_with(
         if ranks is not None and len(set(ranks.gather(run.num_batches))) > 1:
             raise ValueError(f"checkpoint: not every rank sees the same file {saving.path}; give one that all can read")
     bar = Progress(len(adapter.sites), config, seen=(run.num_batches, run.num_rows), enabled=progress)
-    with bar, borrowed(model), adapter.disabled(), run.capture.hooks():
+    with bar, borrowed(survey), adapter.disabled(), run.capture.hooks():
 
         def open_loader() -> Stream:
             return Stream(loader, fingerprints=saving is not None, position=position, may_be_empty=ranks is not None)
@@ -144,12 +147,19 @@ class Forwards:
         in_step: Whether a forward waits for those of other ranks.
     """
 
-    def __init__(self, model: nn.Module, run: Run, forward_fn: ForwardFn | None, row_mask_fn: RowMaskFn | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        survey: Survey,
+        run: Run,
+        forward_fn: ForwardFn | None,
+        row_mask_fn: RowMaskFn | None,
+    ) -> None:
         self._model, self._run, self._row_mask_fn = model, run, row_mask_fn
         self._forward = forward_fn or default_forward
-        self._early_stop = _may_stop_early(model, run.config, forward_fn)
+        self._early_stop = _may_stop_early(survey, run.config, forward_fn)
         self._two_sided = is_encoder_decoder(model)
-        self.device, self.in_step = _input_device(model), waits_for_others(model)
+        self.device, self.in_step = _input_device(survey), waits_for_others(survey)
 
     def fold(self, batch: Any, *, only: Collection[int] | None = None) -> RowMask:
         """Run one batch; ``only`` as in :meth:`Capture.batch`. Returns which rows counted.
@@ -184,19 +194,15 @@ class Forwards:
             self._forward(self._model, to_device(batch, self.device))
 
 
-def _may_stop_early(model: nn.Module, config: EvaConfig, forward_fn: ForwardFn | None) -> bool:
+def _may_stop_early(survey: Survey, config: EvaConfig, forward_fn: ForwardFn | None) -> bool:
     """Whether leaving a forward by an exception is safe: nobody waits for its end."""
     if config.early_stop != "auto":
         return config.early_stop
     if forward_fn is not None:
         return False
-    wrappers = ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-    if any(map(is_partitioned, model.parameters())):
+    if any(map(is_partitioned, survey.parameters)) or any("_hf_hook" in vars(module) for module in survey.modules):
         return False
-    return not any(
-        hasattr(module, "_hf_hook") or type(module).__name__ in wrappers or hasattr(module, "_get_fsdp_state")
-        for module in model.modules()
-    )
+    return wrapper_of(survey) is None
 
 
 def _head(model: nn.Module, adapter: LoraAdapter) -> nn.Module | None:
@@ -208,9 +214,9 @@ def _head(model: nn.Module, adapter: LoraAdapter) -> nn.Module | None:
     return head
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def _input_device(survey: Survey) -> torch.device:
     """Where batches go: where the first of its modules computes."""
-    device = device_of(model)
+    device = device_of(survey.modules)
     if device is None:
         raise ValueError("model: every parameter is on the meta device; load the base model's weights first")
     return device

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eva_kernels.allocation import candidate_components
 from eva_kernels.convergence import ConvergenceTracker, Decision
@@ -16,6 +17,8 @@ from .measurements import agreement
 
 __all__ = ["Following"]
 
+Evidence = NDArray[np.float64]
+
 
 class Following:
     """The layers that the tracker follows, the latest refresh of each of their streams, and its last decision.
@@ -27,7 +30,7 @@ class Following:
     Attributes:
         members: Indices of the sites that the tracker follows: those that have data.
         candidates: (sites,) components that each site may be given.
-        latest: Per stream, its last refresh.
+        latest: Per stream, the evidence of its last refresh, (4, q) float64: cosines, overlaps, ratios, gains.
         standing: Per site, how far its components agree with those before and whether it has converged, as
             :class:`~eva_lora.measurements.Trace` keeps them.
 
@@ -38,11 +41,14 @@ class Following:
     def __init__(self, sites: list[LoraSite], config: EvaConfig) -> None:
         self._sites, self._config = sites, config
         self.members = list(range(len(sites)))
-        self.candidates = self._candidates(self.members, None)
+        self.candidates = candidate_components(
+            [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites],
+            rank_multiple=config.rank_multiple, divisors=[site.rank_multiple for site in sites],
+        )  # fmt: skip
         self._make_tracker(self.members, [0] * len(sites))  # the widest sharing there is: demands fail here or never
         self.tracker: ConvergenceTracker | None = None
         self.decision: Decision | None = None
-        self.latest: dict[int, Refreshed] = {}
+        self.latest: dict[int, Evidence] = {}
         self.standing: tuple[list[float | None], list[int]] = ([], [])
 
     @property
@@ -57,47 +63,38 @@ class Following:
     def decide(self, capture: Capture, inputs: list[Input], refreshed: Sequence[Refreshed]) -> set[int]:
         """Take in a refresh of some inputs; returns the sites that have converged."""
         for entry, result in zip(inputs, refreshed, strict=True):
-            self.latest.update(dict.fromkeys(entry.streams, result))
+            evidence = np.stack([result.cosines, result.overlaps, result.explained_variance_ratio, result.gains])
+            self.latest.update(dict.fromkeys(entry.streams, evidence))
         updated = {capture.site_of[stream] for entry in inputs for stream in entry.streams}
         streams = enumerate(capture.input_of)
         called = sorted({capture.site_of[stream] for stream, entry in streams if entry is not None})
-        groups = _groups(capture, called)
         if self.tracker is None or called != self.members:
             # Which layers are called, and which share an input, is known only now; a layer that is called for the
             # first time in a later batch starts the count anew for all.
-            self.members, self.tracker = called, self._make_tracker(called, groups)
+            self.members, self.tracker = called, self._make_tracker(called, _groups(capture, called))
             updated = {capture.site_of[stream] for stream in self.latest}
-        shape = len(called), int(self._candidates(called, groups).max())
-        cosines, overlaps, ratios, gains = (np.zeros(shape) for _ in range(4))
+        together = np.zeros((4, len(called), int(self.candidates.max())))
         for row, site in enumerate(called):
             parts = [stream for stream in capture.streams_of[site] if stream in self.latest]
             for stream, weight in zip(parts, _weights(capture, parts), strict=True):
-                result = self.latest[stream]
-                k = min(shape[1], len(result.cosines))
-                cosines[row, :k] += weight * result.cosines[:k]
-                overlaps[row, :k] += weight * result.overlaps[:k]
-                ratios[row, :k] += weight * result.explained_variance_ratio[:k]
-                gains[row, :k] += weight * result.gains[:k]
-        mask = np.isin(called, sorted(updated))
+                own = self.latest[stream][:, : together.shape[2]]
+                together[:, row, : own.shape[1]] += weight * own
+        cosines, overlaps, ratios, gains = together
+        mask = np.array([site in updated for site in called])
         self.decision = self.tracker.update(cosines, ratios, overlaps, gains, updated=mask)
-        done = {site for site, is_done in zip(called, self.decision.done, strict=True) if is_done}
+        done = {site for site, is_done in zip(called, self.decision.done.tolist(), strict=True) if is_done}
         agreements: list[float | None] = [None] * len(self._sites)
-        for row, site in enumerate(called):
+        for row, (site, rank) in enumerate(zip(called, self.decision.ranks.tolist(), strict=True)):
             entries = [capture.input_of[stream] for stream in capture.streams_of[site]]
             if all(entry.statistic.num_refreshes > 1 for entry in entries if entry is not None):
-                rank = int(self.decision.ranks[row])
                 agreements[site] = agreement(cosines[row], overlaps[row], rank, self._config.convergence)
         self.standing = agreements, [int(site in done) for site in range(len(self._sites))]
         return done
 
     def state(self) -> dict[str, Any]:
         """All that the next decision depends on, for a checkpoint."""
-        latest = {
-            stream: np.stack([result.cosines, result.overlaps, result.explained_variance_ratio, result.gains])
-            for stream, result in self.latest.items()
-        }
         tracker = None if self.tracker is None else self.tracker.state_dict()
-        return {"members": self.members, "latest": latest, "tracker": tracker}
+        return {"members": self.members, "latest": dict(self.latest), "tracker": tracker}
 
     def load_state_(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state`.
@@ -110,20 +107,13 @@ class Following:
         ascending = members == sorted(set(members) & set(sites)) and all(type(member) is int for member in members)
         if not members or not ascending:
             raise ValueError(f"expected an ascending list of layers out of {len(sites)}")
-        latest = {int(stream): _refreshed(evidence) for stream, evidence in state["latest"].items()}
+        latest = {int(stream): _checked(evidence) for stream, evidence in state["latest"].items()}
         tracker = decision = None
         if state["tracker"] is not None:
             tracker = self._make_tracker(members, [int(group) for group in state["tracker"]["groups"]])
             tracker.load_state_dict(state["tracker"])
             decision = tracker.decision()
         self.members, self.latest, self.tracker, self.decision = members, latest, tracker, decision
-
-    def _candidates(self, members: list[int], groups: list[int] | None) -> np.ndarray[Any, Any]:
-        sites = [self._sites[i] for i in members]
-        return candidate_components(
-            [site.rank for site in sites], self._config.rho, widths=[site.in_features for site in sites],
-            groups=groups, rank_multiple=self._config.rank_multiple, divisors=[site.rank_multiple for site in sites],
-        )  # fmt: skip
 
     def _make_tracker(self, members: list[int], groups: list[int]) -> ConvergenceTracker:
         """The tracker of some of the sites, given a label of each one's input."""
@@ -137,11 +127,11 @@ class Following:
         )  # fmt: skip
 
 
-def _refreshed(evidence: np.ndarray[Any, Any]) -> Refreshed:
-    if evidence.dtype != np.float64 or evidence.ndim != 2 or not np.isfinite(evidence).all():
+def _checked(evidence: np.ndarray[Any, Any]) -> Evidence:
+    fits = evidence.dtype == np.float64 and evidence.ndim == 2 and len(evidence) == 4
+    if not (fits and np.isfinite(evidence).all()):
         raise ValueError(f"expected finite evidence (4, q) in float64, got {evidence.dtype} {evidence.shape}")
-    cosines, overlaps, ratios, gains = evidence
-    return Refreshed(cosines=cosines, overlaps=overlaps, explained_variance_ratio=ratios, gains=gains, finite=True)
+    return evidence
 
 
 def _weights(capture: Capture, streams: list[int]) -> list[float]:

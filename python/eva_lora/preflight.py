@@ -1,10 +1,13 @@
 """What must not have happened to a model before its ranks change: said before any work is done."""
 
 import gc
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .survey import Survey
 
 __all__ = ["require_changeable", "require_loaded", "waits_for_others"]
 
@@ -27,24 +30,33 @@ def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
     Raises:
         ValueError: it is compiled or wrapped and ranks change, or an optimizer holds its LoRA parameters.
     """
-    state = wrapped(model) if ranks_change else None
+    _require_no_copies(Survey(model), ranks_change=ranks_change)
+    require_no_optimizer([(name, parameter) for name, parameter in model.named_parameters() if is_lora(name)])
+
+
+def _require_no_copies(survey: Survey, *, ranks_change: bool) -> None:
+    state = wrapped(survey) if ranks_change else None
     if state is not None:
         raise ValueError(
             f"model: it is {state}, and a new rank means new parameters that the wrapper would not see. Initialise "
             "before wrapping; or collect, plan, build the model with those ranks (eva_lora.peft.planned_config), and "
             "apply; or keep every rank with rho=1"
         )
-    if any(hasattr(parameter, "_z3_optimizer") for parameter in model.parameters()):
+    if any(hasattr(parameter, "_z3_optimizer") for parameter in survey.parameters):
         raise ValueError(
             "model: DeepSpeed's optimizer already holds a copy of its weights, and would go on training that. "
             "Initialise before deepspeed.initialize makes an optimizer"
         )
-    require_no_optimizer({id(parameter): name for name, parameter in model.named_parameters() if is_lora(name)})
 
 
-def require_no_optimizer(names: dict[int, str]) -> None:
-    """Raise ValueError if a living optimizer holds one of the parameters, given as id → name."""
-    name = _held_by_optimizer(names)
+def require_no_optimizer(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if a living optimizer holds one of the parameters."""
+    # Going through all objects there are takes 0.1 s, and most parameters are held by their layer alone.
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.empty(0))
+    if _most_references(named) <= _most_references(list(layer.named_parameters())):
+        return
+    name = _held_by_optimizer({id(parameter): name for name, parameter in named})
     if name is not None:
         raise ValueError(
             f"model: an optimizer already holds {name}, and would go on training the parameter that EVA replaces. "
@@ -52,14 +64,14 @@ def require_no_optimizer(names: dict[int, str]) -> None:
         )
 
 
-def require_loaded(model: nn.Module) -> None:
+def require_loaded(survey: Survey) -> None:
     """Raise ValueError if a weight of the base model is on the meta device and nothing will load it."""
     on_meta = [
         f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if not hasattr(module, "_hf_hook")  # accelerate's: loads the weights when the module runs
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.device.type == "meta" and not is_lora(f"{prefix}.{name}")
+        for prefix, module in survey.named_modules
+        if "_hf_hook" not in vars(module)  # accelerate's: loads the weights when the module runs
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.device.type == "meta" and not is_lora(f"{prefix}.{name}")
     ]
     if on_meta:
         raise ValueError(
@@ -67,23 +79,26 @@ def require_loaded(model: nn.Module) -> None:
         )
 
 
-def wrapped(model: nn.Module) -> str | None:
+def wrapped(survey: Survey) -> str | None:
     """How the model or a part of it is compiled or wrapped, or None."""
-    for module in model.modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in _WRAPPERS:
-                return _WRAPPERS[kind.__name__]
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            return "compiled by module.compile()"
-    return "partitioned by DeepSpeed ZeRO-3" if any(map(is_partitioned, model.parameters())) else None
+    wrapper = wrapper_of(survey)
+    if wrapper is not None:
+        return _WRAPPERS[wrapper]
+    if any(module._compiled_call_impl is not None for module in survey.modules):
+        return "compiled by module.compile()"
+    return "partitioned by DeepSpeed ZeRO-3" if any(map(is_partitioned, survey.parameters)) else None
 
 
-def waits_for_others(model: nn.Module) -> bool:
+def wrapper_of(survey: Survey) -> str | None:
+    """The class that compiles or wraps the model or a part of it, or None."""
+    return next((name for name in survey.class_names if name in _WRAPPERS), None)
+
+
+def waits_for_others(survey: Survey) -> bool:
     """Whether a forward waits for those of other processes: weights are gathered, or activations exchanged, in it."""
     wrappers = _WRAPPERS.keys() - {"OptimizedModule"}
-    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    sharded = any(hasattr(p, "device_mesh") or is_partitioned(p) for p in model.parameters())
-    return sharded or bool(kinds & wrappers)
+    sharded = any(hasattr(p, "device_mesh") or is_partitioned(p) for p in survey.parameters)
+    return sharded or not wrappers.isdisjoint(survey.class_names)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -94,6 +109,10 @@ def is_partitioned(parameter: Tensor) -> bool:
 def is_lora(name: str) -> bool:
     """Whether a parameter's name is an adapter's, in any of the LoRA libraries: ``lora_A``, ``lora_down``, …"""
     return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _most_references(named: Sequence[tuple[str, Tensor]]) -> int:
+    return max((sys.getrefcount(parameter) for _, parameter in named), default=0)
 
 
 def _held_by_optimizer(names: dict[int, str]) -> str | None:

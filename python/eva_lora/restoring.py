@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from .preflight import wrapped
+from .survey import Survey
 
 __all__ = ["borrowed", "without_autocast"]
 
 _FLAGS = ("training", "gradient_checkpointing", "use_nested_tensor")  # the second is transformers' switch
+_HOOK_TABLES = [name for name in vars(nn.Module()) if "_hooks" in name and ("_forward" in name or "_backward" in name)]
 _ABSENT = object()
 
 
 @contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
+def borrowed(survey: Survey) -> Iterator[None]:
     """Within it the model is in eval mode, without gradients and without gradient checkpointing.
 
     Afterwards, also after an exception or Ctrl-C, these are what they were, whatever the loader or a ``forward_fn``
@@ -26,15 +28,16 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     wrapped) hooks; the grad and autocast modes; the global random generators, torch's (also of the model's GPUs),
     Python's and NumPy's.
     """
+    devices = {parameter.device for parameter in survey.parameters}
     with ExitStack() as stack:
         for keep in (_modes, _generators):
-            stack.callback(keep(model))
-        modules = list(model.modules())
-        stack.callback(_module_flags(modules))
-        if wrapped(model) is None:  # wrappers hang hooks of their own on modules, some of them in the first forward
-            stack.callback(_hooks(modules))
-        for module in modules:
-            module.training = False  # not eval(), which some libraries override to merge weights
+            stack.callback(keep(devices))
+        stack.callback(_module_flags(survey.modules))
+        if wrapped(survey) is None:  # wrappers hang hooks of their own on modules, some of them in the first forward
+            stack.callback(_hooks(survey.modules))
+        for module in survey.modules:
+            if module.training:
+                module.training = False  # not eval(), which some libraries override to merge weights
             # In eval mode the last would pack padded batches into nested tensors, which have no common shape.
             for name in ("gradient_checkpointing", "use_nested_tensor"):
                 if vars(module).get(name) is True:
@@ -43,36 +46,43 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Within it no product is rounded to the caller's autocast dtype: the statistics need every bit of theirs."""
+    # Entered for every input of every batch, where more than this question would be felt.
+    return _autocast_off(device) if torch._C._is_any_autocast_enabled() else nullcontext()
+
+
+@contextmanager
+def _autocast_off(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in {"cpu", device.type}:
-            # Asked first: entering a context for every input of every batch would be felt. "meta" has none.
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if torch.amp.is_autocast_available(kind):  # "meta" has none
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
 def _module_flags(modules: list[nn.Module]) -> Callable[[], None]:
-    flags = [(module, name, vars(module).get(name, _ABSENT)) for module in modules for name in _FLAGS]
+    flags = [(names, name, names.get(name, _ABSENT)) for names in map(vars, modules) for name in _FLAGS]
 
     def restore() -> None:
-        for module, name, value in flags:
+        for names, name, value in flags:
             if value is not _ABSENT:
-                vars(module)[name] = value
+                names[name] = value
             else:
-                vars(module).pop(name, None)
+                names.pop(name, None)
 
     return restore
 
 
 def _hooks(modules: list[nn.Module]) -> Callable[[], None]:
-    tables = [table for module in modules for name, table in vars(module).items() if _is_hook_table(name)]
-    registered = [(table, dict(table)) for table in tables]
+    tables = [names[table] for names in map(vars, modules) for table in _HOOK_TABLES if table in names]
+    empty = [table for table in tables if not table]  # nearly all
+    filled = [(table, dict(table)) for table in tables if table]
 
     def restore() -> None:
-        for table, before in registered:
+        for table in empty:
+            table.clear()
+        for table, before in filled:
             if table != before:
                 table.clear()
                 table.update(before)
@@ -80,13 +90,9 @@ def _hooks(modules: list[nn.Module]) -> Callable[[], None]:
     return restore
 
 
-def _is_hook_table(name: str) -> bool:
-    return "_hooks" in name and ("_forward" in name or "_backward" in name)
-
-
-def _modes(model: nn.Module) -> Callable[[], None]:
+def _modes(devices: set[torch.device]) -> Callable[[], None]:
     grad = torch.is_grad_enabled()
-    kinds = {"cpu"} | {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    kinds = {"cpu"} | {device.type for device in devices} - {"meta"}
     autocast = [
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in kinds
@@ -104,8 +110,8 @@ def _modes(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _generators(model: nn.Module) -> Callable[[], None]:
-    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+def _generators(devices: set[torch.device]) -> Callable[[], None]:
+    gpus = {device for device in devices if device.type == "cuda"}
     states: list[tuple[Callable[[Any], object], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),

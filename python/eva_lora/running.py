@@ -1,9 +1,9 @@
 """The state of one pass, from the first batch to the statistics that come of it."""
 
-import itertools
 import math
 import time
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -85,7 +85,7 @@ class Run:
         """An empty statistic of a layer's input."""
         site = self.sites[self.capture.site_of[stream]]
         return _KINDS[kind](
-            site.in_features, columns, device=device_of(site.module) or "cpu", seed=self.config.seed + stream,
+            site.in_features, columns, device=device_of(site.module.modules()) or "cpu", seed=self.config.seed + stream,
             impl=self.config.impl, watch_gain=self.config.convergence == "captured",
         )  # fmt: skip
 
@@ -122,8 +122,11 @@ class Run:
         self.num_batches += 1
         for name, rule in mask.rules.items():
             self.rules.setdefault(name, set()).add(rule)
-        for entry in self.capture.inputs:  # what the first layer fed by an input found out holds for the others
+        for entry in self.capture.inputs:
             names = self.names(entry)
+            if len(names) == 1:
+                continue
+            # What the first layer fed by an input found out holds for the others.
             rules = set[str]().union(*(self.rules.get(name, ()) for name in names))
             self.rules.update({name: set(rules) for name in names})
             side = next((self.sides[name] for name in names if name in self.sides), None)
@@ -168,8 +171,8 @@ class Run:
 
     def silent(self) -> list[str]:
         """Names of the sites that have seen no input."""
-        streams = [[self.capture.input_of[s] for s in self.capture.streams_of[i]] for i in range(len(self.sites))]
-        return [self.sites[i].name for i, entries in enumerate(streams) if not any(entries)]
+        heard = {site for site, entry in zip(self.capture.site_of, self.capture.input_of, strict=True) if entry}
+        return [site.name for i, site in enumerate(self.sites) if i not in heard]
 
     def _rows_of(self, site: int) -> int | None:
         """Rows that a site's inputs hold; None where it was not called."""
@@ -280,12 +283,13 @@ def _sum_of(entry: Input) -> torch.Tensor:
     return entry.statistic.square_sum if entry.sketch is None else entry.sketch.total.sum()
 
 
-def device_of(module: nn.Module) -> torch.device | None:
-    """Where a module computes: the device of its first parameter or buffer that is on one, or, of weights that are
-    loaded as they are needed, where its hook says. None where nothing tells."""
-    hooks = [vars(part)["_hf_hook"] for part in module.modules() if "_hf_hook" in vars(part)]
+def device_of(modules: Iterable[nn.Module]) -> torch.device | None:
+    """Where modules compute: the device of their first parameter or buffer that is on one, or, of weights that are
+    loaded as they are needed, where their hook says. None where nothing tells."""
+    modules = list(modules)
+    hooks = [vars(module)["_hf_hook"] for module in modules if "_hf_hook" in vars(module)]
     told = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
     if told is not None:
         return torch.device(told)
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
+    tensors = (t for name in ("_parameters", "_buffers") for module in modules for t in vars(module)[name].values())
+    return next((tensor.device for tensor in tensors if tensor is not None and tensor.device.type != "meta"), None)

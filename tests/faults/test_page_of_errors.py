@@ -9,7 +9,7 @@ import eva_lora
 
 PAGE = Path(__file__).parents[2] / "docs" / "what-can-go-wrong.md"
 #: Functions that say which part of a file does not fit; their callers' messages, which are listed, end in theirs.
-DETAILS = {"_check", "check", "checked", "load_state_", "_as", "_no_number", "_refreshed", "_restore", "_unpacked"}
+DETAILS = {"_check", "check", "checked", "load_state_", "_as", "_no_number", "_checked", "_restore", "_unpacked"}
 
 
 def text_of(node):

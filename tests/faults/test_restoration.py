@@ -219,6 +219,16 @@ def test_an_optimizer_that_holds_the_old_parameters_is_found_before_any_forward(
     assert initialise(model).num_batches == 3
 
 
+def test_optimizers_are_looked_for_only_where_something_beside_the_model_holds_its_parameters(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(gc, "get_objects", lambda: pytest.fail("all objects were gone through"))
+    initialise(model)
+    held = list(model.parameters())
+    with pytest.raises(pytest.fail.Exception, match="gone through"):
+        initialise(model)
+    del held
+
+
 def test_an_optimizer_nobody_reaches_any_more_is_no_obstacle():
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,6 +1,6 @@
 """Unsloth's and axolotl's fused forwards, which read PEFT's weights without calling the layers that hold them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ __all__ = ["unfused"]
 
 
 @contextmanager
-def unfused(model: nn.Module) -> Iterator[None]:
+def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within it, attention and MLP modules call their projections, so that those are seen; afterwards all is as before.
 
     Both libraries hang ``apply_qkv`` and ``apply_o`` on an attention module, axolotl as methods, Unsloth as functions
@@ -18,13 +18,13 @@ def unfused(model: nn.Module) -> Iterator[None]:
     """
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for module in model.modules():
+        for module in modules:
             names = vars(module)
-            for name, plain in (("apply_qkv", _projections("q_proj", "k_proj", "v_proj")), ("apply_o", _o)):
+            for name, plain in _PLAIN.items():
                 if name in names:
                     kept.append((names, name, names[name]))
                     names[name] = plain(module)
-            if "lora_mlp" in getattr(names.get("forward"), "__name__", ""):
+            if "forward" in names and "lora_mlp" in getattr(names["forward"], "__name__", ""):
                 kept.append((names, "forward", names.pop("forward")))
         yield
     finally:
@@ -41,3 +41,9 @@ def _projections(*projections: str) -> Callable[[Any], Callable[..., list[Tensor
 
 def _o(module: Any) -> Callable[..., Tensor]:
     return lambda *args: module.o_proj(args[-1])
+
+
+_PLAIN: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "apply_qkv": _projections("q_proj", "k_proj", "v_proj"),
+    "apply_o": _o,
+}

@@ -219,7 +219,7 @@ class SiteAdapter:
             kinds = sorted({type(site).__name__ for site in self.sites} - {type(site).__name__ for site in writable})
             raise TypeError(f"sites: expected ParameterSite, which can be written, got {kinds}")
         # Some libraries keep their parameters outside of the model, under names of their own.
-        require_no_optimizer({id(p): f"A or B of {s.name}" for s in writable for p in (*s.first, *s.second)})
+        require_no_optimizer([(f"A or B of {s.name}", p) for s in writable for p in (*s.first, *s.second)])
         return writable
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..survey import Survey
 from .fused import unfused
 from .parameters import check_plan
 from .peft_layers import ConvSite, factors, parts_of, site_of
@@ -95,18 +96,19 @@ class PeftAdapter:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        switches = [m for m in self._model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        survey = Survey(self._model)
+        switches = [m for m in survey.modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         enabled = [m for m in switches if not m.disable_adapters]
         # Switching an adapter off and on again makes its parameters trainable, whatever they were before.
-        trainable = [(p, p.requires_grad) for p in self._model.parameters()]
+        trainable = [(p, p.requires_grad) for p in survey.parameters]
         # bitsandbytes repacks 4-bit weights in the first eval forward on such a CPU, and cannot train on them then.
-        packing: list[Any] = [m for m in self._model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+        packing: list[Any] = [m for m in survey.modules if vars(m).get("support_avx512bf16_for_cpu", False)]
         try:
             for module in packing:
                 module.support_avx512bf16_for_cpu = False
             for module in enabled:
                 module.enable_adapters(False)
-            with unfused(self._model):
+            with unfused(survey.modules):
                 yield
         finally:
             for module in enabled:

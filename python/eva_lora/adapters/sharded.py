@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..preflight import is_lora, is_partitioned
+from ..survey import Survey
 
 __all__ = ["fill_", "plain_name", "whole_weights"]
 
@@ -36,8 +37,8 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     Those that ``FullyShardedDataParallel`` has flattened are all gathered, on every process; of those that DeepSpeed
     ZeRO-3 has partitioned the adapters' are. Any other model is left alone.
     """
-    is_module = isinstance(model, nn.Module)  # what is none is refused by name later
-    named = model.named_parameters() if is_module else ()
+    survey = Survey(model if isinstance(model, nn.Module) else nn.Module())  # what is none is refused by name later
+    named = model.named_parameters() if any(map(is_partitioned, survey.parameters)) else ()
     adapters = [p for name, p in named if is_lora(name) and is_partitioned(p)]
     if adapters:
         from deepspeed.runtime.zero import GatheredParameters
@@ -45,8 +46,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         with GatheredParameters(adapters, modifier_rank=0), torch.no_grad():
             yield
         return
-    modules = model.modules() if is_module else ()
-    if not any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+    if "FullyShardedDataParallel" not in survey.class_names:
         yield
         return
     from torch.distributed.fsdp import FullyShardedDataParallel

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapters import LoraSite
 from ..batches import RowMask
 from ..preflight import is_lora
+from ..survey import Survey
 
 __all__ = ["Part", "TensorParallel"]
 
@@ -53,15 +54,13 @@ class TensorParallel:
         self._kinds: dict[str, str] = {}  # of the inputs that come as ordinary tensors, by layer
 
     @classmethod
-    def of(cls, model: nn.Module, sites: Sequence[LoraSite]) -> "TensorParallel | None":
+    def of(cls, survey: Survey, sites: Sequence[LoraSite]) -> "TensorParallel | None":
         """Of a model as it is sharded; None where no layer is split over ranks.
 
         Raises:
             ValueError: layers are split over different ranks.
         """
-        fully_sharded = any(
-            kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__
-        )
+        fully_sharded = "FSDPModule" in survey.class_names
         groups = [group for site in sites if (group := _group_of(site.module, fully_sharded)) is not None]
         if not groups:
             return None
