@@ -29,19 +29,19 @@ void subspace(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_st
 using Addresses = std::vector<uintptr_t>;
 
 void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& images, const Addresses& bases,
-             const Addresses& eigenvalues, uintptr_t directions, uintptr_t weights, const Addresses& new_bases,
+             uintptr_t eigenvalues, uintptr_t means, bool summarises, const Addresses& new_bases,
              const Addresses& rounded_bases, uintptr_t new_eigenvalues, uintptr_t cosines, uintptr_t overlaps,
-             uintptr_t solved, double jitter, double alignment, double orthogonal, int threads) {
+             uintptr_t solved, double jitter, double alignment, double orthogonal, double span_jitter, int power_steps,
+             int threads) {
   std::vector<eva::RefreshTask> tasks;
   for (int64_t i = 0; i < static_cast<int64_t>(samples.size()); ++i)
-    tasks.push_back({d, q, address<float>(samples[i]), address<float>(images[i]),
-                     bases.empty() ? nullptr : address<float>(bases[i]), address<double>(eigenvalues[i]),
-                     address<float>(directions) + i * 2 * d, address<float>(weights) + i * 2,
+    tasks.push_back({d, q, address<float>(samples[i]), address<float>(images[i]), address<float>(bases[i]),
+                     address<double>(eigenvalues) + i * q, address<float>(means) + i * 2 * d, summarises,
                      address<float>(new_bases[i]), rounded_bases.empty() ? nullptr : address<float>(rounded_bases[i]),
-                     address<double>(new_eigenvalues) + i * q,
-                     address<double>(cosines) + i * q, address<double>(overlaps) + i * q});
+                     address<double>(new_eigenvalues) + i * q, address<double>(cosines) + i * q,
+                     address<double>(overlaps) + i * q});
   py::gil_scoped_release unlocked;
-  eva::refresh(tasks, {jitter, alignment, orthogonal}, address<uint8_t>(solved), threads);
+  eva::refresh(tasks, {jitter, alignment, orthogonal, span_jitter, power_steps}, address<uint8_t>(solved), threads);
 }
 
 std::pair<bool, double> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t out, int threads) {
@@ -76,9 +76,9 @@ void bind_cpu(py::module_& module) {
   module.def("subspace", &subspace, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "basis"_a,
              "q"_a, "sign"_a, "product"_a, "column_sum"_a, "square_sum"_a, "threads"_a);
   module.def("has_refresh", &eva::has_refresh);
-  module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "directions"_a,
-             "weights"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a, "solved"_a,
-             "jitter"_a, "alignment"_a, "orthogonal"_a, "threads"_a);
+  module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
+             "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
+             "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "span_jitter"_a, "power_steps"_a, "threads"_a);
   module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "threads"_a);
   module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,
              "threads"_a);

@@ -61,41 +61,33 @@ void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_str
     std::fill(std::copy_n(from + j * from_stride, width, to + j * to_stride), to + (j + 1) * to_stride, 0.0f);
 }
 
-// A thread's memory for statistics of one shape, and the steps of an extraction.
+// A thread's memory for statistics of one shape, and the steps of an extraction. The scatter is A Aᵀ with the columns
+// A = [Q √Λ, N, v]: the past, the Nyström approximation N Nᵀ of the rows since, and the difference of their means.
 class Extractor {
  public:
   Extractor(int64_t d, int64_t q, const RefreshLimits& limits)
       : limits_(limits), d_(d), q_(q), stride_(padded(q)), tall_(d * stride_), square_(q * stride_),
-        product_(tall_), sketch_(tall_), copy_(stride_ == q ? 0 : tall_),
-        small_(std::max<int64_t>(q, 2) * stride_), core_(square_), first_(square_), second_(square_), third_(square_ + 4 * stride_), vectors_(square_), scale_(stride_),
-        norms_(stride_) {}
+        columns_(2 * q + 1), product_(tall_), nystrom_(tall_), copy_(stride_ == q ? 0 : tall_), difference_(d),
+        small_(square_), beside_(stride_), across_(stride_), along_(square_), root_(square_), inverse_(square_),
+        gram_(columns_ * padded(columns_)),
+        span_(columns_ * stride_), image_(columns_ * stride_), turn_(columns_ * stride_), third_(square_ + 4 * stride_),
+        vectors_(square_), scale_(stride_), norms_(stride_) {}
 
   EVA_AVX512 bool run(const RefreshTask& task) {
-    image(task);
-    return root() && components(task);
+    if (!nystrom(task)) return false;
+    gram(task);
+    return span() && components(task);
   }
 
  private:
-  // Y and ΩᵀY.
-  EVA_AVX512 void image(const RefreshTask& task) {
+  // N = Y D R⁻¹ with Y = image − u (uᵀ Ω), RᵀR = D ½(ΩᵀY + YᵀΩ) D + ε I and D its scale.
+  EVA_AVX512 bool nystrom(const RefreshTask& task) {
     copy_rows(task.image, q_, product_.get(), stride_, d_, q_);
-    if (task.basis) {
-      inner(task.basis, q_, with_padding(task.sample));
-      for (int64_t i = 0; i < q_; ++i)
-        for (int64_t j = 0; j < stride_; ++j) small_[i * stride_ + j] *= static_cast<float>(task.eigenvalues[i]);
-      multiply<float>({task.basis, q_, 1}, small_.get(), stride_, product_.get(), stride_, d_, q_, q_, true);
-    }
     const float* sample = with_padding(task.sample);
-    multiply<float>({task.directions, d_, 1}, sample, stride_, small_.get(), stride_, 2, q_, d_);
-    for (int64_t t = 0; t < 2; ++t)
-      for (int64_t j = 0; j < stride_; ++j) small_[t * stride_ + j] *= task.weights[t];
-    multiply<float>({task.directions, 1, d_}, small_.get(), stride_, product_.get(), stride_, d_, q_, 2, true);
-    inner(task.sample, q_, product_.get());
-    convert(small_.get(), core_.get(), square_);
-  }
-
-  // The sketch B = Y D R⁻¹, with RᵀR = D ½(ΩᵀY + YᵀΩ) D + ε I and D its scale; D R⁻¹ is left in second_.
-  EVA_AVX512 bool root() {
+    multiply<float>({task.means, d_, 1}, sample, stride_, beside_.get(), stride_, 1, q_, d_);
+    for (int64_t c = 0; c < stride_; ++c) beside_[c] = -beside_[c];
+    multiply<float>({task.means, 1, d_}, beside_.get(), stride_, product_.get(), stride_, d_, q_, 1, true);
+    inner(task.sample, q_, product_.get(), small_.get());
     double* norms = norms_.get();
     std::fill_n(norms, stride_, 0.0);
     for (int64_t j = 0; j < d_; ++j)
@@ -104,63 +96,153 @@ class Extractor {
         norms[c] += entry * entry;
       }
     for (int64_t c = 0; c < q_; ++c) {
-      const double diagonal = std::max(core_[c * stride_ + c], limits_.alignment * std::sqrt(norms[c]));
-      if (!std::isfinite(norms[c]) || !std::isfinite(core_[c * stride_ + c])) return false;
-      scale_[c] = diagonal > 0 ? 1 / std::sqrt(diagonal) : 0;
+      const double diagonal = small_[c * stride_ + c], least = limits_.alignment * std::sqrt(norms[c]);
+      if (!std::isfinite(norms[c]) || !std::isfinite(diagonal)) return false;
+      scale_[c] = std::max(diagonal, least) > 0 ? 1 / std::sqrt(std::max(diagonal, least)) : 0;
     }
-    std::fill_n(first_.get(), square_, 0.0);
+    std::fill_n(root_.get(), square_, 0.0);
     for (int64_t i = 0; i < q_; ++i) {
       for (int64_t j = 0; j < q_; ++j)
-        first_[i * stride_ + j] = scale_[i] * scale_[j] * (core_[i * stride_ + j] + core_[j * stride_ + i]) / 2;
-      first_[i * stride_ + i] += limits_.jitter;
+        root_[i * stride_ + j] =
+            scale_[i] * scale_[j] * (static_cast<double>(small_[i * stride_ + j]) + small_[j * stride_ + i]) / 2;
+      root_[i * stride_ + i] += limits_.jitter;
     }
-    if (!cholesky(first_.get(), q_, stride_)) return false;
-    invert_upper(first_.get(), q_, stride_, second_.get());
-    for (int64_t i = 0; i < q_; ++i)
-      for (int64_t j = 0; j < stride_; ++j) second_[i * stride_ + j] *= scale_[i];
-    convert(second_.get(), small_.get(), square_);
-    multiply<float>({product_.get(), stride_, 1}, small_.get(), stride_, sketch_.get(), stride_, d_, q_, q_);
+    if (!invert_root(q_)) return false;
+    convert(inverse_.get(), small_.get(), square_);
+    multiply<float>({product_.get(), stride_, 1}, small_.get(), stride_, nystrom_.get(), stride_, d_, q_, q_);
     return true;
   }
 
-  // Eigenpairs of B Bᵀ through those of Bᵀ B, and how they stand to Ω.
+  // gram_ = AᵀA, with N = Q along_ + N⊥ and v = Q g + v⊥: what Q holds already is subtracted before anything is squared.
+  // N⊥ and v⊥ take the places of N and v, g that of beside_.
+  EVA_AVX512 void gram(const RefreshTask& task) {
+    inner(task.basis, q_, nystrom_.get(), small_.get());
+    subtract(task.basis, nystrom_.get());
+    convert(small_.get(), along_.get(), square_);
+    const float* difference = task.means + d_;
+    multiply<float>({difference, d_, 1}, with_padding(task.basis), stride_, beside_.get(), stride_, 1, q_, d_);
+    for (int64_t j = 0; j < d_; ++j) {
+      float held = 0;
+      for (int64_t c = 0; c < q_; ++c) held += task.basis[j * q_ + c] * beside_[c];
+      difference_[j] = difference[j] - held;
+    }
+    inner(nystrom_.get(), stride_, nystrom_.get(), small_.get());
+    multiply<float>({difference_.get(), d_, 1}, nystrom_.get(), stride_, across_.get(), stride_, 1, q_, d_);
+    multiply<double>({along_.get(), 1, stride_}, along_.get(), stride_, root_.get(), stride_, q_, q_, q_);
+    const int64_t width = padded(columns_), last = columns_ - 1;
+    std::fill_n(gram_.get(), columns_ * width, 0.0);
+    double& corner = gram_[last * width + last];
+    for (int64_t j = 0; j < d_; ++j) corner += static_cast<double>(difference_[j]) * difference_[j];
+    for (int64_t i = 0; i < q_; ++i) {
+      const double deviation = std::sqrt(task.eigenvalues[i]);
+      double *past = gram_.get() + i * width, *since = gram_.get() + (q_ + i) * width;
+      double beside = across_[i];
+      for (int64_t j = 0; j < q_; ++j) {
+        since[q_ + j] = root_[i * stride_ + j] + small_[i * stride_ + j];
+        past[q_ + j] = gram_[(q_ + j) * width + i] = deviation * along_[i * stride_ + j];
+        beside += along_[j * stride_ + i] * beside_[j];
+      }
+      past[i] = task.eigenvalues[i];
+      past[last] = gram_[last * width + i] = deviation * beside_[i];
+      since[last] = gram_[last * width + q_ + i] = beside;
+      corner += static_cast<double>(beside_[i]) * beside_[i];
+    }
+  }
+
+  // span_ = an orthonormal basis of about the leading right singular vectors of A, image_ = AᵀA times it: block power
+  // steps from the sum of each column of Q √Λ and the one of N that goes on from it.
+  EVA_AVX512 bool span() {
+    const int64_t width = padded(columns_);
+    std::fill_n(image_.get(), columns_ * stride_, 0.0);
+    for (int64_t i = 0; i < columns_; ++i)
+      for (int64_t c = 0; c < q_; ++c) image_[i * stride_ + c] = gram_[i * width + c] + gram_[i * width + q_ + c];
+    for (int step = 0; step < limits_.power_steps; ++step) {
+      multiply<double>({image_.get(), 1, stride_}, image_.get(), stride_, root_.get(), stride_, q_, q_, columns_);
+      for (int64_t c = 0; c < q_; ++c) {
+        const double square = root_[c * stride_ + c];
+        if (!std::isfinite(square)) return false;
+        scale_[c] = square > 0 ? 1 / std::sqrt(square) : 0;
+      }
+      for (int64_t i = 0; i < q_; ++i) {
+        for (int64_t j = 0; j < q_; ++j) root_[i * stride_ + j] *= scale_[i] * scale_[j];
+        root_[i * stride_ + i] += limits_.span_jitter;
+      }
+      if (!invert_root(q_)) return false;
+      multiply<double>({image_.get(), stride_, 1}, inverse_.get(), stride_, span_.get(), stride_, columns_, q_, q_);
+      multiply<double>({gram_.get(), width, 1}, span_.get(), stride_, image_.get(), stride_, columns_, q_, columns_);
+    }
+    return true;
+  }
+
+  // Eigenpairs of the scatter within the span, and how they stand to the past's.
   EVA_AVX512 bool components(const RefreshTask& task) {
-    inner(sketch_.get(), stride_, sketch_.get());
-    convert(small_.get(), first_.get(), square_);
-    if (!symmetric_eigen(first_.get(), q_, stride_, task.new_eigenvalues, vectors_.get(), third_.get())) return false;
+    multiply<double>({span_.get(), 1, stride_}, image_.get(), stride_, root_.get(), stride_, q_, q_, columns_);
+    if (!symmetric_eigen(root_.get(), q_, stride_, task.new_eigenvalues, vectors_.get(), third_.get())) return false;
     const double largest = task.new_eigenvalues[0];
     if (!(task.new_eigenvalues[q_ - 1] > limits_.orthogonal * largest)) return false;
-    std::fill_n(first_.get(), square_, 0.0);
-    for (int64_t i = 0; i < q_; ++i) {  // turn(k, i) = vectors(i, k) / √λᵢ
+    std::fill_n(inverse_.get(), square_, 0.0);
+    for (int64_t i = 0; i < q_; ++i) {  // inverse_(k, i) = vectors_(i, k) / √λᵢ
       const double inverse = 1 / std::sqrt(task.new_eigenvalues[i]);
-      for (int64_t k = 0; k < q_; ++k) first_[k * stride_ + i] = vectors_[i * stride_ + k] * inverse;
+      for (int64_t k = 0; k < q_; ++k) inverse_[k * stride_ + i] = vectors_[i * stride_ + k] * inverse;
     }
-    convert(first_.get(), small_.get(), square_);
-    multiply<double>({second_.get(), stride_, 1}, first_.get(), stride_, third_.get(), stride_, q_, q_, q_);
-    multiply<double>({core_.get(), stride_, 1}, third_.get(), stride_, first_.get(), stride_, q_, q_, q_);
+    // The components are A turn_ = Q held + N⊥ (turn_'s middle rows) + v⊥ (its last), held = Qᵀ A turn_.
+    multiply<double>({span_.get(), stride_, 1}, inverse_.get(), stride_, turn_.get(), stride_, columns_, q_, q_);
+    double *held = turn_.get(), *since = held + square_, *between = since + square_;
+    for (int64_t i = 0; i < q_; ++i) {
+      const double deviation = std::sqrt(task.eigenvalues[i]);
+      for (int64_t c = 0; c < stride_; ++c) held[i * stride_ + c] *= deviation;
+      add_scaled(beside_[i], between, held + i * stride_, 0, stride_);
+    }
+    multiply<double>({along_.get(), stride_, 1}, since, stride_, held, stride_, q_, q_, q_, true);
+    compare(held, task);
+    float* to = stride_ == q_ ? task.new_basis : product_.get();
+    convert(held, small_.get(), square_);
+    multiply<float>({task.basis, q_, 1}, small_.get(), stride_, to, stride_, d_, q_, q_);
+    convert(since, small_.get(), square_);
+    multiply<float>({nystrom_.get(), stride_, 1}, small_.get(), stride_, to, stride_, d_, q_, q_, true);
+    convert(between, small_.get(), stride_);
+    multiply<float>({difference_.get(), 1, d_}, small_.get(), stride_, to, stride_, d_, q_, 1, true);
+    if (stride_ != q_)
+      for (int64_t j = 0; j < d_; ++j) std::copy_n(to + j * stride_, q_, task.new_basis + j * q_);
+    if (task.summarises) std::fill_n(task.image, d_ * q_, 0.0f);
+    if (task.rounded_basis) round_to_bfloat16(task.new_basis, task.rounded_basis, d_ * q_);
+    return true;
+  }
+
+  // Cosines and overlaps from cross = Qᵀ Q′.
+  void compare(const double* cross, const RefreshTask& task) const {
     double overlap = 0;
     for (int64_t i = 0; i < q_; ++i) {
-      const double* row = first_.get() + i * stride_;
+      const double* row = cross + i * stride_;
       for (int64_t j = 0; j < i; ++j) {
-        const double below = first_[j * stride_ + i];
+        const double below = cross[j * stride_ + i];
         overlap += row[j] * row[j] + below * below;
       }
       overlap += row[i] * row[i];
       task.cosines[i] = std::min(std::abs(row[i]), 1.0);
       task.overlaps[i] = overlap;
     }
-    float* to = stride_ == q_ ? task.new_basis : product_.get();
-    multiply<float>({sketch_.get(), stride_, 1}, small_.get(), stride_, to, stride_, d_, q_, q_);
-    if (stride_ != q_)
-      for (int64_t j = 0; j < d_; ++j) std::copy_n(to + j * stride_, q_, task.new_basis + j * q_);
-    if (task.basis) std::fill_n(task.image, d_ * q_, 0.0f);
-    if (task.rounded_basis) round_to_bfloat16(task.new_basis, task.rounded_basis, d_ * q_);
+  }
+
+  // matrix −= basis · small_.
+  EVA_AVX512 void subtract(const float* basis, float* matrix) {
+    for (int64_t i = 0; i < square_; ++i) small_[i] = -small_[i];
+    multiply<float>({basis, q_, 1}, small_.get(), stride_, matrix, stride_, d_, q_, q_, true);
+    for (int64_t i = 0; i < square_; ++i) small_[i] = -small_[i];
+  }
+
+  // inverse_ = D R⁻¹ with RᵀR = root_ and D the scale, which takes root_'s place.
+  EVA_AVX512 bool invert_root(int64_t size) {
+    if (!cholesky(root_.get(), size, stride_)) return false;
+    invert_upper(root_.get(), size, stride_, inverse_.get());
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t j = 0; j < stride_; ++j) inverse_[i * stride_ + j] *= scale_[i];
     return true;
   }
 
-  // small_ = leftᵀ · right.
-  EVA_AVX512 void inner(const float* left, int64_t left_stride, const float* right) {
-    multiply<float>({left, 1, left_stride}, right, stride_, small_.get(), stride_, q_, q_, d_);
+  // to = leftᵀ · right, (q, q).
+  EVA_AVX512 void inner(const float* left, int64_t left_stride, const float* right, float* to) {
+    multiply<float>({left, 1, left_stride}, right, stride_, to, stride_, q_, q_, d_);
   }
 
   const float* with_padding(const float* matrix) const {
@@ -170,10 +252,14 @@ class Extractor {
   }
 
   const RefreshLimits& limits_;
-  const int64_t d_, q_, stride_, tall_, square_;
-  const Array<float> product_, sketch_, copy_, small_;  // (d, stride) three times, (at least q, stride)
-  const Array<double> core_, first_, second_, third_, vectors_;  // (q, stride), the third with room to spare
-  const Array<double> scale_, norms_;                            // (stride)
+  const int64_t d_, q_, stride_, tall_, square_, columns_;
+  const Array<float> product_, nystrom_, copy_;          // (d, stride)
+  const Array<float> difference_;                        // (d)
+  const Array<float> small_, beside_, across_;           // (q, stride); (stride)
+  const Array<double> along_, root_, inverse_;           // (q, stride)
+  const Array<double> gram_;                             // (columns, columns), padded
+  const Array<double> span_, image_, turn_;              // (columns, stride)
+  const Array<double> third_, vectors_, scale_, norms_;  // the eigensolver's; (stride)
 };
 
 }  // namespace

@@ -11,24 +11,25 @@ bool has_refresh();
 
 // Constants of eva_kernels.streaming_svd.refresh, where they are explained.
 struct RefreshLimits {
-  double jitter, alignment, orthogonal;
+  double jitter, alignment, orthogonal, span_jitter;
+  int power_steps;
 };
 
-// One statistic; all arrays dense and row-major. The scatter's product with the sample Ω is
-// Y = image + Q Λ (Qᵀ Ω) + Σ_t weights(t) · directions(t) (directions(t)ᵀ Ω).
+// One statistic; all arrays dense and row-major. Its scatter is
+// Q Λ Qᵀ + v vᵀ + the Nyström approximation from Ω and Y = image − u (uᵀ Ω).
 struct RefreshTask {
   int64_t d, q;
-  const float* sample;         // (d, q), Ω
-  float* image;                // (d, q); cleared where there is a basis of the past and all went well
-  const float* basis;          // (d, q), Q, or null where the image holds all rows
-  const double* eigenvalues;   // (q), Λ
-  const float* directions;     // (2, d)
-  const float* weights;        // (2)
-  float* new_basis;            // (d, q)
-  float* rounded_basis;        // (d, q), the same rounded to bfloat16, or null
-  double* new_eigenvalues;     // (q), descending
-  double* cosines;             // (q), |cosine| of each new component to the sample's
-  double* overlaps;            // (q), ‖(Ωᵀ Q′)₁..ᵢ‖²_F
+  const float* sample;        // (d, q), Ω
+  float* image;               // (d, q)
+  const float* basis;         // (d, q), Q
+  const double* eigenvalues;  // (q), Λ
+  const float* means;         // (2, d), u and v
+  bool summarises;            // whether the image is spent once all went well: it is then cleared
+  float* new_basis;           // (d, q)
+  float* rounded_basis;       // (d, q), the same rounded to bfloat16, or null
+  double* new_eigenvalues;    // (q), descending
+  double* cosines;            // (q), |cosine| of each new component to the one before
+  double* overlaps;           // (q), ‖(QᵀQ′)₁..ᵢ‖²_F
 };
 
 // Tasks of one d and q. Sets solved[i] to 1 where task i went well, else to 0: something is not finite, ΩᵀY not

@@ -31,13 +31,13 @@ def refresh_core_runs(statistic: Statistic) -> bool:
 
 
 def extract_core(members: Sequence[Statistic], limits: Mapping[str, float]) -> CoreExtraction:
-    """As ``products`` and ``nystrom`` of :mod:`.refresh` one after the other; ``limits`` are its constants.
+    """As ``nystrom`` and ``combine`` of :mod:`.refresh` one after the other; ``limits`` are its constants.
 
     The images of solved members of a kind that summarises are zero afterwards: they are in the bases.
     """
     first = members[0]
     d, q = first.basis.shape
-    directions, weights = (x.contiguous() for x in first.means(members))
+    means, past = first.means(members), first.past_eigenvalues(members)
     samples, images, bases = ([x.contiguous() for x in matrices] for matrices in zip(
         *((s.sample, s.image(), s.basis) for s in members), strict=True))  # fmt: skip
     new_bases = [torch.empty(d, q) for _ in members]
@@ -46,8 +46,8 @@ def extract_core(members: Sequence[Statistic], limits: Mapping[str, float]) -> C
     solved = torch.zeros(len(members), dtype=torch.bool)
     use_core("core").refresh(
         d=d, q=q, samples=_addresses(samples), images=_addresses(images),
-        bases=_addresses(bases) if first.summarises else [], eigenvalues=_addresses([s.eigenvalues for s in members]),
-        directions=directions.data_ptr(), weights=weights.data_ptr(), new_bases=_addresses(new_bases),
+        bases=_addresses(bases), eigenvalues=past.data_ptr(), means=means.data_ptr(), summarises=first.summarises,
+        new_bases=_addresses(new_bases),
         rounded_bases=_addresses(next_samples), new_eigenvalues=eigenvalues.data_ptr(), cosines=cosines.data_ptr(),
         overlaps=overlaps.data_ptr(), solved=solved.data_ptr(), threads=torch.get_num_threads(), **limits,
     )  # fmt: skip

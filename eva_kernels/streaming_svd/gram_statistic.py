@@ -48,11 +48,10 @@ class GramStatistic(Statistic):
         return self.gram @ self.basis if self.shared_image is None else self.shared_image
 
     @classmethod
-    def means(cls, members: "Sequence[GramStatistic]") -> tuple[Tensor, Tensor]:
-        counts = [max(s.num_rows, 1) for s in members]
+    def means(cls, members: "Sequence[GramStatistic]") -> Tensor:
         sums = torch.stack([s.column_sum for s in members])
-        mean = (sums / sums.new_tensor(counts)[:, None]).to(members[0].basis)
-        return torch.stack([mean, torch.zeros_like(mean)], 1), mean.new_tensor([(-n, 0) for n in counts])
+        mean = sums / sums.new_tensor([max(s.num_rows, 1) for s in members])[:, None].sqrt()
+        return torch.stack([mean, torch.zeros_like(mean)], 1).to(members[0].basis)
 
     def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
         own = {"gram": self.gram} if whole else {"shared_image": self.gram @ self.basis}

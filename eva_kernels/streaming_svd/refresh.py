@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ RELATIVE_JITTER = 1e-6
 RELATIVE_ALIGNMENT = 5e-4  # ωᵀCω below this fraction of ‖Cω‖ is rounding: no direction is that far from its image
 RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis too far from orthonormal
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
+POWER_STEPS = 2  # towards the leading right singular vectors of what past and new rows add up to
+SPAN_JITTER = 1e-12  # of the unit diagonal of a float64 Gram matrix: it has a Cholesky factor then, whatever its rank
 CPU_CACHE_BYTES = 2**21  # bases refreshed at a time on a CPU: about what its second-level cache holds
 CORE_MEMBERS = 8  # statistics a thread that compiled code is given at a time: their new bases exist beside the old ones
 
@@ -32,6 +34,8 @@ _LIMITS = {
     "jitter": RELATIVE_JITTER,
     "alignment": RELATIVE_ALIGNMENT,
     "orthogonal": RELATIVE_ORTHOGONAL,
+    "span_jitter": SPAN_JITTER,
+    "power_steps": POWER_STEPS,
 }
 SOLVED, NOT_FINITE, OBLIQUE, INDEFINITE = range(4)  # what became of an extraction; the last two are mended
 
@@ -64,18 +68,26 @@ class _Extraction:
     members: list[Statistic]
     sample: Tensor  # (b, d, q)
     product: Tensor  # (b, d, q)
+    past: "_Past"
     basis: Tensor  # (b, d, q)
     eigenvalues: Tensor  # (b, q) float64
     evidence: Tensor  # (b, 4, q) float64: see _evidence
     status: Tensor  # (b,) int
 
 
+class _Past(NamedTuple):
+    """What statistics of one kind and shape knew before the rows of their images."""
+
+    basis: Tensor  # (b, d, q)
+    eigenvalues: Tensor  # (b, q) float64
+    difference: Tensor  # (b, d), v
+
+
 def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
     """Refresh every statistic's basis from the rows it has seen. Statistics of one kind and shape go together.
 
     The host waits once for all statistics of a device, and again for those few whose columns turn out to be
-    numerically dependent. Cosines and overlaps compare with the matrix that the rows were multiplied with: the basis
-    before, where it is a subspace statistic's rounded to bfloat16. Before the first refresh that is the start.
+    numerically dependent. Before the first refresh the basis that cosines and overlaps compare with is the start.
     """
     shapes: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, statistic in enumerate(statistics):
@@ -158,10 +170,17 @@ def _rounds(statistics: Sequence[Statistic], shapes: list[list[int]]) -> Iterato
 
 
 def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
-    sample, product = members[0].products(members)
-    basis, eigenvalues, cross, status = nystrom(sample, product)
+    kind = type(members[0])
+    sample = torch.stack([s.sample for s in members])
+    mean, difference = kind.means(members).unbind(1)
+    product = torch.stack([s.image() for s in members]).baddbmm_(mean[:, :, None], mean[:, None] @ sample, alpha=-1)
+    past = _Past(torch.stack([s.basis for s in members]), kind.past_eigenvalues(members), difference)
+    approximation, status = nystrom(sample, product)
+    basis, eigenvalues, cross = combine(*past, approximation)
+    steep = (eigenvalues <= RELATIVE_ORTHOGONAL * eigenvalues[:, :1]).any(1)
+    status = torch.where((status == SOLVED) & steep, OBLIQUE, status)
     evidence = _evidence(members, eigenvalues, *_agreement(cross))
-    return _Extraction(indices, members, sample, product, basis, eigenvalues, evidence, status)
+    return _Extraction(indices, members, sample, product, past, basis, eigenvalues, evidence, status)
 
 
 def _agreement(cross: Tensor) -> tuple[Tensor, Tensor]:  # (b, q, q) -> (b, q), (b, q)
@@ -191,14 +210,18 @@ def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refr
     evidence = host[:, :-1].reshape(len(host), 4, -1)
     mended = np.flatnonzero(status >= OBLIQUE)
     if mended.size:
-        sample, basis, values = (x[mended] for x in (extraction.sample, extraction.basis, extraction.eigenvalues))
+        basis, values = extraction.basis[mended], extraction.eigenvalues[mended]
         again = np.flatnonzero(status[mended] == INDEFINITE)
         if again.size:
-            basis[again], values[again] = nystrom_of_indefinite(sample[again], extraction.product[mended[again]])
-        basis = straighten(sample, basis, values)
+            which = mended[again]
+            approximation = nystrom_of_indefinite(extraction.sample[which], extraction.product[which])
+            past = _Past(*(x[which] for x in extraction.past))
+            basis[again], values[again], _ = combine(*past, approximation)
+        before = extraction.past.basis[mended]
+        basis = straighten(before, basis, values)
         extraction.basis[mended], extraction.eigenvalues[mended] = basis, values
         members = [extraction.members[i] for i in mended]
-        evidence[mended] = _evidence(members, values, *_agreement((sample.mT @ basis).double())).cpu().numpy()
+        evidence[mended] = _evidence(members, values, *_agreement((before.mT @ basis).double())).cpu().numpy()
     for i, member in enumerate(extraction.members):
         if status[i] != NOT_FINITE:
             member.adopt_(extraction.basis[i].clone(), extraction.eigenvalues[i].clone())
@@ -207,76 +230,99 @@ def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refr
 
 def nystrom(
     sample: Tensor,  # (b, d, q), independent columns
-    product: Tensor,  # (b, d, q): a positive semidefinite matrix times sample
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending, (b, q, q) float64, (b,) int
-    """Eigenpairs of the Nyström approximation Y (ΩᵀY)⁻¹ Yᵀ (Tropp et al. 2017, arXiv 1706.05736, alg. 3).
+    product: Tensor,  # (b, d, q): a positive semidefinite matrix C times sample
+) -> tuple[Tensor, Tensor]:  # (b, d, q), (b,) int
+    """N with N Nᵀ = Y (ΩᵀY)⁻¹ Yᵀ, the Nyström approximation of C (Tropp et al. 2017, arXiv 1706.05736, alg. 3).
 
     ΩᵀY is scaled to about a unit diagonal before it is factored, so that outlier directions of any size
-    cost the small ones nothing; the q × q algebra is float64. The third result is Ωᵀ times the eigenvectors, the
-    fourth says SOLVED, NOT_FINITE (NaN or Inf is in the product), INDEFINITE (rounding made ΩᵀY so) or OBLIQUE (the
-    spectrum is too steep for orthonormal columns); what they mean for the others is mended by
-    :func:`nystrom_of_indefinite` and :func:`straighten`. Nothing here waits for the device.
+    cost the small ones nothing; the q × q algebra is float64. The second result says SOLVED, NOT_FINITE (NaN or Inf is
+    in the product; N is then without meaning) or INDEFINITE (rounding made ΩᵀY so: :func:`nystrom_of_indefinite`).
+    Nothing here waits for the device.
     """
-    core, scale, scaled = _scaled_core(sample, product)
+    scale, scaled = _scaled_core(sample, product)
     finite = scaled.isfinite().flatten(1).all(1)  # what is not finite in Y is not finite in ΩᵀY
     eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=sample.device)
     factor, info = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], scaled, eye), upper=True)
     factor = torch.where((info == 0)[:, None, None], factor, eye)
     root = scale[:, :, None] * torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
-    sketch, values, turn = _turned(product, root, finite)
-    steep = (values <= RELATIVE_ORTHOGONAL * values[:, :1]).any(1)
-    solved = torch.where(info != 0, INDEFINITE, torch.where(steep, OBLIQUE, SOLVED))
-    status = torch.where(finite, solved, NOT_FINITE)
-    return sketch @ turn.to(sketch.dtype), values, core @ (root @ turn), status
+    status = torch.where(finite, torch.where(info != 0, INDEFINITE, SOLVED), NOT_FINITE)
+    return product @ root.to(product.dtype), status
 
 
 def nystrom_of_indefinite(
     sample: Tensor,  # (b, d, q)
     product: Tensor,  # (b, d, q), finite
-) -> tuple[Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending
+) -> Tensor:  # (b, d, q)
     """As :func:`nystrom` where there is no Cholesky factor: the same inverse root through eigenvalues.
 
     What the jitter alone keeps above zero, or not even that, is rounding; its inverse would be variance from nowhere.
     """
-    _, scale, scaled = _scaled_core(sample, product)
+    scale, scaled = _scaled_core(sample, product)
     values, vectors = symmetric_eigen(scaled)
     seen = values > 2 * RELATIVE_JITTER
     inverse = torch.where(seen, values.where(seen, 1).rsqrt(), 0)
-    root = scale[:, :, None] * vectors * inverse[:, None, :]
-    sketch, values, turn = _turned(product, root, torch.ones(len(sample), dtype=torch.bool, device=sample.device))
-    return sketch @ turn.to(sketch.dtype), values
+    return product @ (scale[:, :, None] * vectors * inverse[:, None, :]).to(product.dtype)
+
+
+def combine(
+    basis: Tensor,  # (b, d, q), orthonormal columns
+    eigenvalues: Tensor,  # (b, q) float64
+    difference: Tensor,  # (b, d)
+    approximation: Tensor,  # (b, d, q)
+) -> tuple[Tensor, Tensor, Tensor]:  # (b, d, q), (b, q) float64 descending, (b, q, q) float64
+    """The leading q eigenpairs of A Aᵀ with the columns A = [Q √Λ, N, v], and Qᵀ times the eigenvectors.
+
+    Block power steps in the small space of AᵀA find its leading right singular vectors, starting from the sum of each
+    column of Q √Λ and the one of N that goes on from it; within their span the eigenpairs are exact. What Q holds of N
+    and v already is taken out of them before anything is squared: rounding of a large direction, seen twice, would come
+    out as another one. Eigenvectors without variance are zero. Nothing here waits for the device.
+    """
+    q = basis.shape[-1]
+    new = torch.cat([approximation, difference[:, :, None]], -1)  # (b, d, q + 1)
+    along = basis.mT @ new
+    new = new - basis @ along
+    held = torch.cat([torch.diag_embed(eigenvalues.sqrt()), along.double()], -1)  # Qᵀ A, (b, q, 2 q + 1)
+    gram = held.mT @ held
+    gram[:, q:, q:] += (new.mT @ new).double()
+    finite = gram.isfinite().flatten(1).all(1)[:, None, None]
+    gram = torch.where(finite, gram, torch.eye(2 * q + 1, dtype=gram.dtype, device=gram.device))
+    image = gram[..., :q] + gram[..., q : 2 * q]
+    for _ in range(POWER_STEPS):
+        span = _orthonormal(image)
+        image = gram @ span
+    values, vectors = symmetric_eigen(span.mT @ image)
+    values = values.clamp_min(0)
+    alive = values > RELATIVE_RANK * values[:, :1]
+    turn = span @ (vectors * torch.where(alive, values.where(alive, 1).rsqrt(), 0)[:, None, :])
+    cross = held @ turn
+    return basis @ cross.to(basis.dtype) + new @ turn[:, q:].to(new.dtype), values, cross
 
 
 def straighten(
-    sample: Tensor,  # (b, d, q)
+    before: Tensor,  # (b, d, q)
     basis: Tensor,  # (b, d, q)
     values: Tensor,  # (b, q) descending
 ) -> Tensor:  # (b, d, q)
-    """The basis with orthonormal columns, in which directions without variance are the sample's."""
+    """The basis with orthonormal columns, in which directions without variance are those from before."""
     alive = values > RELATIVE_RANK * values[:, :1]
-    return orthonormalize(torch.where(alive[:, None, :], basis, sample))
+    return orthonormalize(torch.where(alive[:, None, :], basis, before))
 
 
-def _turned(
-    product: Tensor,  # (b, d, q)
-    root: Tensor,  # (b, q, q): its square is (ΩᵀY)⁻¹
-    finite: Tensor,  # (b,)
-) -> tuple[Tensor, Tensor, Tensor]:  # (b, d, q), (b, q), (b, q, q)
-    """B with B Bᵀ the approximation, its squared singular values, and what turns B into singular vectors."""
-    eye = torch.eye(root.shape[-1], dtype=torch.float64, device=root.device)
-    sketch = product @ root.to(product.dtype)
-    square = torch.where(finite[:, None, None], (sketch.mT @ sketch).double(), eye)
-    values, vectors = symmetric_eigen(square)
-    values = values.clamp_min(0)
-    alive = values > RELATIVE_RANK * values[:, :1]
-    return sketch, values, vectors * torch.where(alive, values.where(alive, 1).rsqrt(), 0)[:, None, :]
+def _orthonormal(matrix: Tensor) -> Tensor:  # (b, m, q) float64 both
+    """Columns with the span of the matrix's, orthonormal but for directions that it lacks, which come out shorter."""
+    gram = matrix.mT @ matrix
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal.where(diagonal > 0, 1).rsqrt(), 0)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, _ = torch.linalg.cholesky_ex(scale[:, :, None] * gram * scale[:, None, :] + SPAN_JITTER * eye, upper=True)
+    return matrix @ (scale[:, :, None] * torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True))
 
 
-def _scaled_core(sample: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (b, q, q), (b, q), (b, q, q)
-    """ΩᵀY in float64, the scale that brings its diagonal to about one, and its symmetric part scaled, with jitter."""
+def _scaled_core(sample: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:  # (b, q), (b, q, q)
+    """A scale that brings the diagonal of ΩᵀY to about one, and its symmetric part scaled, with jitter: float64."""
     core = (sample.mT @ product).double()
     image = torch.linalg.vector_norm(product, dim=-2).double()
     diagonal = torch.maximum(core.diagonal(dim1=-2, dim2=-1), RELATIVE_ALIGNMENT * image)
     scale = torch.where(diagonal > 0, diagonal.where(diagonal > 0, 1).rsqrt(), 0)
     eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=sample.device)
-    return core, scale, scale[:, :, None] * ((core + core.mT) / 2) * scale[:, None, :] + RELATIVE_JITTER * eye
+    return scale, scale[:, :, None] * ((core + core.mT) / 2) * scale[:, None, :] + RELATIVE_JITTER * eye

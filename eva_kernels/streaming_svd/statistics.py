@@ -214,20 +214,15 @@ class Statistic(ABC):
 
     @classmethod
     @abstractmethod
-    def means(cls, members: "Sequence[Any]") -> tuple[Tensor, Tensor]:  # (b, 2, d), (b, 2)
-        """Each member's directions u and weights w: Σ w u uᵀ is what centring adds to the scatter."""
+    def means(cls, members: "Sequence[Any]") -> Tensor:  # (b, 2, d)
+        """Each member's u and v: the scatter of the rows in its image is their second moment less u uᵀ, and together
+        with the rows that its basis summarises they scatter by v vᵀ more than apart."""
 
     @classmethod
-    def products(cls, members: "Sequence[Statistic]") -> tuple[Tensor, Tensor]:  # (b, d, q), (b, d, q)
-        """Each member's sample, and the centred scatter of its rows times it: statistics of one kind and shape."""
-        sample = torch.stack([s.sample for s in members])
-        product = torch.stack([s.image() for s in members])
-        if cls.summarises:
-            basis = torch.stack([s.basis for s in members])
-            weighted = torch.stack([s.eigenvalues for s in members]).to(basis)[:, :, None] * (basis.mT @ sample)
-            product.baddbmm_(basis, weighted)
-        directions, weights = cls.means(members)
-        return sample, product.baddbmm_((weights[:, :, None] * directions).mT, directions @ sample)
+    def past_eigenvalues(cls, members: "Sequence[Statistic]") -> Tensor:  # (b, q) float64
+        """Those of what each member's basis summarises: zeros where its image holds all rows."""
+        values = torch.stack([s.eigenvalues for s in members])
+        return values if cls.summarises else torch.zeros_like(values)
 
     @staticmethod
     def gains(members: "Sequence[Statistic]") -> Tensor:  # (b, q) float64

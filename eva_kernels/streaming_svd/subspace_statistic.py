@@ -41,14 +41,14 @@ class SubspaceStatistic(Statistic):
         return self.pending
 
     @classmethod
-    def means(cls, members: "Sequence[SubspaceStatistic]") -> tuple[Tensor, Tensor]:
-        basis = members[0].basis
+    def means(cls, members: "Sequence[SubspaceStatistic]") -> Tensor:
         rows = [(s.past_rows, s.num_rows - s.past_rows) for s in members]  # past n, pending m
         past = torch.stack([s.past_sum for s in members])
         pending = torch.stack([s.column_sum for s in members]) - past
         n, m = past.new_tensor([(max(n, 1), max(m, 1)) for n, m in rows])[:, :, None].unbind(1)  # (b, 1)
-        directions = torch.stack([pending / m, pending / m - past / n], 1).to(basis)
-        return directions, basis.new_tensor([(-m, n * m / max(n + m, 1)) for n, m in rows])
+        weights = past.new_tensor([(m, n * m / max(n + m, 1)) for n, m in rows]).sqrt()
+        both = torch.stack([pending / m, pending / m - past / n], 1)
+        return (weights[:, :, None] * both).to(members[0].basis)
 
     def start_(self, sketch: Sketch) -> None:
         super().start_(sketch)

@@ -16,26 +16,24 @@ std::vector<float> random_matrix(int64_t size, std::mt19937& generator) {
   return matrix;
 }
 
-// Every statistic's scatter is a multiple of the identity, so that its product with the sample is known.
 double refresh(int64_t d, int64_t q, int64_t members, bool summarises, int threads, std::mt19937& generator) {
   std::vector<std::vector<float>> samples, images, bases;
   for (int64_t i = 0; i < members; ++i) {
     samples.push_back(random_matrix(d * q, generator));
-    images.push_back(samples.back());
+    images.push_back(samples.back());  // of a scatter that is the identity
     bases.emplace_back(d * q);
   }
-  std::vector<double> past(q, 0.5), values(members * q), cosines(members * q), overlaps(members * q);
-  std::vector<float> directions(members * 2 * d), weights(members * 2);
-  std::vector<float> rounded(members * d * q);
+  std::vector<double> past(members * q, 0.5), values(members * q), cosines(members * q), overlaps(members * q);
+  std::vector<float> means(members * 2 * d, 0.1f), rounded(members * d * q);
   std::vector<uint8_t> solved(members);
   std::vector<eva::RefreshTask> tasks;
   for (int64_t i = 0; i < members; ++i)
-    tasks.push_back({d, q, samples[i].data(), images[i].data(), summarises ? samples[i].data() : nullptr, past.data(),
-                     directions.data() + i * 2 * d, weights.data() + i * 2, bases[i].data(), rounded.data() + i * d * q, values.data() + i * q,
-                     cosines.data() + i * q, overlaps.data() + i * q});
-  eva::refresh(tasks, {1e-6, 5e-4, 1e-5}, solved.data(), threads);
+    tasks.push_back({d, q, samples[i].data(), images[i].data(), samples[i].data(), past.data() + i * q,
+                     means.data() + i * 2 * d, summarises, bases[i].data(), rounded.data() + i * d * q,
+                     values.data() + i * q, cosines.data() + i * q, overlaps.data() + i * q});
+  eva::refresh(tasks, {1e-6, 5e-4, 1e-5, 1e-12, 2}, solved.data(), threads);
   double sum = 0;
-  for (int64_t i = 0; i < members; ++i) sum += solved[i] + overlaps[(i + 1) * q - 1];
+  for (int64_t i = 0; i < members; ++i) sum += solved[i];
   return sum;
 }
 
