@@ -44,11 +44,13 @@ void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& im
   eva::refresh(tasks, {jitter, alignment, orthogonal, span_jitter, power_steps}, address<uint8_t>(solved), threads);
 }
 
-std::pair<bool, double> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t out, int threads) {
+// Whether `out` was written, and whether the columns were nearly enough orthogonal for that to be all.
+std::pair<bool, bool> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t out, double nearly, int threads) {
   py::gil_scoped_release unlocked;
   double deviation = 0;
-  const bool done = eva::cholesky_qr(address<float>(y), d, q, address<float>(out), &deviation, threads);
-  return {done, deviation};
+  const eva::Orthonormal became =
+      eva::cholesky_qr(address<float>(y), d, q, address<float>(out), &deviation, threads);
+  return {became == eva::Orthonormal::kNow, became != eva::Orthonormal::kNever && deviation <= nearly};
 }
 
 void symmetric_eigen(uintptr_t matrices, int64_t batch, int64_t n, uintptr_t values, uintptr_t vectors,
@@ -79,7 +81,7 @@ void bind_cpu(py::module_& module) {
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
              "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "span_jitter"_a, "power_steps"_a, "threads"_a);
-  module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "threads"_a);
+  module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "nearly"_a, "threads"_a);
   module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,
              "threads"_a);
   module.def("sketch", &sketch, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "signs"_a,

@@ -74,9 +74,14 @@ class Extractor {
         vectors_(square_), scale_(stride_), norms_(stride_) {}
 
   EVA_AVX512 bool run(const RefreshTask& task) {
+    const auto is_zero = [](auto entry) { return entry == 0; };
+    const float* difference = task.means + d_;
     if (!nystrom(task)) return false;
+    if (std::all_of(task.eigenvalues, task.eigenvalues + q_, is_zero) &&
+        std::all_of(difference, difference + d_, is_zero))
+      return alone(task);
     gram(task);
-    return span() && components(task);
+    return span() && together(task);
   }
 
  private:
@@ -174,17 +179,25 @@ class Extractor {
     return true;
   }
 
-  // Eigenpairs of the scatter within the span, and how they stand to the past's.
-  EVA_AVX512 bool components(const RefreshTask& task) {
+  // Eigenpairs of N Nᵀ, where there is no past.
+  EVA_AVX512 bool alone(const RefreshTask& task) {
+    inner(task.basis, q_, nystrom_.get(), small_.get());
+    convert(small_.get(), along_.get(), square_);
+    inner(nystrom_.get(), stride_, nystrom_.get(), small_.get());
+    convert(small_.get(), root_.get(), square_);
+    if (!eigenpairs(task)) return false;
+    multiply<double>({along_.get(), stride_, 1}, inverse_.get(), stride_, turn_.get(), stride_, q_, q_, q_);
+    compare(turn_.get(), task);
+    convert(inverse_.get(), small_.get(), square_);
+    multiply<float>({nystrom_.get(), stride_, 1}, small_.get(), stride_, target(task), stride_, d_, q_, q_);
+    settle(task);
+    return true;
+  }
+
+  // Eigenpairs of A Aᵀ within the span.
+  EVA_AVX512 bool together(const RefreshTask& task) {
     multiply<double>({span_.get(), 1, stride_}, image_.get(), stride_, root_.get(), stride_, q_, q_, columns_);
-    if (!symmetric_eigen(root_.get(), q_, stride_, task.new_eigenvalues, vectors_.get(), third_.get())) return false;
-    const double largest = task.new_eigenvalues[0];
-    if (!(task.new_eigenvalues[q_ - 1] > limits_.orthogonal * largest)) return false;
-    std::fill_n(inverse_.get(), square_, 0.0);
-    for (int64_t i = 0; i < q_; ++i) {  // inverse_(k, i) = vectors_(i, k) / √λᵢ
-      const double inverse = 1 / std::sqrt(task.new_eigenvalues[i]);
-      for (int64_t k = 0; k < q_; ++k) inverse_[k * stride_ + i] = vectors_[i * stride_ + k] * inverse;
-    }
+    if (!eigenpairs(task)) return false;
     // The components are A turn_ = Q held + N⊥ (turn_'s middle rows) + v⊥ (its last), held = Qᵀ A turn_.
     multiply<double>({span_.get(), stride_, 1}, inverse_.get(), stride_, turn_.get(), stride_, columns_, q_, q_);
     double *held = turn_.get(), *since = held + square_, *between = since + square_;
@@ -195,18 +208,38 @@ class Extractor {
     }
     multiply<double>({along_.get(), stride_, 1}, since, stride_, held, stride_, q_, q_, q_, true);
     compare(held, task);
-    float* to = stride_ == q_ ? task.new_basis : product_.get();
+    float* to = target(task);
     convert(held, small_.get(), square_);
     multiply<float>({task.basis, q_, 1}, small_.get(), stride_, to, stride_, d_, q_, q_);
     convert(since, small_.get(), square_);
     multiply<float>({nystrom_.get(), stride_, 1}, small_.get(), stride_, to, stride_, d_, q_, q_, true);
     convert(between, small_.get(), stride_);
     multiply<float>({difference_.get(), 1, d_}, small_.get(), stride_, to, stride_, d_, q_, 1, true);
+    settle(task);
+    return true;
+  }
+
+  // Those of root_: inverse_(k, i) = vectors_(i, k) / √λᵢ.
+  bool eigenpairs(const RefreshTask& task) {
+    if (!symmetric_eigen(root_.get(), q_, stride_, task.new_eigenvalues, vectors_.get(), third_.get())) return false;
+    const double largest = task.new_eigenvalues[0];
+    if (!(task.new_eigenvalues[q_ - 1] > limits_.orthogonal * largest)) return false;
+    std::fill_n(inverse_.get(), square_, 0.0);
+    for (int64_t i = 0; i < q_; ++i) {
+      const double inverse = 1 / std::sqrt(task.new_eigenvalues[i]);
+      for (int64_t k = 0; k < q_; ++k) inverse_[k * stride_ + i] = vectors_[i * stride_ + k] * inverse;
+    }
+    return true;
+  }
+
+  // Where the new basis is worked out, with padded rows, and what is left to do once it is there.
+  float* target(const RefreshTask& task) const { return stride_ == q_ ? task.new_basis : product_.get(); }
+
+  void settle(const RefreshTask& task) const {
     if (stride_ != q_)
-      for (int64_t j = 0; j < d_; ++j) std::copy_n(to + j * stride_, q_, task.new_basis + j * q_);
+      for (int64_t j = 0; j < d_; ++j) std::copy_n(product_.get() + j * stride_, q_, task.new_basis + j * q_);
     if (task.summarises) std::fill_n(task.image, d_ * q_, 0.0f);
     if (task.rounded_basis) round_to_bfloat16(task.new_basis, task.rounded_basis, d_ * q_);
-    return true;
   }
 
   // Cosines and overlaps from cross = Qᵀ Q′.
@@ -282,7 +315,7 @@ void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits,
   });
 }
 
-bool cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* deviation, int threads) {
+Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* deviation, int threads) {
   const int64_t stride = padded(q), square = q * stride, shares = std::max(threads, 1);
   const bool is_padded = stride == q;
   const Array<float> copy(is_padded ? 0 : d * stride), result(is_padded ? 0 : d * stride), small(square);
@@ -291,7 +324,8 @@ bool cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* devia
   const float* from = is_padded ? y : copy.get();
   float* to = is_padded ? out : result.get();
   const auto bound = [&](int64_t share, int64_t of) { return share == shares ? of : of * share / shares / 4 * 4; };
-  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {  // rows of the Gram matrix, so that bits do not depend on the shares
+  // Rows of the Gram matrix are shared out, not those of y, so that bits do not depend on the shares.
+  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
     const int64_t begin = bound(share, q), end = bound(share + 1, q);
     multiply<float>({from + begin, 1, stride}, from, stride, small.get() + begin * stride, stride, end - begin, q, d);
   });
@@ -299,16 +333,18 @@ bool cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* devia
     const double norm = small[i * stride + i];
     scale[i] = norm > 0 ? 1 / std::sqrt(norm) : 1;
   }
-  *deviation = 0;
+  double distance = *deviation = 0;
   std::fill_n(gram.get(), square, 0.0);
   for (int64_t i = 0; i < q; ++i)
     for (int64_t j = 0; j < q; ++j) {
       const double cosine = scale[i] * small[i * stride + j] * scale[j];
-      if (!std::isfinite(cosine)) return false;
+      if (!std::isfinite(cosine)) return Orthonormal::kNever;
+      distance = std::max(distance, std::abs(static_cast<double>(small[i * stride + j]) - (i == j)));
       gram[i * stride + j] = cosine;
       *deviation = std::max(*deviation, std::abs(cosine - (i == j)));
     }
-  if (!cholesky(gram.get(), q, stride)) return false;
+  if (distance <= kOrthonormal) return Orthonormal::kBefore;
+  if (!cholesky(gram.get(), q, stride)) return Orthonormal::kNever;
   invert_upper(gram.get(), q, stride, inverse.get());
   for (int64_t i = 0; i < q; ++i)
     for (int64_t j = 0; j < stride; ++j) small[i * stride + j] = static_cast<float>(scale[i] * inverse[i * stride + j]);
@@ -319,7 +355,7 @@ bool cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* devia
   });
   if (!is_padded)
     for (int64_t j = 0; j < d; ++j) std::copy_n(to + j * stride, q, out + j * q);
-  return true;
+  return Orthonormal::kNow;
 }
 
 }  // namespace eva
@@ -336,7 +372,7 @@ void refresh(const std::vector<RefreshTask>&, const RefreshLimits&, uint8_t*, in
   throw std::logic_error("the compiled refresh is not part of this build");
 }
 
-bool cholesky_qr(const float*, int64_t, int64_t, float*, double*, int) {
+Orthonormal cholesky_qr(const float*, int64_t, int64_t, float*, double*, int) {
   throw std::logic_error("the compiled Cholesky QR is not part of this build");
 }
 

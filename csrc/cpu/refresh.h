@@ -37,8 +37,11 @@ struct RefreshTask {
 // depend on `threads`.
 void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads);
 
-// One pass of Cholesky QR over y (d, q), unit columns inside the q × q matrix. Returns whether it could be done;
-// `deviation` is the largest |cosine| between columns that there was. Requires has_refresh().
-bool cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* deviation, int threads);
+// One pass of Cholesky QR over y (d, q), unit columns inside the q × q matrix. `deviation` is the largest |cosine|
+// between columns that there was. Requires has_refresh(). Nothing is written to `out` where that cannot be done, or
+// need not: no entry of YᵀY is further than kOrthonormal from the identity's.
+enum class Orthonormal { kNow, kBefore, kNever };
+constexpr double kOrthonormal = 4e-6;
+Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* deviation, int threads);
 
 }  // namespace eva

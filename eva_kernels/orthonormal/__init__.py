@@ -1,8 +1,9 @@
 """An orthonormal basis of the columns of each matrix in a batch."""
 
+import torch
 from torch import Tensor
 
-from .core import cholesky_qr_core, core_runs
+from .core import core_runs, orthonormalize_core
 from .reference import cholesky_qr, householder_qr
 
 __all__ = ["orthonormalize"]
@@ -23,11 +24,14 @@ def orthonormalize(
     if y.ndim < 2 or y.shape[-2] < y.shape[-1]:
         raise ValueError(f"y: expected shape (..., d, q) with d ≥ q, got {tuple(y.shape)}")
     flat = y.reshape(-1, *y.shape[-2:])
-    one_pass = cholesky_qr_core if core_runs(flat) else cholesky_qr
-    q, enough = one_pass(flat)
+    if core_runs(flat):
+        each = [orthonormalize_core(matrix) for matrix in flat]
+        return each[0].reshape(y.shape) if len(each) == 1 else torch.stack(each).reshape(y.shape)
+    q, enough = cholesky_qr(flat)
     again = ~enough
     if bool(again.any()):
-        q[again], enough[again] = one_pass(q[again])
+        q[again], enough[again] = cholesky_qr(q[again])
         failed = ~enough
-        q[failed] = householder_qr(flat[failed])
+        if bool(failed.any()):
+            q[failed] = householder_qr(flat[failed])
     return q.reshape(y.shape)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._build import use_core
-from .reference import NEARLY_ORTHOGONAL
+from .reference import NEARLY_ORTHOGONAL, householder_qr
 
 
 def core_runs(y: Tensor) -> bool:
@@ -15,17 +15,23 @@ def core_runs(y: Tensor) -> bool:
     return core is not None and core.has_refresh()
 
 
-def cholesky_qr_core(
-    y: Tensor,  # (b, d, q) float32
-) -> tuple[Tensor, Tensor]:  # (b, d, q), (b,) bool
-    """As :func:`~eva_kernels.orthonormal.reference.cholesky_qr`, rounded otherwise."""
-    core, y = use_core("core"), y.contiguous()
-    out, enough = torch.empty_like(y), torch.zeros(len(y), dtype=torch.bool)
-    for i in range(len(y)):
-        done, deviation = core.cholesky_qr(
-            y=y[i].data_ptr(), d=y.shape[1], q=y.shape[2], out=out[i].data_ptr(), threads=torch.get_num_threads()
-        )
-        if not done:
-            out[i] = y[i]
-        enough[i] = done and deviation <= NEARLY_ORTHOGONAL
-    return out, enough
+def orthonormalize_core(
+    y: Tensor,  # (d, q) float32
+) -> Tensor:  # (d, q)
+    """Cholesky QR, twice where once is not enough, else Householder QR.
+
+    Columns that are orthonormal up to rounding (4e-6) are left as they are.
+    """
+    y = given = y.contiguous()
+    for _ in range(2):
+        out = torch.empty_like(y)
+        written, is_enough = use_core("core").cholesky_qr(
+            y=y.data_ptr(), d=y.shape[0], q=y.shape[1], out=out.data_ptr(), nearly=NEARLY_ORTHOGONAL,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+        if is_enough:
+            return out if written else y
+        if not written:
+            break
+        y = out
+    return householder_qr(given[None])[0]

@@ -51,7 +51,7 @@ int main() {
         const std::vector<float> y = random_matrix(d * q, generator);
         std::vector<float> out(d * q);
         double deviation = 0;
-        sum += eva::cholesky_qr(y.data(), d, q, out.data(), &deviation, threads);
+        sum += eva::cholesky_qr(y.data(), d, q, out.data(), &deviation, threads) == eva::Orthonormal::kNow;
         std::vector<double> matrices(3 * q * q), values(3 * q), vectors(3 * q * q);
         for (int64_t i = 0; i < 3 * q * q; ++i) matrices[i] = 1.0 / (1 + i % q + i / q % q);
         std::vector<uint8_t> solved(3);
