@@ -7,7 +7,8 @@
 SmolLM2-135M, real text packed to 4 × 256 tokens, LoRA r = 16 on all linear layers, rho 2, 12 batches, every
 layer sees every batch. F is the median full forward, E is ``collect`` and ``plan`` per batch, P is a step of
 PEFT's ``IncrementalPCA`` fed by hooks on the same distinct inputs, forward included: its own pass, without the hashing
-it begins with. All are measured in one run. The shares of E's parts come from a second, instrumented pass.
+it begins with. All are measured in one run, several passes with forwards before and after each: E is their median, and
+E/F that of each one's ratio to the forwards around it. The shares of E's parts come from a further, instrumented pass.
 """
 
 import statistics
@@ -175,6 +176,7 @@ def summary(pairs: list[list[float]]) -> str:
 @click.option("--batches", "count", default=12, show_default=True)
 @click.option("--tokens", default=256, show_default=True, help="Per sequence; four sequences a batch.")
 @click.option("--oversampling", type=float, default=None)
+@click.option("--passes", default=3, show_default=True, help="Of ours, to take the median of.")
 @click.option("--with-peft/--no-peft", default=True, show_default=True)
 @click.option("--with-accuracy/--no-accuracy", default=True, show_default=True)
 def main(
@@ -183,6 +185,7 @@ def main(
     count: int,
     tokens: int,
     oversampling: float | None,
+    passes: int,
     with_peft: bool,
     with_accuracy: bool,
 ) -> None:
@@ -195,14 +198,19 @@ def main(
         return eva_pass(model, batches, kind, oversampling)
 
     full_forward(model, batches[:2])
-    forwards = full_forward(model, batches[:6])
-    start = time.perf_counter()
-    collected, eva_plan = run()
-    step = (time.perf_counter() - start) / len(batches)
-    forwards += full_forward(model, batches[:6])
+    around = [full_forward(model, batches[:6])]  # before the first pass, and after each
+    steps = []
+    for _ in range(passes):
+        start = time.perf_counter()
+        collected, eva_plan = run()
+        steps.append((time.perf_counter() - start) / len(batches))
+        around.append(full_forward(model, batches[:6]))
+    forwards, step = sum(around, []), statistics.median(steps)
     forward = statistics.median(forwards)
+    ratios = [step / statistics.median(around[i] + around[i + 1]) for i, step in enumerate(steps)]
     print(f"F  {forward:7.3f} s   full forward, median of {len(forwards)} ({min(forwards):.3f} to {max(forwards):.3f})")
-    print(f"E  {step:7.3f} s   collect and plan, per batch             E/F = {step / forward:.2f}")
+    print(f"E  {step:7.3f} s   collect and plan, per batch, median of {passes} ({min(steps):.3f} to {max(steps):.3f})")
+    print(f"E/F = {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     shares = parts(run)
     print("   of it " + ", ".join(f"{part} {value / sum(shares.values()):.1%}" for part, value in shares.items()))
 
