@@ -11,7 +11,7 @@ DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run t
 # By criterion: batches between refreshes in the long run, and columns kept per candidate. The paper's criterion and
 # "captured" are defined batch by batch; what refreshes often needs fewer columns for the same accuracy.
 REFRESH_PERIOD = {"subspace": 4, "component": 1, "captured": 1}
-DEFAULT_OVERSAMPLING = {"subspace": 2.5, "component": 2.0, "captured": 2.0}
+DEFAULT_OVERSAMPLING = {"subspace": 2.5, "component": 1.5, "captured": 2.0}
 GRAM_MAX_WIDENING = 4  # d / q up to which the exact Gram costs at most twice what the subspace product does
 
 
