@@ -11,7 +11,7 @@ from eva_kernels import orthonormalize
 from harness.paired import Candidate, Case
 from shapes import MODELS
 
-COLUMNS = 96
+COLUMNS = 80
 AT_ONCE = 4  # matrices: what a CPU's cache holds of narrow ones
 
 

@@ -13,7 +13,7 @@ from rows import Rows, forward_of, power_law
 from scaling import cut_model, pass_over
 from shapes import Input
 
-COLUMNS = 96
+COLUMNS = 80
 KINDS: dict[str, type[Statistic]] = {"gram": GramStatistic, "subspace": SubspaceStatistic}
 
 

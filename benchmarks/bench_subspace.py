@@ -11,7 +11,7 @@ from eva_kernels import subspace_accumulate_
 from harness.paired import Candidate, Case
 from rows import CASES, Rows, forward_of, rows_of
 
-COLUMNS = 96  # of the basis, for r = 16 and rho 2 with the default oversampling
+COLUMNS = 80  # of the basis, for r = 16 and rho 2 with the default oversampling
 
 
 def error_of(product: Tensor, rows: Rows, basis: Tensor) -> Mapping[str, float]:

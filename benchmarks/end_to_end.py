@@ -205,7 +205,7 @@ def main(
         collected, eva_plan = run()
         steps.append((time.perf_counter() - start) / len(batches))
         around.append(full_forward(model, batches[:6]))
-    forwards, step = sum(around, []), statistics.median(steps)
+    forwards, step = [seconds for some in around for seconds in some], statistics.median(steps)
     forward = statistics.median(forwards)
     ratios = [step / statistics.median(around[i] + around[i + 1]) for i, step in enumerate(steps)]
     print(f"F  {forward:7.3f} s   full forward, median of {len(forwards)} ({min(forwards):.3f} to {max(forwards):.3f})")

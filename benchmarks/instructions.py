@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "benchmarks" / "results" / "instructions.json"
 SOURCES = (
-    "benchmarks/hot_paths.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp", "csrc/cpu/parallel.cpp",
+    "benchmarks/hot_paths.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp", "csrc/cpu/memory.cpp",
+    "csrc/cpu/parallel.cpp",
     "csrc/cpu/subspace.cpp",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread")  # as in setup.py

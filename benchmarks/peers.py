@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eva_kernels import GramStatistic, SubspaceStatistic, refresh_
 
-OVERSAMPLING, REFRESH_PERIOD = 3, 4  # of a pass under the default criterion
+OVERSAMPLING, REFRESH_PERIOD = 2.5, 4  # of a pass under the default criterion
 
 Batches = Sequence[Tensor]
 Method = Callable[[Batches, int], Tensor]  # batches, k -> components (≥ k, d)

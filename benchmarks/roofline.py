@@ -30,7 +30,7 @@ RECORDED = ROOT / "benchmarks" / "results" / "gate.json"
 PAGE = ROOT / "docs" / "roofline.md"
 SHOWN = ("Qwen2.5-0.5B", "Llama-3-8B", "Llama-3-70B")
 ROWS = 2048
-COLUMNS, PADDED = 96, 128  # r = 16, rho 2, default oversampling; the kernels take the next power of two
+COLUMNS, PADDED = 80, 128  # r = 16, rho 2, default oversampling; the kernels take the next power of two
 SWEEPS = 8  # of the Jacobi eigensolver, for float64: assumed
 REFRESH_PERIOD = 4
 FLOAT32 = {"sm_80": 19.5e12, "sm_90": 67e12, "sm_100": 75e12}  # published FLOP/s outside the tensor cores
@@ -96,11 +96,11 @@ def gram_seconds(model: Model, architecture: str, gate: Mapping[str, Any]) -> fl
 
 
 def refresh_seconds(model: Model, architecture: str) -> float:
-    """Four d × q × q products in float32 with what they move, and all q × q eigenproblems by Jacobi in float64."""
+    """Seven d × q × q products in float32 with what they move, and all q × q eigenproblems by Jacobi in float64."""
     chip = CHIPS[architecture]
     inputs, width = model.blocks * len(model.inputs), sum(entry.width for entry in model.inputs) * model.blocks
-    arithmetic = 4 * 2 * width * COLUMNS**2 / FLOAT32[architecture]
-    moved = 8 * 4 * width * COLUMNS / chip.memory
+    arithmetic = 7 * 2 * width * COLUMNS**2 / FLOAT32[architecture]
+    moved = 14 * 4 * width * COLUMNS / chip.memory
     rotations = 6 * 2 * PADDED**3 * SWEEPS  # matrix and vectors
     waves = -(-inputs // chip.processors)
     eigen = waves * rotations / (FLOAT64[architecture] / chip.processors)
@@ -150,7 +150,7 @@ the kernels pad to {PADDED}.
 - *subspace products*: X Q with X from memory and Xᵀ P with X from the L2 cache, each at the fraction of that
   bandwidth that the kernel's own inner loop allows. Launches are not in it, and an X that has left the L2 cache is read
   twice.
-- *a refresh*: four products of (d, q) with (q, q) outside the tensor cores, and one eigenproblem of order q per input,
+- *a refresh*: seven products of (d, q) with (q, q) outside the tensor cores, and one eigenproblem of order q per input,
   {SWEEPS} sweeps of Jacobi in float64 (assumed). There is one after 1, 2, 4, 8 batches and after every {REFRESH_PERIOD}
   from then on: a quarter of it goes into the share.
 - *exact Gram*: every input's symmetric update, waves, flush and reduction included, as the gate models it. "auto" does
