@@ -11,8 +11,8 @@ DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run t
 # By criterion: batches between refreshes in the long run, and columns kept per candidate. The paper's criterion and
 # "captured" are defined batch by batch; what refreshes often needs fewer columns for the same accuracy.
 REFRESH_PERIOD = {"subspace": 4, "component": 1, "captured": 1}
-DEFAULT_OVERSAMPLING = {"subspace": 2.5, "component": 1.5, "captured": 2.0}
-GRAM_MAX_WIDENING = 4  # d / q up to which the exact Gram costs at most twice what the subspace product does
+DEFAULT_OVERSAMPLING = {"subspace": 2.5, "component": 2.0, "captured": 2.0}
+GRAM_MAX_WIDENING = 5  # d / q up to which the exact Gram takes at most 2.5 times the operations of the subspace product
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class EvaConfig:
         rank_multiple: Every rank is a multiple of this.
         statistic: "gram" is exact, "subspace" needs d × q memory instead of d × d; "auto" takes "gram" for
             inputs up to ``GRAM_MAX_WIDENING`` times as wide as q while ``memory_budget`` lasts, where it costs
-            at most twice as much.
-        oversampling: Columns kept per candidate component, ≥ 1. None: 3 for "subspace", 2 for the criteria that refresh
-            with every batch.
+            at most 2.5 times as much.
+        oversampling: Columns kept per candidate component, ≥ 1. None: 2.5 for "subspace", 2 for the criteria that
+            refresh with every batch.
         memory_budget: Bytes all "gram" states together may take under "auto". None: no bound.
         equal_data: Keep all layers accumulating until all have converged, so that their ratios come from
             the same rows. False frees a layer's hook as soon as it has converged.

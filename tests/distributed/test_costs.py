@@ -27,7 +27,7 @@ def written():
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_of_batches_and_refreshes_are_those_that_are_sent(size):
     batches = token_batches(count=40, shape=(2, 48))
-    inputs = [InputShape(width, 24) for width in (32, 32, 32, 48)] * 3
+    inputs = [InputShape(width, 20) for width in (32, 32, 32, 48)] * 3
     before, after = 8, 40
 
     def check(rank):

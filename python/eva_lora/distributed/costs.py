@@ -178,7 +178,7 @@ def predict(model: Decoder, devices: Devices, *, tokens: int, rank: int = 16) ->
     buckets = 1 + sum(4 * shape.width * shape.columns for shape in inputs) // BUCKET_BYTES
     steps = 3 * buckets * (devices.count - 1)  # of a refresh: per bucket products and totals go, bases come
     waiting = steps * devices.latency / PERIOD + devices.message_latency * math.log2(devices.count)
-    algebra = sum(8 * shape.width * shape.columns**2 + 30 * shape.columns**3 for shape in inputs)
+    algebra = sum(14 * shape.width * shape.columns**2 + 60 * shape.columns**3 for shape in inputs)
     return Prediction(
         forward_seconds=2 * model.parameters * tokens / devices.flops,
         statistics_seconds=sum(4 * shape.width * shape.columns for shape in inputs) * tokens / devices.flops,
