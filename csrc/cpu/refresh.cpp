@@ -112,7 +112,7 @@ class Extractor {
             scale_[i] * scale_[j] * (static_cast<double>(small_[i * stride_ + j]) + small_[j * stride_ + i]) / 2;
       root_[i * stride_ + i] += limits_.jitter;
     }
-    if (!invert_root(q_)) return false;
+    if (!invert_root()) return false;
     convert(inverse_.get(), small_.get(), square_);
     multiply<float>({product_.get(), stride_, 1}, small_.get(), stride_, nystrom_.get(), stride_, d_, q_, q_);
     return true;
@@ -172,7 +172,7 @@ class Extractor {
         for (int64_t j = 0; j < q_; ++j) root_[i * stride_ + j] *= scale_[i] * scale_[j];
         root_[i * stride_ + i] += limits_.span_jitter;
       }
-      if (!invert_root(q_)) return false;
+      if (!invert_root()) return false;
       multiply<double>({image_.get(), stride_, 1}, inverse_.get(), stride_, span_.get(), stride_, columns_, q_, q_);
       multiply<double>({gram_.get(), width, 1}, span_.get(), stride_, image_.get(), stride_, columns_, q_, columns_);
     }
@@ -265,10 +265,10 @@ class Extractor {
   }
 
   // inverse_ = D R⁻¹ with RᵀR = root_ and D the scale, which takes root_'s place.
-  EVA_AVX512 bool invert_root(int64_t size) {
-    if (!cholesky(root_.get(), size, stride_)) return false;
-    invert_upper(root_.get(), size, stride_, inverse_.get());
-    for (int64_t i = 0; i < size; ++i)
+  EVA_AVX512 bool invert_root() {
+    if (!cholesky(root_.get(), q_, stride_)) return false;
+    invert_upper(root_.get(), q_, stride_, inverse_.get());
+    for (int64_t i = 0; i < q_; ++i)
       for (int64_t j = 0; j < stride_; ++j) inverse_[i * stride_ + j] *= scale_[i];
     return true;
   }

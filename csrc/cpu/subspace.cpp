@@ -22,9 +22,9 @@ constexpr int64_t kTall = 4, kWide = 6;    // rows and registers of a tile of ac
 constexpr int64_t kSliceRows = 64;         // rows that are multiplied while what they are converted to is at hand
 constexpr int64_t kBlockFeatures = 768;    // features whose parts of Q and Y stay in the L2 cache
 constexpr int64_t kChunkSize = 320 << 10;  // elements of a block of so many rows that they stay there too
-constexpr int64_t kChunkRows = 256;               // nor more rows than this are held converted
+constexpr int64_t kChunkRows = 256;        // nor more rows than this are held converted
 constexpr int64_t kProjectedSize = 2 << 20;  // elements of all blocks' P for a chunk: memory that a call leaves behind
-constexpr int64_t kThreadRows = 64;  // fewer rows than this, or features for each, are not worth a second thread
+constexpr int64_t kThreadRows = 64;        // fewer rows than this, or features for each, are not worth a second thread
 constexpr int64_t kThreadFeatures = 64;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
