@@ -7,9 +7,9 @@
 SmolLM2-135M, real text packed to 4 × 256 tokens, LoRA r = 16 on all linear layers, rho 2, 12 batches, every layer sees
 every batch. F is the median full forward, E is ``collect`` and ``plan`` per batch, P is a step of
 ``peft.get_eva_state_dict`` over the same batches, forward included, without the hashing pass it begins with; beside it,
-what PEFT's ``IncrementalPCA`` alone takes, fed by hooks on the same distinct inputs. All are measured in one run, several
-passes with forwards before and after each: E is their median, and E/F that of each one's ratio to the forwards around it.
-The shares of E's parts come from a further, instrumented pass.
+what PEFT's ``IncrementalPCA`` alone takes, fed by hooks on the same distinct inputs. All are measured in one run,
+several passes with forwards before and after each: E is their median, and E/F that of each one's ratio to the forwards
+around it. The shares of E's parts come from a further, instrumented pass.
 """
 
 import statistics
