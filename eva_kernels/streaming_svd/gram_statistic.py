@@ -19,9 +19,7 @@ class GramStatistic(Statistic):
     def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
         super().__init__(num_features, num_components, **options)
         self.gram = torch.zeros(num_features, num_features, dtype=self.basis.dtype, device=self.basis.device)
-        self.shared_image: Tensor | None = (
-            None  # (d, q): Gram matrix times basis, summed over shares, until the next basis
-        )
+        self.shared_image: Tensor | None = None  # (d, q): the image summed over shares, until the next basis
 
     @classmethod
     def predict_nbytes(cls, num_features: int, num_components: int) -> int:
