@@ -31,8 +31,8 @@ using Addresses = std::vector<uintptr_t>;
 void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& images, const Addresses& bases,
              uintptr_t eigenvalues, uintptr_t means, bool summarises, const Addresses& new_bases,
              const Addresses& rounded_bases, uintptr_t new_eigenvalues, uintptr_t cosines, uintptr_t overlaps,
-             uintptr_t solved, double jitter, double alignment, double orthogonal, double span_jitter, int power_steps,
-             int threads) {
+             uintptr_t solved, double jitter, double alignment, double orthogonal, double rank, double nearly,
+             double span_jitter, int power_steps, int threads) {
   std::vector<eva::RefreshTask> tasks;
   for (int64_t i = 0; i < static_cast<int64_t>(samples.size()); ++i)
     tasks.push_back({d, q, address<float>(samples[i]), address<float>(images[i]), address<float>(bases[i]),
@@ -41,7 +41,8 @@ void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& im
                      address<double>(new_eigenvalues) + i * q, address<double>(cosines) + i * q,
                      address<double>(overlaps) + i * q});
   py::gil_scoped_release unlocked;
-  eva::refresh(tasks, {jitter, alignment, orthogonal, span_jitter, power_steps}, address<uint8_t>(solved), threads);
+  const eva::RefreshLimits limits{jitter, alignment, orthogonal, rank, nearly, span_jitter, power_steps};
+  eva::refresh(tasks, limits, address<uint8_t>(solved), threads);
 }
 
 // Whether `out` was written, and whether the columns were nearly enough orthogonal for that to be all.
@@ -80,7 +81,8 @@ void bind_cpu(py::module_& module) {
   module.def("has_refresh", &eva::has_refresh);
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
-             "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "span_jitter"_a, "power_steps"_a, "threads"_a);
+             "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "rank"_a, "nearly"_a, "span_jitter"_a,
+             "power_steps"_a, "threads"_a);
   module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "nearly"_a, "threads"_a);
   module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,
              "threads"_a);

@@ -29,6 +29,13 @@ struct Register<float> {
   EVA_AVX512 static Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
   EVA_AVX512 static Type mul(Type a, Type b) { return _mm512_mul_ps(a, b); }
   EVA_AVX512 static Type fma(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }  // a b + c
+  EVA_AVX512 static float sum(Type a) {
+    alignas(64) float lanes[kLanes];
+    store(lanes, a);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+  }
 };
 
 template <>
@@ -60,7 +67,7 @@ struct Left {
 
 // to(i, c) (+)= Σ_k left(i, k) right(k, c) for Tall rows and Wide registers.
 template <typename T, int Tall, int Wide>
-EVA_AVX512 inline void multiply_tile(Left<T> left, const T* right, int64_t right_stride, int64_t depth, T* to,
+EVA_AVX512 void multiply_tile(Left<T> left, const T* right, int64_t right_stride, int64_t depth, T* to,
                                      int64_t stride, bool adds) {
   using R = Register<T>;
   typename R::Type sum[Tall][Wide];
@@ -81,40 +88,56 @@ EVA_AVX512 inline void multiply_tile(Left<T> left, const T* right, int64_t right
 template <typename T, int Tall>
 EVA_AVX512 inline void multiply_rows(Left<T> left, const T* right, int64_t right_stride, int64_t depth, T* to,
                                      int64_t stride, int64_t registers, bool adds) {
-  constexpr int kWide = 6;
-  constexpr int64_t kLanes = Register<T>::kLanes;
-  for (; registers >= kWide; registers -= kWide, right += kWide * kLanes, to += kWide * kLanes)
-    multiply_tile<T, Tall, kWide>(left, right, right_stride, depth, to, stride, adds);
-  for (; registers >= 2; registers -= 2, right += 2 * kLanes, to += 2 * kLanes)
-    multiply_tile<T, Tall, 2>(left, right, right_stride, depth, to, stride, adds);
-  if (registers) multiply_tile<T, Tall, 1>(left, right, right_stride, depth, to, stride, adds);
-}
-
-// to (+)= left · right, (m × k) · (k × n).
-template <typename T>
-EVA_AVX512 void multiply(Left<T> left, const T* right, int64_t right_stride, T* to, int64_t stride, int64_t m,
-                         int64_t n, int64_t k, bool adds = false) {
-  constexpr int64_t kTall = 4;    // rows and registers of a tile: 24 of the 32 registers
-  constexpr int64_t kDepth = 96;  // so much of the right factor stays in the first-level cache
-  const int64_t registers = (n + Register<T>::kLanes - 1) / Register<T>::kLanes;
-  for (int64_t start = 0; start < k || start == 0; start += kDepth) {
-    const int64_t depth = std::min(kDepth, k - start);
-    const Left<T> part{left.data + start * left.step_k, left.step_i, left.step_k};
-    const T* rows = right + start * right_stride;
-    int64_t i = 0;
-    for (; i + kTall <= m; i += kTall)
-      multiply_rows<T, kTall>({part.data + i * part.step_i, part.step_i, part.step_k}, rows, right_stride, depth,
-                              to + i * stride, stride, registers, adds || start);
-    for (; i < m; ++i)
-      multiply_rows<T, 1>({part.data + i * part.step_i, part.step_i, part.step_k}, rows, right_stride, depth,
-                          to + i * stride, stride, registers, adds || start);
+  constexpr int64_t kWide = 6;
+  constexpr decltype(&multiply_tile<T, Tall, 1>) kTiles[] = {
+      multiply_tile<T, Tall, 1>, multiply_tile<T, Tall, 2>, multiply_tile<T, Tall, 3>,
+      multiply_tile<T, Tall, 4>, multiply_tile<T, Tall, 5>, multiply_tile<T, Tall, 6>};
+  for (int64_t tiles = (registers + kWide - 1) / kWide; tiles > 0; --tiles) {  // about as wide as each other
+    const int64_t wide = (registers + tiles - 1) / tiles, lanes = wide * Register<T>::kLanes;
+    kTiles[wide - 1](left, right, right_stride, depth, to, stride, adds);
+    registers -= wide, right += lanes, to += lanes;
   }
 }
 
+// Whole tiles, or of a product that is symmetric only those that are not left of the diagonal.
+enum class Part { kWhole, kUpper };
+
+// to (+)= left · right, (m × k) · (k × n).
+template <typename T, Part part = Part::kWhole>
+EVA_AVX512 void multiply(Left<T> left, const T* right, int64_t right_stride, T* to, int64_t stride, int64_t m,
+                         int64_t n, int64_t k, bool adds = false) {
+  constexpr int64_t kLanes = Register<T>::kLanes;
+  constexpr int64_t kTall = 4;    // rows and registers of a tile: 24 of the 32 registers
+  constexpr int64_t kDepth = 96;  // so much of the right factor stays in the first-level cache
+  const int64_t registers = (n + kLanes - 1) / kLanes;
+  for (int64_t start = 0; start < k || start == 0; start += kDepth) {
+    const int64_t depth = std::min(kDepth, k - start);
+    for (int64_t i = 0; i < m;) {
+      const int64_t before = part == Part::kUpper ? i / kLanes : 0, lanes = before * kLanes;
+      const Left<T> rows{left.data + i * left.step_i + start * left.step_k, left.step_i, left.step_k};
+      const bool is_whole = i + kTall <= m;
+      (is_whole ? multiply_rows<T, kTall> : multiply_rows<T, 1>)(rows, right + start * right_stride + lanes,
+                                                                 right_stride, depth, to + i * stride + lanes, stride,
+                                                                 registers - before, adds || start);
+      i += is_whole ? kTall : 1;
+    }
+  }
+}
+
+// to = left · right, (m × k) · (k × m), where that is symmetric.
+template <typename T>
+EVA_AVX512 void multiply_symmetric(Left<T> left, const T* right, int64_t right_stride, T* to, int64_t stride,
+                                   int64_t m, int64_t k) {
+  multiply<T, Part::kUpper>(left, right, right_stride, to, stride, m, m, k);
+  for (int64_t i = 1; i < m; ++i)
+    for (int64_t j = 0; j < i; ++j) to[i * stride + j] = to[j * stride + i];
+}
+
 // Σ_j x(j) y(j) over whole registers from `begin` to `end`.
-EVA_AVX512 inline double dot(const double* x, const double* y, int64_t begin, int64_t end) {
-  using R = Register<double>;
-  R::Type sum = R::zero();
+template <typename T>
+EVA_AVX512 T dot(const T* x, const T* y, int64_t begin, int64_t end) {
+  using R = Register<T>;
+  typename R::Type sum = R::zero();
   for (int64_t j = begin; j < end; j += R::kLanes) sum = R::fma(R::load(x + j), R::load(y + j), sum);
   return R::sum(sum);
 }

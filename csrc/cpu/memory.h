@@ -12,6 +12,13 @@ namespace eva {
 void* take_memory(size_t size);
 void give_memory(void* data, size_t size);
 
+// Reads memory once in its own order. That is the order that a processor foresees: data that no cache holds then comes
+// two to three times as fast as in the order in which it is wanted.
+inline void fetch(const void* data, int64_t size) {
+  const volatile char* bytes = static_cast<const volatile char*>(data);
+  for (int64_t at = 0; at < size; at += 64) static_cast<void>(bytes[at]);
+}
+
 // An array whose registers never straddle two cache lines. Its content is indeterminate. It ends in the thread it began.
 template <typename T>
 class Array {

@@ -125,15 +125,12 @@ class Extractor {
     subtract(task.basis, nystrom_.get());
     convert(small_.get(), along_.get(), square_);
     const float* difference = task.means + d_;
-    multiply<float>({difference, d_, 1}, with_padding(task.basis), stride_, beside_.get(), stride_, 1, q_, d_);
-    for (int64_t j = 0; j < d_; ++j) {
-      float held = 0;
-      for (int64_t c = 0; c < q_; ++c) held += task.basis[j * q_ + c] * beside_[c];
-      difference_[j] = difference[j] - held;
-    }
-    inner(nystrom_.get(), stride_, nystrom_.get(), small_.get());
+    const float* basis = with_padding(task.basis);
+    multiply<float>({difference, d_, 1}, basis, stride_, beside_.get(), stride_, 1, q_, d_);
+    for (int64_t j = 0; j < d_; ++j) difference_[j] = difference[j] - dot(basis + j * stride_, beside_.get(), 0, stride_);
+    squares(nystrom_.get(), small_.get());
     multiply<float>({difference_.get(), d_, 1}, nystrom_.get(), stride_, across_.get(), stride_, 1, q_, d_);
-    multiply<double>({along_.get(), 1, stride_}, along_.get(), stride_, root_.get(), stride_, q_, q_, q_);
+    multiply_symmetric<double>({along_.get(), 1, stride_}, along_.get(), stride_, root_.get(), stride_, q_, q_);
     const int64_t width = padded(columns_), last = columns_ - 1;
     std::fill_n(gram_.get(), columns_ * width, 0.0);
     double& corner = gram_[last * width + last];
@@ -162,7 +159,7 @@ class Extractor {
     for (int64_t i = 0; i < columns_; ++i)
       for (int64_t c = 0; c < q_; ++c) image_[i * stride_ + c] = gram_[i * width + c] + gram_[i * width + q_ + c];
     for (int step = 0; step < limits_.power_steps; ++step) {
-      multiply<double>({image_.get(), 1, stride_}, image_.get(), stride_, root_.get(), stride_, q_, q_, columns_);
+      multiply_symmetric<double>({image_.get(), 1, stride_}, image_.get(), stride_, root_.get(), stride_, q_, columns_);
       for (int64_t c = 0; c < q_; ++c) {
         const double square = root_[c * stride_ + c];
         if (!std::isfinite(square)) return false;
@@ -183,20 +180,19 @@ class Extractor {
   EVA_AVX512 bool alone(const RefreshTask& task) {
     inner(task.basis, q_, nystrom_.get(), small_.get());
     convert(small_.get(), along_.get(), square_);
-    inner(nystrom_.get(), stride_, nystrom_.get(), small_.get());
+    squares(nystrom_.get(), small_.get());
     convert(small_.get(), root_.get(), square_);
     if (!eigenpairs(task)) return false;
     multiply<double>({along_.get(), stride_, 1}, inverse_.get(), stride_, turn_.get(), stride_, q_, q_, q_);
     compare(turn_.get(), task);
     convert(inverse_.get(), small_.get(), square_);
     multiply<float>({nystrom_.get(), stride_, 1}, small_.get(), stride_, target(task), stride_, d_, q_, q_);
-    settle(task);
-    return true;
+    return settle(task);
   }
 
   // Eigenpairs of A Aᵀ within the span.
   EVA_AVX512 bool together(const RefreshTask& task) {
-    multiply<double>({span_.get(), 1, stride_}, image_.get(), stride_, root_.get(), stride_, q_, q_, columns_);
+    multiply_symmetric<double>({span_.get(), 1, stride_}, image_.get(), stride_, root_.get(), stride_, q_, columns_);
     if (!eigenpairs(task)) return false;
     // The components are A turn_ = Q held + N⊥ (turn_'s middle rows) + v⊥ (its last), held = Qᵀ A turn_.
     multiply<double>({span_.get(), stride_, 1}, inverse_.get(), stride_, turn_.get(), stride_, columns_, q_, q_);
@@ -215,15 +211,15 @@ class Extractor {
     multiply<float>({nystrom_.get(), stride_, 1}, small_.get(), stride_, to, stride_, d_, q_, q_, true);
     convert(between, small_.get(), stride_);
     multiply<float>({difference_.get(), 1, d_}, small_.get(), stride_, to, stride_, d_, q_, 1, true);
-    settle(task);
-    return true;
+    return settle(task);
   }
 
   // Those of root_: inverse_(k, i) = vectors_(i, k) / √λᵢ.
   bool eigenpairs(const RefreshTask& task) {
     if (!symmetric_eigen(root_.get(), q_, stride_, task.new_eigenvalues, vectors_.get(), third_.get())) return false;
-    const double largest = task.new_eigenvalues[0];
-    if (!(task.new_eigenvalues[q_ - 1] > limits_.orthogonal * largest)) return false;
+    const double largest = task.new_eigenvalues[0], least = task.new_eigenvalues[q_ - 1];
+    if (!(least > limits_.rank * largest)) return false;
+    is_steep_ = least <= limits_.orthogonal * largest;
     std::fill_n(inverse_.get(), square_, 0.0);
     for (int64_t i = 0; i < q_; ++i) {
       const double inverse = 1 / std::sqrt(task.new_eigenvalues[i]);
@@ -235,11 +231,31 @@ class Extractor {
   // Where the new basis is worked out, with padded rows, and what is left to do once it is there.
   float* target(const RefreshTask& task) const { return stride_ == q_ ? task.new_basis : product_.get(); }
 
-  void settle(const RefreshTask& task) const {
+  bool settle(const RefreshTask& task) {
     if (stride_ != q_)
       for (int64_t j = 0; j < d_; ++j) std::copy_n(product_.get() + j * stride_, q_, task.new_basis + j * q_);
+    if (is_steep_ && !straighten(task)) return false;
     if (task.summarises) std::fill_n(task.image, d_ * q_, 0.0f);
     if (task.rounded_basis) round_to_bfloat16(task.new_basis, task.rounded_basis, d_ * q_);
+    return true;
+  }
+
+  // Makes the columns of the new basis orthonormal, where a steep spectrum has left them less so than they have to be.
+  bool straighten(const RefreshTask& task) {
+    float *from = task.new_basis, *to = product_.get();
+    for (int pass = 0; pass < 2; ++pass) {
+      double deviation = 0;
+      const Orthonormal became = cholesky_qr(from, d_, q_, to, &deviation, 1);
+      if (became == Orthonormal::kNever) return false;
+      if (became == Orthonormal::kNow) std::swap(from, to);
+      if (deviation > limits_.nearly) continue;
+      if (from != task.new_basis) std::copy_n(from, d_ * q_, task.new_basis);
+      inner(task.basis, q_, with_padding(task.new_basis), small_.get());
+      convert(small_.get(), along_.get(), square_);
+      compare(along_.get(), task);
+      return true;
+    }
+    return false;
   }
 
   // Cosines and overlaps from cross = Qᵀ Q′.
@@ -273,6 +289,11 @@ class Extractor {
     return true;
   }
 
+  // to = matrixᵀ · matrix, (q, q).
+  EVA_AVX512 void squares(const float* matrix, float* to) {
+    multiply_symmetric<float>({matrix, 1, stride_}, matrix, stride_, to, stride_, q_, d_);
+  }
+
   // to = leftᵀ · right, (q, q).
   EVA_AVX512 void inner(const float* left, int64_t left_stride, const float* right, float* to) {
     multiply<float>({left, 1, left_stride}, right, stride_, to, stride_, q_, q_, d_);
@@ -293,6 +314,7 @@ class Extractor {
   const Array<double> gram_;                             // (columns, columns), padded
   const Array<double> span_, image_, turn_;              // (columns, stride)
   const Array<double> third_, vectors_, scale_, norms_;  // the eigensolver's; (stride)
+  bool is_steep_ = false;                                // the spectrum that was found last
 };
 
 }  // namespace

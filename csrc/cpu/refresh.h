@@ -11,7 +11,7 @@ bool has_refresh();
 
 // Constants of eva_kernels.streaming_svd.refresh, where they are explained.
 struct RefreshLimits {
-  double jitter, alignment, orthogonal, span_jitter;
+  double jitter, alignment, orthogonal, rank, nearly, span_jitter;
   int power_steps;
 };
 
@@ -33,7 +33,7 @@ struct RefreshTask {
 };
 
 // Tasks of one d and q. Sets solved[i] to 1 where task i went well, else to 0: something is not finite, ΩᵀY not
-// positive definite or the spectrum too steep, and the output is indeterminate. Requires has_refresh(). Results do not
+// positive definite or of lower rank than q, and the output is indeterminate. Requires has_refresh(). Results do not
 // depend on `threads`.
 void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads);
 

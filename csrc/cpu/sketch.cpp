@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "memory.h"
 #include "parallel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -15,6 +16,7 @@
 namespace eva {
 namespace {
 
+constexpr int64_t kSliceRows = 16;       // rows that are fetched at a time
 constexpr int64_t kThreadFeatures = 64;  // fewer for each are not worth a second thread
 
 inline float widen(float value) { return value; }
@@ -35,6 +37,8 @@ EVA_WIDE void add(const SketchTask& task, int64_t begin, int64_t end, float* __r
   };
   int64_t column = task.column, left = task.chunk_rows - task.before;
   for (int64_t row = 0; row < task.n; ++row) {
+    for (int64_t i = row; row % kSliceRows == 0 && i < std::min(row + kSliceRows, task.n); ++i)
+      fetch(static_cast<const X*>(task.x) + i * task.row_stride + begin, (end - begin) * sizeof(X));
     if (left == 0) {
       finish_chunk();
       column = 0, left = task.chunk_rows;

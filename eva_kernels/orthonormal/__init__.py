@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from .core import core_runs, orthonormalize_core
-from .reference import cholesky_qr, householder_qr
+from .reference import NEARLY_ORTHOGONAL, cholesky_qr, householder_qr
 
-__all__ = ["orthonormalize"]
+__all__ = ["NEARLY_ORTHOGONAL", "orthonormalize"]
 
 
 def orthonormalize(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..orthonormal import orthonormalize
+from ..orthonormal import NEARLY_ORTHOGONAL, orthonormalize
 from ..symmetric_eigen import symmetric_eigen
 from .core import extract_core, refresh_core_runs
 from .statistics import Statistic
@@ -25,7 +25,6 @@ RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are roun
 POWER_STEPS = 2  # towards the leading right singular vectors of what past and new rows add up to
 SPAN_JITTER = 1e-12  # of the unit diagonal of a float64 Gram matrix: it has a Cholesky factor then, whatever its rank
 CPU_CACHE_BYTES = 2**21  # bases refreshed at a time on a CPU: about what its second-level cache holds
-CORE_MEMBERS = 8  # statistics a thread that compiled code is given at a time: their new bases exist beside the old ones
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,6 +33,8 @@ _LIMITS = {
     "jitter": RELATIVE_JITTER,
     "alignment": RELATIVE_ALIGNMENT,
     "orthogonal": RELATIVE_ORTHOGONAL,
+    "rank": RELATIVE_RANK,
+    "nearly": NEARLY_ORTHOGONAL,
     "span_jitter": SPAN_JITTER,
     "power_steps": POWER_STEPS,
 }
@@ -112,18 +113,19 @@ def finish_(statistics: Sequence[Statistic]) -> None:
 
 def _refresh_by_core_(statistics: Sequence[Statistic], indices: list[int]) -> dict[int, Refreshed]:
     """Refresh those statistics of one kind and shape that compiled code can: none where it does not run."""
-    results: dict[int, Refreshed] = {}
-    size = CORE_MEMBERS * torch.get_num_threads()
     indices = [i for i in indices if refresh_core_runs(statistics[i])]
-    for part in (indices[start : start + size] for start in range(0, len(indices), size)):
-        members = [statistics[i] for i in part]
-        taken = extract_core(members, _LIMITS)
-        evidence = _evidence(members, taken.eigenvalues, taken.cosines, taken.overlaps).numpy()
-        for i, member in enumerate(members):
-            if taken.solved[i]:
-                member.adopt_(taken.bases[i], taken.eigenvalues[i].clone(), sample=taken.samples[i])
-                results[part[i]] = _refreshed(evidence[i])
-    return results
+    if not indices:
+        return {}
+    members = [statistics[i] for i in indices]
+    gains, parts = Statistic.gains(members), []
+    for part in extract_core(members, _LIMITS):
+        for i, member in enumerate(part.members):
+            if part.solved[i]:
+                member.adopt_(part.bases[i], part.eigenvalues[i].clone(), sample=part.samples[i])
+        parts.append((part.eigenvalues, part.cosines, part.overlaps, torch.tensor(part.solved)))
+    eigenvalues, cosines, overlaps, solved = map(torch.cat, zip(*parts, strict=True))
+    evidence = _evidence(members, eigenvalues, cosines, overlaps, gains).numpy()
+    return {i: _refreshed(one) for i, one, ok in zip(indices, evidence, solved.tolist(), strict=True) if ok}
 
 
 def _refresh_(statistics: Sequence[Statistic], group: list[list[int]]) -> dict[int, Refreshed]:
@@ -179,7 +181,7 @@ def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
     basis, eigenvalues, cross = combine(*past, approximation)
     steep = (eigenvalues <= RELATIVE_ORTHOGONAL * eigenvalues[:, :1]).any(1)
     status = torch.where((status == SOLVED) & steep, OBLIQUE, status)
-    evidence = _evidence(members, eigenvalues, *_agreement(cross))
+    evidence = _evidence(members, eigenvalues, *_agreement(cross), Statistic.gains(members))
     return _Extraction(indices, members, sample, product, past, basis, eigenvalues, evidence, status)
 
 
@@ -194,10 +196,10 @@ def _evidence(
     eigenvalues: Tensor,  # (b, q)
     cosines: Tensor,  # (b, q)
     overlaps: Tensor,  # (b, q)
+    gains: Tensor,  # (b, q)
 ) -> Tensor:  # (b, 4, q)
     """Per component its ``|cosine|``, per block its overlap, per component its ratio, per block its gain."""
-    ratios = Statistic.explained_variance_ratios(members, eigenvalues)
-    return torch.stack([cosines, overlaps, ratios, Statistic.gains(members)], 1)
+    return torch.stack([cosines, overlaps, Statistic.explained_variance_ratios(members, eigenvalues), gains], 1)
 
 
 def _refreshed(evidence: npt.NDArray[np.float64], finite: bool = True) -> Refreshed:  # (4, q)
@@ -221,7 +223,8 @@ def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refr
         basis = straighten(before, basis, values)
         extraction.basis[mended], extraction.eigenvalues[mended] = basis, values
         members = [extraction.members[i] for i in mended]
-        evidence[mended] = _evidence(members, values, *_agreement((before.mT @ basis).double())).cpu().numpy()
+        agreement = _agreement((before.mT @ basis).double())
+        evidence[mended] = _evidence(members, values, *agreement, Statistic.gains(members)).cpu().numpy()
     for i, member in enumerate(extraction.members):
         if status[i] != NOT_FINITE:
             member.adopt_(extraction.basis[i].clone(), extraction.eigenvalues[i].clone())

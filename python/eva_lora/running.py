@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
@@ -49,7 +50,10 @@ class Run:
             min(site.in_features, math.ceil(k * oversampling))
             for site, k in zip(self.sites, self.following.candidates.tolist(), strict=True)
         ]
-        self.capture = Capture(self.sites, self.columns, self._make_statistic, share=config.share_inputs, head=head)
+        this = weakref.proxy(self)  # a cycle would keep the statistics' memory until the collector comes by
+        self.capture = Capture(
+            self.sites, self.columns, lambda stream: this._make_statistic(stream), share=config.share_inputs, head=head
+        )
         self.capture.parallel = parallel
         self.gram_bytes = 0
         self.num_batches = self.num_rows = 0

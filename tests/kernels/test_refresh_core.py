@@ -46,7 +46,7 @@ def test_extraction_equals_that_of_pytorch(kind, sizes, members, seed):
     assert all(map(refresh_core_runs, statistics))
     expected = refresh._extract(list(range(members)), statistics)
     before = [s.basis.double() for s in statistics]
-    taken = extract_core(statistics, refresh._LIMITS)
+    (taken,) = extract_core(statistics, refresh._LIMITS)
     assert taken.solved == [code == refresh.SOLVED for code in expected.status.tolist()]
     for i in np.flatnonzero(taken.solved):
         values, largest = expected.eigenvalues[i], float(expected.eigenvalues[i, 0])
@@ -81,6 +81,34 @@ def test_a_refresh_takes_compiled_code_and_gives_what_pytorch_gives(kind, monkey
     assert compiled.pending_rows == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("d", "q"), [(80, 16), (90, 13)])
+def test_columns_of_a_steep_spectrum_come_out_orthonormal(kind, d, q):
+    statistic = kind(d, q, seed=1)
+    scales = torch.cat([torch.logspace(0, -3, q), torch.full((d - q,), 3e-4)])  # 1e-6 of the variance at the q-th
+    for seed in range(3):
+        batch = torch.randn(300, d, generator=torch.Generator().manual_seed(seed)) * scales * 100
+        statistic.accumulate_(batch @ torch.linalg.qr(torch.ones(d, d).tril()).Q)
+        if seed < 2:
+            refresh_([statistic])
+    plain = kind(d, q, seed=1, impl="reference")
+    plain.load_state_(statistic.state())
+    assert refresh._extract([0], [plain]).status.tolist() == [refresh.OBLIQUE]
+    before = statistic.basis.double()
+    (taken,) = extract_core([statistic], refresh._LIMITS)
+    assert taken.solved == [True]
+    basis = taken.bases[0].double()
+    np.testing.assert_allclose(basis.T @ basis, np.eye(q), atol=5e-6)
+    refresh_([plain])
+    torch.testing.assert_close(taken.eigenvalues[0], plain.eigenvalues, rtol=1e-3, atol=1e-9 * plain.eigenvalues[0])
+    leading = int((plain.eigenvalues > 1e-5 * plain.eigenvalues[0]).sum())  # below it, float32 tells little apart
+    overlap = (basis.T @ plain.basis.double())[:leading, :leading]
+    torch.testing.assert_close(torch.linalg.svdvals(overlap), torch.ones(leading).double(), rtol=0, atol=1e-3)
+    cosines, overlaps = refresh._agreement((before.T @ basis)[None])
+    np.testing.assert_allclose(taken.cosines[0], cosines[0], atol=1e-5)
+    np.testing.assert_allclose(taken.overlaps[0], overlaps[0], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("spoil", "finite"),
     [
@@ -99,7 +127,8 @@ def test_what_compiled_code_cannot_solve_is_left_to_pytorch(spoil, finite):
     expected = [s.clone() for s in statistics]
     spoil(statistics[1])
     before = statistics[1].basis.clone()
-    assert extract_core([s.clone() for s in statistics], refresh._LIMITS).solved == [True, False, True]
+    (taken,) = extract_core([s.clone() for s in statistics], refresh._LIMITS)
+    assert taken.solved == [True, False, True]
     results = refresh_(statistics)
     assert [result.finite for result in results] == [True, finite, True]
     assert torch.equal(statistics[1].basis, before) or finite

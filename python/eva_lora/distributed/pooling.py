@@ -7,6 +7,7 @@ repeat the algebra. An owner holds all sums from then on and the others hold zer
 the whole at any time.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,8 @@ class Pool:
     """
 
     def __init__(self, run: "Run", ranks: Ranks, parallel: TensorParallel | None = None) -> None:
-        self._run, self.ranks = run, ranks
+        self._run: Run = weakref.proxy(run)  # which holds the pool
+        self.ranks = ranks
         #: For each rank, the one among those of its batches that counts their rows.
         self.leaders = ranks.gather(ranks.rank if parallel is None else ranks.rank_of(parallel.leader))
         run.capture.portion = Portion(0, 1)
