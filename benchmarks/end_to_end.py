@@ -9,7 +9,7 @@ every batch. F is the median full forward, E is ``collect`` and ``plan`` per bat
 ``peft.get_eva_state_dict`` over the same batches, forward included, without the hashing pass it begins with; beside it,
 what PEFT's ``IncrementalPCA`` alone takes, fed by hooks on the same distinct inputs. All are measured in one run,
 several passes with forwards before and after each: E is their median, and E/F that of each one's ratio to the forwards
-around it. The shares of E's parts come from a further, instrumented pass.
+around it; P/E is the ratio to the passes around PEFT's. The shares of E's parts come from a further, instrumented pass.
 """
 
 import statistics
@@ -221,13 +221,16 @@ def main(
     def run(kind: str = statistic) -> tuple[EvaStatistics, EvaPlan]:
         return eva_pass(model, batches, kind, oversampling)
 
+    def timed() -> float:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) / len(batches)
+
     full_forward(model, batches[:2])
     around = [full_forward(model, batches[:6])]  # before the first pass, and after each
     steps = []
     for _ in range(passes):
-        start = time.perf_counter()
-        collected, eva_plan = run()
-        steps.append((time.perf_counter() - start) / len(batches))
+        steps.append(timed())
         around.append(full_forward(model, batches[:6]))
     forwards, step = [seconds for some in around for seconds in some], statistics.median(steps)
     forward = statistics.median(forwards)
@@ -240,6 +243,7 @@ def main(
 
     resting = resident_peak(lambda: full_forward(model, batches[:3]), "cpu")
     extra = (resident_peak(run, "cpu") or 0) - (resting or 0)
+    collected, eva_plan = run()
     states = sum(entry.nbytes for entry in collected.inputs)
     widest = max(entry.components.shape[0] for entry in collected.inputs)
     projected = 4 * 4 * tokens * widest  # float32
@@ -247,10 +251,13 @@ def main(
     print(f"   peak memory over a full forward's: {sizes}")
 
     if with_peft:
+        before = timed()
         peft_step = peft_steps(model, batches)
-        print(f"P  {peft_step:7.3f} s   a step of PEFT's own pass                 P/E = {peft_step / step:.1f}")
+        between = timed()
         alone, pca = peft_pass(model, batches)
-        print(f"   {alone:7.3f} s   its statistic and the forward alone       {alone / step:.1f}")
+        ratio, alone_ratio = 2 * peft_step / (before + between), 2 * alone / (between + timed())
+        print(f"P  {peft_step:7.3f} s   a step of PEFT's own pass                 P/E = {ratio:.1f}")
+        print(f"   {alone:7.3f} s   its statistic and the forward alone       {alone_ratio:.1f}")
     if with_accuracy:
         exact = exact_scatters(model, batches)
         ours = losses_of(collected, exact)
