@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "memory.h"
 #include "symmetric_eigen.h"
@@ -245,7 +246,11 @@ class Extractor {
     float *from = task.new_basis, *to = product_.get();
     for (int pass = 0; pass < 2; ++pass) {
       double deviation = 0;
-      const Orthonormal became = cholesky_qr(from, d_, q_, to, &deviation, 1);
+      Orthonormal became = Orthonormal::kNever;
+      try {
+        became = cholesky_qr(from, d_, q_, to, &deviation, 1);
+      } catch (const std::bad_alloc&) {  // which must not leave a thread of OpenMP's
+      }
       if (became == Orthonormal::kNever) return false;
       if (became == Orthonormal::kNow) std::swap(from, to);
       if (deviation > limits_.nearly) continue;
