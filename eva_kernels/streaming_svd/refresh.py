@@ -1,5 +1,6 @@
 """Bring many statistics' bases up to date at once: Nyström extraction, batched by shape."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,7 +114,7 @@ def finish_(statistics: Sequence[Statistic]) -> None:
 
 def _refresh_by_core_(statistics: Sequence[Statistic], indices: list[int]) -> dict[int, Refreshed]:
     """Refresh those statistics of one kind and shape that compiled code can: none where it does not run."""
-    indices = [i for i in indices if refresh_core_runs(statistics[i])]
+    indices = [i for i in indices if refresh_core_runs(statistics[i]) and math.isfinite(statistics[i].square_sum)]
     if not indices:
         return {}
     members = [statistics[i] for i in indices]
@@ -181,6 +182,8 @@ def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
     basis, eigenvalues, cross = combine(*past, approximation)
     steep = (eigenvalues <= RELATIVE_ORTHOGONAL * eigenvalues[:, :1]).any(1)
     status = torch.where((status == SOLVED) & steep, OBLIQUE, status)
+    finite = torch.stack([s.square_sum for s in members]).isfinite()  # squares may overflow before products do
+    status = torch.where(finite, status, NOT_FINITE)
     evidence = _evidence(members, eigenvalues, *_agreement(cross), Statistic.gains(members))
     return _Extraction(indices, members, sample, product, past, basis, eigenvalues, evidence, status)
 

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def collect_with(
             else:
                 mask = forwards.fold(batch)
                 with without_autocast(forwards.device):
-                    run.finish_batch(mask)
+                    run.finish_batch(mask, partial(forwards.count_nonfinite, batch, mask))
                 bar.update(run.num_batches, run.num_rows, run.history[-1], run.trace)
             if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
                 saving.save(run, [stream.position()])
@@ -167,7 +168,7 @@ class Forwards:
         """Run one batch; ``only`` as in :meth:`Capture.batch`. Returns which rows counted.
 
         Raises:
-            ValueError: NaN or Inf has reached a layer.
+            ValueError: NaN or Inf has reached a layer, and no refresh comes that will tell.
         """
         run = self._run
         # The mask first: counted where the loader left it, no device has to be waited for.
@@ -182,13 +183,17 @@ class Forwards:
         with run.capture.batch(mask, early_stop=self._early_stop, only=only):
             self._forward(self._model, batch)
         run.seconds["forward"] += time.perf_counter() - tick
-        if run.nonfinite_inputs():
-            again = mask.counting()
-            if not self.in_step:
-                with run.capture.batch(again, early_stop=self._early_stop, only=only):
-                    self._forward(self._model, batch)
-            run.fail_nonfinite(again.skipped)
+        if not run.refresh_tells_nonfinite():
+            run.require_finite(run.num_batches + 1, partial(self.count_nonfinite, batch, mask, only=only))
         return mask
+
+    def count_nonfinite(self, batch: Any, mask: RowMask, *, only: Collection[int] | None = None) -> dict[str, int]:
+        """Rows of a batch that hold NaN or Inf, by layer: a second forward, unless other ranks would wait for it."""
+        again = mask.counting()
+        if not self.in_step:
+            with self._run.capture.batch(again, early_stop=self._early_stop, only=only):
+                self._forward(self._model, to_device(batch, self.device))
+        return again.skipped
 
     def idle(self, batch: Any) -> None:
         """Run a batch of which nothing counts, for the ranks that would wait for this one."""

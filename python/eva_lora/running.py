@@ -4,8 +4,8 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ _KINDS: dict[str, type[GramStatistic] | type[SubspaceStatistic]] = {
     kind.kind: kind for kind in (GramStatistic, SubspaceStatistic)
 }
 SHOWN_INPUTS = 3
+
+CountRows = Callable[[], dict[str, int]]  # layer -> rows
 
 
 class Run:
@@ -97,8 +99,32 @@ class Run:
         """Of the layers fed by an input."""
         return list(dict.fromkeys(self.sites[self.capture.site_of[stream]].name for stream in entry.streams))
 
-    def nonfinite_inputs(self) -> list[Input]:
-        """The inputs that NaN or Inf has reached, found through their sums of squares: one synchronisation."""
+    def refresh_tells_nonfinite(self) -> bool:
+        """Whether all inputs are refreshed after this batch, which finds NaN and Inf: one synchronisation does then."""
+        return self.pool is None and all(map(self._is_due, self.capture.inputs))
+
+    def require_finite(self, batch: int, count_rows: CountRows) -> None:
+        """One synchronisation to see that neither NaN nor Inf has reached an input.
+
+        Raises:
+            ValueError: they have; inputs and rows are named.
+        """
+        reached = self._nonfinite_inputs()
+        if not reached:
+            return
+        counts, named = count_rows(), []
+        for entry in reached[:SHOWN_INPUTS]:
+            names = self.names(entry)
+            count = sum(counts.get(name, 0) for name in names)
+            named.append(f"{', '.join(names)} ({count or 'an unknown number of'} rows)")
+        more = f" and {len(reached) - SHOWN_INPUTS} other inputs" if len(reached) > SHOWN_INPUTS else ""
+        raise ValueError(
+            f"batch {batch}: NaN or Inf reached the input of {'; '.join(named)}{more}. "
+            "Float16 overflows at 65504: bfloat16 or float32 may mend it; nonfinite='skip' leaves such rows out"
+        )
+
+    def _nonfinite_inputs(self) -> list[Input]:
+        """The inputs that NaN or Inf has reached, found through their sums of squares."""
         inputs = self.capture.inputs
         if not inputs:
             return []
@@ -108,21 +134,11 @@ class Run:
             return []
         return [entry for entry, ok in zip(inputs, sums.isfinite().tolist(), strict=True) if not ok]
 
-    def fail_nonfinite(self, counts: dict[str, int]) -> NoReturn:
-        """Say where NaN or Inf is. ``counts``: rows that hold it in a second forward of the same batch, by layer."""
-        reached = []
-        for entry in self.nonfinite_inputs():
-            names = self.names(entry)
-            count = sum(counts.get(name, 0) for name in names)
-            reached.append(f"{', '.join(names)} ({count or 'an unknown number of'} rows)")
-        more = f" and {len(reached) - SHOWN_INPUTS} other inputs" if len(reached) > SHOWN_INPUTS else ""
-        raise ValueError(
-            f"batch {self.num_batches + 1}: NaN or Inf reached the input of {'; '.join(reached[:SHOWN_INPUTS])}{more}. "
-            "Float16 overflows at 65504: bfloat16 or float32 may mend it; nonfinite='skip' leaves such rows out"
-        )
+    def finish_batch(self, mask: RowMask, count_rows: CountRows = dict) -> None:
+        """After a forward: refresh what has enough new rows, all layers together; decide; check the bounds.
 
-    def finish_batch(self, mask: RowMask) -> None:
-        """After a forward: refresh what has enough new rows, all layers together; decide; check the bounds."""
+        ``count_rows``: rows of the batch that hold NaN or Inf, by layer; asked for where a refresh finds some.
+        """
         self.num_batches += 1
         for name, rule in mask.rules.items():
             self.rules.setdefault(name, set()).add(rule)
@@ -142,7 +158,7 @@ class Run:
         self.capture.rows_in_batch = 0
         if self.num_rows:
             self._check_called()
-            self._refresh([entry for entry in self.capture.inputs if self._is_due(entry)])
+            self._refresh([entry for entry in self.capture.inputs if self._is_due(entry)], count_rows)
         self.history.append(self.following.num_done)
         limit = self.config.max_batches or DEFAULT_MAX_BATCHES
         if self.following.all_done:
@@ -184,7 +200,7 @@ class Run:
         counts = [entry.statistic.num_rows for entry in entries if entry is not None]
         return sum(counts) if counts else None
 
-    def _refresh(self, inputs: list[Input]) -> None:
+    def _refresh(self, inputs: list[Input], count_rows: CountRows = dict) -> None:
         if not inputs:
             return
         tick = time.perf_counter()
@@ -192,6 +208,7 @@ class Run:
         for entry, result in zip(inputs, refreshed, strict=True):
             entry.pending_batches = 0
             if not result.finite:
+                self.require_finite(self.num_batches, count_rows)
                 names = ", ".join(self.names(entry))
                 raise ValueError(f"batch {self.num_batches}: the products of the input of {names} overflow float32")
         done = self.following.decide(self.capture, inputs, refreshed)

@@ -2,8 +2,10 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eva_lora import EvaConfig, collect, eva_initialize
 from support.models import layer_inputs, lora, tiny_llama, token_batches
@@ -19,19 +21,45 @@ def run(loader, model=None, config=CONFIG, **options):
 
 
 @pytest.mark.parametrize("statistic", ["gram", "subspace"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30], ids=str)
-def test_the_layer_the_batch_and_the_rows_are_named(value, statistic):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 2e19], ids=str)  # the last: its square overflows
+@pytest.mark.parametrize("number", [1, 2, 3])  # bases are refreshed after the first two
+def test_the_layer_the_batch_and_the_rows_are_named(value, statistic, number):
     model, batches = tiny_model(), tiny_batches(4)
-    batches[1]["attention_mask"][:] = True
-    batches[1]["x"].view(-1, WIDTH)[[3, 4, 11], 5] = value
+    bad = batches[number - 1]
+    bad["attention_mask"][:] = True
+    bad["x"].view(-1, WIDTH)[[3, 4, 11], 5] = value
     before = state_of(model)
     message = (
-        r"^batch 2: NaN or Inf reached the input of blocks\.0\.q, blocks\.0\.k, blocks\.0\.v \(3 rows\); .*"
+        rf"^batch {number}: NaN or Inf reached the input of blocks\.0\.q, blocks\.0\.k, blocks\.0\.v \(3 rows\); .*"
         r" Float16 overflows at 65504.*nonfinite='skip'"
     )
     with pytest.raises(ValueError, match=message):
         run(batches, model, EvaConfig(max_batches=4, statistic=statistic))
     assert state_of(model) == before
+
+
+def test_a_batch_is_waited_for_once(monkeypatch):
+    """Values are read on the host for one question: is all finite? A refresh answers it with what it has to say."""
+    monkeypatch.setattr("eva_kernels.symmetric_eigen.core_runs", lambda matrix: False)  # as on a GPU
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    reads, counts = Reads(), []
+    generator = torch.Generator().manual_seed(0)
+
+    def loader():
+        for _ in range(6):
+            counts.append(reads.count)
+            yield {"x": torch.randn(4, 9, WIDTH, generator=generator)}  # of a spectrum that leaves nothing to mend
+
+    with reads:
+        run(loader(), config=EvaConfig(max_batches=6, tau=1.0, impl="reference", oversampling=1.0))
+    assert np.diff(counts).tolist()[2:] == [1, 0, 1]  # batches 3 to 5; bases are refreshed after the fourth
 
 
 def test_masked_rows_may_hold_anything():
