@@ -133,8 +133,7 @@ def collect_with(
                 run.stop_reason = "end of the data"
             else:
                 mask = forwards.fold(batch)
-                with without_autocast(forwards.device):
-                    run.finish_batch(mask, partial(forwards.count_nonfinite, batch, mask))
+                run.finish_batch(mask, partial(forwards.count_nonfinite, batch, mask))
                 bar.update(run.num_batches, run.num_rows, run.history[-1], run.trace)
             if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
                 saving.save(run, [stream.position()])

@@ -18,6 +18,7 @@ from .capture import Capture, Input
 from .config import DEFAULT_MAX_BATCHES, DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, REFRESH_PERIOD, EvaConfig
 from .following import Following
 from .measurements import Trace, peak_memory
+from .restoring import without_autocast
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
 if TYPE_CHECKING:
@@ -204,7 +205,9 @@ class Run:
         if not inputs:
             return
         tick = time.perf_counter()
-        refreshed = refresh_([entry.statistic for entry in inputs]) if self.pool is None else self.pool.refresh_(inputs)
+        with without_autocast(inputs[0].statistic.basis.device):
+            statistics = [entry.statistic for entry in inputs]
+            refreshed = refresh_(statistics) if self.pool is None else self.pool.refresh_(inputs)
         for entry, result in zip(inputs, refreshed, strict=True):
             entry.pending_batches = 0
             if not result.finite:

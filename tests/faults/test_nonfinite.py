@@ -121,6 +121,20 @@ def test_float16_overflow_says_what_may_mend_it():
         eva_initialize(model, token_batches(), progress=False)
 
 
+@pytest.mark.parametrize("number", [2, 3])  # with a refresh and without
+def test_rows_are_counted_under_the_callers_autocast(number):
+    """What overflows in float16 alone would be clean in a second forward without it."""
+    batches = tiny_batches(4)
+    batches[number - 1]["x"] *= 1e5
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(
+            ValueError, match=rf"^batch {number}: NaN or Inf reached the input of blocks\.0\.up \(\d+ rows\)"
+        ),
+    ):
+        run(batches)
+
+
 def test_batches_smaller_than_the_components_are_accumulated():
     """One row a batch: what is found is the components of all rows together."""
     model = lora(tiny_llama())

@@ -8,7 +8,6 @@ from ..batches import RowMask, named_fields
 from ..capture import Portion
 from ..checkpoint import Checkpoint
 from ..progress import Progress
-from ..restoring import without_autocast
 from ..streams import END, Stream
 from .ranks import Ranks
 
@@ -66,8 +65,7 @@ def run_together(
             stream.pass_over()
         pool.record(rows)
         run.capture.rows_in_batch = all_rows
-        with without_autocast(forwards.device):
-            run.finish_batch(mask)
+        run.finish_batch(mask)
         bar.update(run.num_batches, run.num_rows, run.history[-1], run.trace)
         if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
             _save(run, stream, ranks, saving)
