@@ -234,10 +234,14 @@ def main(
         around.append(full_forward(model, batches[:6]))
     forwards, step = [seconds for some in around for seconds in some], statistics.median(steps)
     forward = statistics.median(forwards)
-    ratios = [step / statistics.median(around[i] + around[i + 1]) for i, step in enumerate(steps)]
+    ratios, to_mean = (
+        [step / middle(around[i] + around[i + 1]) for i, step in enumerate(steps)]
+        for middle in (statistics.median, statistics.mean)
+    )
     print(f"F  {forward:7.3f} s   full forward, median of {len(forwards)} ({min(forwards):.3f} to {max(forwards):.3f})")
     print(f"E  {step:7.3f} s   collect and plan, per batch, median of {passes} ({min(steps):.3f} to {max(steps):.3f})")
     print(f"E/F = {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"   over the mean forward, as E is a mean: {statistics.median(to_mean):.2f}")
     shares = parts(run)
     print("   of it " + ", ".join(f"{part} {value / sum(shares.values()):.1%}" for part, value in shares.items()))
 
