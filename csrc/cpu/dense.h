@@ -67,8 +67,8 @@ struct Left {
 
 // to(i, c) (+)= Σ_k left(i, k) right(k, c) for Tall rows and Wide registers.
 template <typename T, int Tall, int Wide>
-EVA_AVX512 void multiply_tile(Left<T> left, const T* right, int64_t right_stride, int64_t depth, T* to,
-                                     int64_t stride, bool adds) {
+EVA_AVX512 void multiply_tile(Left<T> left, const T* right, int64_t right_stride, int64_t depth, T* to, int64_t stride,
+                              bool adds) {
   using R = Register<T>;
   typename R::Type sum[Tall][Wide];
   for (int i = 0; i < Tall; ++i)

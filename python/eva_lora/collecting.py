@@ -204,8 +204,9 @@ def _keep_freed_memory() -> None:
     """Have glibc keep the memory of activations from one layer to the next, rather than give it back each time.
 
     It maps blocks larger than the largest it has yet seen freed anew every time, and gives back what is free at the
-    heap's end beyond twice that size (mallopt(3), M_MMAP_THRESHOLD). So one block is freed that is as large as counts
-    there, 32 MiB; none of it is ever written, and so none is taken. Other allocators do not notice.
+    heap's end beyond twice that size (mallopt(3), M_MMAP_THRESHOLD). So one block is freed that is about as large as
+    still counts there, 32 MiB; none of it is ever written, and so none is taken. glibc remembers it beyond the pass.
+    Other allocators do not notice.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
