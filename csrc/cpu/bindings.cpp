@@ -31,7 +31,7 @@ using Addresses = std::vector<uintptr_t>;
 void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& images, const Addresses& bases,
              uintptr_t eigenvalues, uintptr_t means, bool summarises, const Addresses& new_bases,
              const Addresses& rounded_bases, uintptr_t new_eigenvalues, uintptr_t cosines, uintptr_t overlaps,
-             uintptr_t solved, double jitter, double alignment, double orthogonal, double rank, double nearly,
+             uintptr_t solved, double jitter, double alignment, double orthogonal, double rank, double growth,
              double span_jitter, int power_steps, int threads) {
   std::vector<eva::RefreshTask> tasks;
   for (int64_t i = 0; i < static_cast<int64_t>(samples.size()); ++i)
@@ -41,17 +41,16 @@ void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& im
                      address<double>(new_eigenvalues) + i * q, address<double>(cosines) + i * q,
                      address<double>(overlaps) + i * q});
   py::gil_scoped_release unlocked;
-  const eva::RefreshLimits limits{jitter, alignment, orthogonal, rank, nearly, span_jitter, power_steps};
+  const eva::RefreshLimits limits{jitter, alignment, orthogonal, rank, growth, span_jitter, power_steps};
   eva::refresh(tasks, limits, address<uint8_t>(solved), threads);
 }
 
-// Whether `out` was written, and whether the columns were nearly enough orthogonal for that to be all.
-std::pair<bool, bool> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t out, double nearly, int threads) {
+// Whether `out` was written, and whether that is all.
+std::pair<bool, bool> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t out, double growth, int threads) {
   py::gil_scoped_release unlocked;
-  double deviation = 0;
   const eva::Orthonormal became =
-      eva::cholesky_qr(address<float>(y), d, q, address<float>(out), &deviation, threads);
-  return {became == eva::Orthonormal::kNow, became != eva::Orthonormal::kNever && deviation <= nearly};
+      eva::cholesky_qr(address<float>(y), d, q, address<float>(out), growth, threads);
+  return {became != eva::Orthonormal::kNever, became == eva::Orthonormal::kDone};
 }
 
 void symmetric_eigen(uintptr_t matrices, int64_t batch, int64_t n, uintptr_t values, uintptr_t vectors,
@@ -81,9 +80,9 @@ void bind_cpu(py::module_& module) {
   module.def("has_refresh", &eva::has_refresh);
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
-             "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "rank"_a, "nearly"_a, "span_jitter"_a,
+             "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "rank"_a, "growth"_a, "span_jitter"_a,
              "power_steps"_a, "threads"_a);
-  module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "nearly"_a, "threads"_a);
+  module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "growth"_a, "threads"_a);
   module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,
              "threads"_a);
   module.def("sketch", &sketch, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "signs"_a,

@@ -243,24 +243,19 @@ class Extractor {
 
   // Makes the columns of the new basis orthonormal, where a steep spectrum has left them less so than they have to be.
   bool straighten(const RefreshTask& task) {
-    float *from = task.new_basis, *to = product_.get();
-    for (int pass = 0; pass < 2; ++pass) {
-      double deviation = 0;
-      Orthonormal became = Orthonormal::kNever;
+    Orthonormal became = Orthonormal::kAgain;
+    for (int pass = 0; pass < 2 && became == Orthonormal::kAgain; ++pass) {
       try {
-        became = cholesky_qr(from, d_, q_, to, &deviation, 1);
+        became = cholesky_qr(task.new_basis, d_, q_, task.new_basis, limits_.growth, 1);
       } catch (const std::bad_alloc&) {  // which must not leave a thread of OpenMP's
+        return false;
       }
-      if (became == Orthonormal::kNever) return false;
-      if (became == Orthonormal::kNow) std::swap(from, to);
-      if (deviation > limits_.nearly) continue;
-      if (from != task.new_basis) std::copy_n(from, d_ * q_, task.new_basis);
-      inner(task.basis, q_, with_padding(task.new_basis), small_.get());
-      convert(small_.get(), along_.get(), square_);
-      compare(along_.get(), task);
-      return true;
     }
-    return false;
+    if (became != Orthonormal::kDone) return false;
+    inner(task.basis, q_, with_padding(task.new_basis), small_.get());
+    convert(small_.get(), along_.get(), square_);
+    compare(along_.get(), task);
+    return true;
   }
 
   // Cosines and overlaps from cross = Qᵀ Q′.
@@ -342,47 +337,51 @@ void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits,
   });
 }
 
-Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* deviation, int threads) {
-  const int64_t stride = padded(q), square = q * stride, shares = std::max(threads, 1);
-  const bool is_padded = stride == q;
-  const Array<float> copy(is_padded ? 0 : d * stride), result(is_padded ? 0 : d * stride), small(square);
-  const Array<double> gram(square), inverse(square), scale(q);
-  if (!is_padded) copy_rows(y, q, copy.get(), stride, d, q);
-  const float* from = is_padded ? y : copy.get();
-  float* to = is_padded ? out : result.get();
-  const auto bound = [&](int64_t share, int64_t of) { return share == shares ? of : of * share / shares / 4 * 4; };
+EVA_AVX512 Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double growth, int threads) {
+  constexpr int64_t kRows = 32;  // worked out at a time, before they are rounded
+  const int64_t stride = padded(q), shares = std::max(threads, 1);
+  const Array<double> wide(d * stride), gram(q * stride), root(q * stride), scale(stride), rows(shares * kRows * stride);
+  for (int64_t j = 0; j < d; ++j)
+    std::fill(std::copy_n(y + j * q, q, wide.get() + j * stride), wide.get() + (j + 1) * stride, 0.0);
+  const auto bound = [&](int64_t share, int64_t of) { return share == shares ? of : of * share / shares / 8 * 8; };
   // Rows of the Gram matrix are shared out, not those of y, so that bits do not depend on the shares.
   run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
     const int64_t begin = bound(share, q), end = bound(share + 1, q);
-    multiply<float>({from + begin, 1, stride}, from, stride, small.get() + begin * stride, stride, end - begin, q, d);
+    multiply<double, Part::kUpper>({wide.get() + begin, 1, stride}, wide.get() + begin, stride,
+                                   gram.get() + begin * stride + begin, stride, end - begin, q - begin, d);
   });
   for (int64_t i = 0; i < q; ++i) {
-    const double norm = small[i * stride + i];
-    scale[i] = norm > 0 ? 1 / std::sqrt(norm) : 1;
+    const double square = gram[i * stride + i];
+    if (!std::isfinite(square)) return Orthonormal::kNever;
+    scale[i] = square > 0 ? 1 / std::sqrt(square) : 1;
   }
-  double distance = *deviation = 0;
-  std::fill_n(gram.get(), square, 0.0);
-  for (int64_t i = 0; i < q; ++i)
-    for (int64_t j = 0; j < q; ++j) {
-      const double cosine = scale[i] * small[i * stride + j] * scale[j];
-      if (!std::isfinite(cosine)) return Orthonormal::kNever;
-      distance = std::max(distance, std::abs(static_cast<double>(small[i * stride + j]) - (i == j)));
-      gram[i * stride + j] = cosine;
-      *deviation = std::max(*deviation, std::abs(cosine - (i == j)));
-    }
-  if (distance <= kOrthonormal) return Orthonormal::kBefore;
+  for (int64_t i = 0; i < q; ++i) {
+    double* row = gram.get() + i * stride;
+    for (int64_t j = i; j < q; ++j) row[j] *= scale[i] * scale[j];
+    std::fill(row + q, row + stride, 0.0);
+    std::fill(row, row + i, 0.0);
+  }
   if (!cholesky(gram.get(), q, stride)) return Orthonormal::kNever;
-  invert_upper(gram.get(), q, stride, inverse.get());
+  invert_upper(gram.get(), q, stride, root.get());
+  double largest = 0;
+  for (int64_t j = 0; j < q; ++j) {
+    double sum = 0;
+    for (int64_t i = 0; i <= j; ++i) sum += std::abs(root[i * stride + j]);
+    largest = std::max(largest, sum);
+  }
+  if (!std::isfinite(largest)) return Orthonormal::kNever;
   for (int64_t i = 0; i < q; ++i)
-    for (int64_t j = 0; j < stride; ++j) small[i * stride + j] = static_cast<float>(scale[i] * inverse[i * stride + j]);
+    for (int64_t j = 0; j < stride; ++j) root[i * stride + j] *= scale[i];
   run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
-    const int64_t begin = bound(share, d), end = bound(share + 1, d);
-    multiply<float>({from + begin * stride, stride, 1}, small.get(), stride, to + begin * stride, stride, end - begin,
-                    q, q);
+    double* tile = rows.get() + share * kRows * stride;
+    const int64_t end = bound(share + 1, d);
+    for (int64_t j = bound(share, d); j < end; j += kRows) {
+      const int64_t count = std::min(kRows, end - j);
+      multiply<double>({wide.get() + j * stride, stride, 1}, root.get(), stride, tile, stride, count, q, q);
+      for (int64_t i = 0; i < count; ++i) convert(tile + i * stride, out + (j + i) * q, q);
+    }
   });
-  if (!is_padded)
-    for (int64_t j = 0; j < d; ++j) std::copy_n(to + j * stride, q, out + j * q);
-  return Orthonormal::kNow;
+  return largest <= growth ? Orthonormal::kDone : Orthonormal::kAgain;
 }
 
 }  // namespace eva
@@ -399,7 +398,7 @@ void refresh(const std::vector<RefreshTask>&, const RefreshLimits&, uint8_t*, in
   throw std::logic_error("the compiled refresh is not part of this build");
 }
 
-Orthonormal cholesky_qr(const float*, int64_t, int64_t, float*, double*, int) {
+Orthonormal cholesky_qr(const float*, int64_t, int64_t, float*, double, int) {
   throw std::logic_error("the compiled Cholesky QR is not part of this build");
 }
 

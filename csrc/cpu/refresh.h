@@ -11,7 +11,7 @@ bool has_refresh();
 
 // Constants of eva_kernels.streaming_svd.refresh, where they are explained.
 struct RefreshLimits {
-  double jitter, alignment, orthogonal, rank, nearly, span_jitter;
+  double jitter, alignment, orthogonal, rank, growth, span_jitter;
   int power_steps;
 };
 
@@ -37,11 +37,10 @@ struct RefreshTask {
 // depend on `threads`.
 void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads);
 
-// One pass of Cholesky QR over y (d, q), unit columns inside the q × q matrix. `deviation` is the largest |cosine|
-// between columns that there was. Requires has_refresh(). Nothing is written to `out` where that cannot be done, or
-// need not: no entry of YᵀY is further than kOrthonormal from the identity's.
-enum class Orthonormal { kNow, kBefore, kNever };
-constexpr double kOrthonormal = 4e-6;
-Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double* deviation, int threads);
+// One pass of Cholesky QR over y (d, q) in double precision, rounded once; unit columns inside the q × q matrix. `out`
+// may be y. With R the Cholesky factor, kAgain says that a column of |R⁻¹| sums to more than `growth`: `out` then wants
+// another pass. kNever: there is no factor, and nothing is written. Requires has_refresh().
+enum class Orthonormal { kDone, kAgain, kNever };
+Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double growth, int threads);
 
 }  // namespace eva

@@ -4,19 +4,20 @@ import torch
 from torch import Tensor
 
 from .core import core_runs, orthonormalize_core
-from .reference import NEARLY_ORTHOGONAL, cholesky_qr, householder_qr
+from .reference import cholesky_qr, greatest_growth, householder_qr
 
-__all__ = ["NEARLY_ORTHOGONAL", "orthonormalize"]
+__all__ = ["greatest_growth", "orthonormalize"]
 
 
 def orthonormalize(
-    y: Tensor,  # (..., d, q), d ≥ q
+    y: Tensor,  # (..., d, q) float32 or float64, d ≥ q
 ) -> Tensor:  # (..., d, q)
     """Orthonormal columns whose leading i span the leading i columns of ``y``, for every i.
 
-    Cholesky QR of unit columns with its q × q algebra in float64, twice where once is not enough
-    (Yamamoto et al. 2015); matrices for which that fails (numerically dependent columns) take Householder
-    QR, which completes a deficient span by directions of its own.
+    Cholesky QR of unit columns in float64, twice where once is not enough (Yamamoto et al. 2015); matrices for which
+    that fails (numerically dependent columns) take Householder QR, which completes a deficient span by directions of
+    its own. Whatever the processor, no entry of QᵀQ − I exceeds 3 · 2⁻²⁴ for float32, 4 (d + 8 (q + 1)) · 2⁻⁵³ for
+    float64 (after Householder QR a small multiple of d q · 2⁻⁵³).
 
     Raises:
         ValueError: fewer rows than columns.
@@ -27,11 +28,12 @@ def orthonormalize(
     if core_runs(flat):
         each = [orthonormalize_core(matrix) for matrix in flat]
         return each[0].reshape(y.shape) if len(each) == 1 else torch.stack(each).reshape(y.shape)
-    q, enough = cholesky_qr(flat)
+    wide, growth = flat.double(), greatest_growth(*y.shape[-2:], y.dtype)
+    q, enough = cholesky_qr(wide, growth)
     again = ~enough
     if bool(again.any()):
-        q[again], enough[again] = cholesky_qr(q[again])
+        q[again], enough[again] = cholesky_qr(q[again], growth)
         failed = ~enough
         if bool(failed.any()):
-            q[failed] = householder_qr(flat[failed])
-    return q.reshape(y.shape)
+            q[failed] = householder_qr(wide[failed])
+    return q.to(y.dtype).reshape(y.shape)

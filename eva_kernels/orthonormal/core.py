@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._build import use_core
-from .reference import NEARLY_ORTHOGONAL, householder_qr
+from .reference import greatest_growth, householder_qr
 
 
 def core_runs(y: Tensor) -> bool:
@@ -18,20 +18,18 @@ def core_runs(y: Tensor) -> bool:
 def orthonormalize_core(
     y: Tensor,  # (d, q) float32
 ) -> Tensor:  # (d, q)
-    """Cholesky QR, twice where once is not enough, else Householder QR.
-
-    Columns that are orthonormal up to rounding (4e-6) are left as they are.
-    """
+    """Cholesky QR, twice where once is not enough, else Householder QR."""
     y = given = y.contiguous()
+    growth = greatest_growth(*y.shape, y.dtype)
     for _ in range(2):
         out = torch.empty_like(y)
         written, is_enough = use_core("core").cholesky_qr(
-            y=y.data_ptr(), d=y.shape[0], q=y.shape[1], out=out.data_ptr(), nearly=NEARLY_ORTHOGONAL,
+            y=y.data_ptr(), d=y.shape[0], q=y.shape[1], out=out.data_ptr(), growth=growth,
             threads=torch.get_num_threads(),
         )  # fmt: skip
         if is_enough:
-            return out if written else y
+            return out
         if not written:
             break
         y = out
-    return householder_qr(given[None])[0]
+    return householder_qr(given.double()[None])[0].to(given.dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._build import use_core
+from ..orthonormal import greatest_growth
 from .statistics import Statistic
 
 MEMBERS_A_THREAD = 8  # whose new bases exist beside the old ones at a time
@@ -65,7 +66,8 @@ def _extract(
         bases=_addresses(bases), eigenvalues=past.data_ptr(), means=means.data_ptr(), summarises=summarises,
         new_bases=_addresses(new_bases),
         rounded_bases=_addresses(next_samples), new_eigenvalues=eigenvalues.data_ptr(), cosines=cosines.data_ptr(),
-        overlaps=overlaps.data_ptr(), solved=solved.data_ptr(), threads=torch.get_num_threads(), **limits,
+        overlaps=overlaps.data_ptr(), solved=solved.data_ptr(), threads=torch.get_num_threads(),
+        growth=greatest_growth(d, q, torch.float32), **limits,
     )  # fmt: skip
     rounded: list[Tensor | None] = [*next_samples] or [None] * len(members)
     return CoreExtraction(members, new_bases, rounded, eigenvalues, cosines, overlaps, solved.tolist())

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..orthonormal import NEARLY_ORTHOGONAL, orthonormalize
+from ..orthonormal import orthonormalize
 from ..symmetric_eigen import symmetric_eigen
 from .core import extract_core, refresh_core_runs
 from .statistics import Statistic
@@ -35,7 +35,6 @@ _LIMITS = {
     "alignment": RELATIVE_ALIGNMENT,
     "orthogonal": RELATIVE_ORTHOGONAL,
     "rank": RELATIVE_RANK,
-    "nearly": NEARLY_ORTHOGONAL,
     "span_jitter": SPAN_JITTER,
     "power_steps": POWER_STEPS,
 }

@@ -31,7 +31,7 @@ double refresh(int64_t d, int64_t q, int64_t members, bool summarises, int threa
     tasks.push_back({d, q, samples[i].data(), images[i].data(), samples[i].data(), past.data() + i * q,
                      means.data() + i * 2 * d, summarises, bases[i].data(), rounded.data() + i * d * q,
                      values.data() + i * q, cosines.data() + i * q, overlaps.data() + i * q});
-  eva::refresh(tasks, {1e-6, 5e-4, 1e-5, 1e-12, 0.1, 1e-12, 2}, solved.data(), threads);
+  eva::refresh(tasks, {1e-6, 5e-4, 1e-5, 1e-12, 100, 1e-12, 2}, solved.data(), threads);
   double sum = 0;
   for (int64_t i = 0; i < members; ++i) sum += solved[i];
   return sum;
@@ -50,8 +50,7 @@ int main() {
         sum += refresh(d, q, 5, summarises, threads, generator);
         const std::vector<float> y = random_matrix(d * q, generator);
         std::vector<float> out(d * q);
-        double deviation = 0;
-        sum += eva::cholesky_qr(y.data(), d, q, out.data(), &deviation, threads) == eva::Orthonormal::kNow;
+        sum += eva::cholesky_qr(y.data(), d, q, out.data(), 100, threads) == eva::Orthonormal::kDone;
         std::vector<double> matrices(3 * q * q), values(3 * q), vectors(3 * q * q);
         for (int64_t i = 0; i < 3 * q * q; ++i) matrices[i] = 1.0 / (1 + i % q + i / q % q);
         std::vector<uint8_t> solved(3);
