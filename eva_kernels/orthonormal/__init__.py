@@ -28,7 +28,7 @@ def orthonormalize(
     if core_runs(flat):
         each = [orthonormalize_core(matrix) for matrix in flat]
         return each[0].reshape(y.shape) if len(each) == 1 else torch.stack(each).reshape(y.shape)
-    wide, growth = flat.double(), greatest_growth(*y.shape[-2:], y.dtype)
+    wide, growth = flat.double(), greatest_growth(y.shape[-2], y.shape[-1], y.dtype)
     q, enough = cholesky_qr(wide, growth)
     again = ~enough
     if bool(again.any()):

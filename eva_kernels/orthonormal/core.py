@@ -20,7 +20,7 @@ def orthonormalize_core(
 ) -> Tensor:  # (d, q)
     """Cholesky QR, twice where once is not enough, else Householder QR."""
     y = given = y.contiguous()
-    growth = greatest_growth(*y.shape, y.dtype)
+    growth = greatest_growth(y.shape[0], y.shape[1], y.dtype)
     for _ in range(2):
         out = torch.empty_like(y)
         written, is_enough = use_core("core").cholesky_qr(

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from eva_kernels import GramStatistic, SubspaceStatistic, refresh_
+from eva_kernels._rows import CHUNK_ROWS
 from eva_kernels.streaming_svd import finish_, refresh
-from support.streams import EXACTLY, KINDS, loss, run, scatter, stream
+from support.bounds import deviation, gamma, orthonormality, refreshed_orthonormality
+from support.streams import EXACTLY, KINDS, MISSED_AT_2R, MISSED_AT_R, loss, run, scatter, stream
 
 ROUNDING = 2**-8  # of bfloat16
 
@@ -19,9 +21,12 @@ def test_gram_equals_pca_of_the_concatenated_rows():
     statistic = run(GramStatistic, batches, 10)
     pca = PCA(10, svd_solver="full").fit(torch.cat(batches).double().numpy())
     cosines = np.abs(np.sum(pca.components_.T * statistic.basis.double().numpy(), axis=0))
-    assert cosines.min() >= 1 - 1e-6
-    ratio = statistic.explained_variance_ratio().numpy()
-    np.testing.assert_allclose(ratio, pca.explained_variance_ratio_, rtol=1e-5)
+    values = pca.explained_variance_ratio_
+    rounding = gamma(1200 + 40)  # of the whole scatter
+    gaps = -np.diff(np.append(values, np.linalg.eigvalsh(scatter(batches))[-11] / scatter(batches).trace()))
+    apart = np.minimum(gaps, np.append(np.inf, gaps[:-1]))
+    assert (cosines >= 1 - (rounding / apart) ** 2 - orthonormality(40, 10)).all()  # Davis & Kahan: sin ≤ ‖ΔC‖ / gap
+    np.testing.assert_allclose(statistic.explained_variance_ratio().numpy(), values, rtol=0, atol=2 * rounding)
 
 
 @pytest.mark.parametrize("decay", [1.0, 1.5, 2.0])
@@ -29,18 +34,21 @@ def test_subspace_captures_nearly_all_that_can_be_captured(decay):
     batches = stream(40, 300, 192, decay=decay)
     statistic = run(SubspaceStatistic, batches, 48)
     exact = scatter(batches)
-    assert loss(statistic, exact, 16) <= 2e-4
-    assert loss(statistic, exact, 32) <= 1e-3
+    assert loss(statistic, exact, 16) <= MISSED_AT_R
+    assert loss(statistic, exact, 32) <= MISSED_AT_2R
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mean", [5, 100, 1e4])
 def test_a_mean_far_from_zero_loses_nothing(kind, mean):
-    batches = stream(10, 200, 32, decay=2, mean=mean)
-    statistic = run(kind, batches, 16)
-    exact = scatter(batches)
-    assert loss(statistic, exact, 8) <= 1e-3
-    assert float(statistic.total_scatter()) == pytest.approx(float(exact.trace()), rel=1e-3)
+    missed = {}
+    for offset in (0, mean):
+        batches = stream(10, 200, 32, decay=2, mean=offset)
+        statistic, exact = run(kind, batches, 16), scatter(batches)
+        missed[offset] = loss(statistic, exact, 8)
+        total = gamma(CHUNK_ROWS * 32)  # chunks are summed in float32, and added up in float64
+        assert float(statistic.total_scatter()) == pytest.approx(float(exact.trace()), rel=2 * total)
+    assert missed[mean] <= 2 * missed[0] + gamma(2000 + 32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,12 +56,20 @@ def test_a_constant_offset_changes_no_component(kind):
     batches = stream(5, 200, 24, decay=2)
     plain = run(kind, batches, 8, **EXACTLY)
     moved = run(kind, [batch + 7.5 for batch in batches], 8, **EXACTLY)
-    cosines = (plain.basis * moved.basis).sum(0).abs()
-    assert cosines[:4].min() >= 1 - 1e-4
-    torch.testing.assert_close(moved.eigenvalues, plain.eigenvalues, rtol=1e-4, atol=0)
+    values, vectors = torch.linalg.eigh(scatter(batches))
+    values, vectors = values.flip(0)[:8], vectors.flip(1)[:, :8]
+    # As near to the components of the rows; the offset has rounded them to float32 once more.
+    rounding = 2 * gamma(1000 + 24)
+    error, allowed = ((s.eigenvalues - values).abs().max() for s in (moved, plain))
+    assert error <= 2 * allowed + rounding * values[0]
+    missed, allowed = ((1 - (vectors * s.basis.double()).sum(0).abs())[:4].max() for s in (moved, plain))
+    assert missed <= 2 * allowed + rounding
 
 
 def test_refreshing_together_equals_refreshing_alone():
+    def roundings(d, step):
+        return 2 * (step + 1) * gamma(100 + d + 3 * 6)
+
     batches = {d: stream(3, 100, d, seed=d) for d in (16, 24)}
     together = [kind(d, 6) for d in (16, 24, 16) for kind in KINDS]
     alone = [s.clone() for s in together]
@@ -63,9 +79,11 @@ def test_refreshing_together_equals_refreshing_alone():
         joint = refresh_(together)
         for s, expected in zip(alone, joint, strict=True):
             (own,) = refresh_([s])
-            np.testing.assert_allclose(own.cosines, expected.cosines, atol=1e-4)
+            # A batched product may add in another order than a single one: that of rounding, of columns of one kind.
+            np.testing.assert_allclose(own.cosines, expected.cosines, rtol=0, atol=roundings(s.num_features, step))
     for a, b in zip(together, alone, strict=True):
-        torch.testing.assert_close(a.eigenvalues, b.eigenvalues, rtol=1e-4, atol=1e-6)
+        atol = roundings(a.num_features, 2) * float(a.eigenvalues[0])
+        torch.testing.assert_close(a.eigenvalues, b.eigenvalues, rtol=0, atol=atol)
 
 
 @pytest.fixture
@@ -127,9 +145,11 @@ def test_cosines_and_overlaps_describe_the_step(kind):
         assert ((statistic.sample.double() - before).norm(dim=0) <= ROUNDING * before.norm(dim=0)).all()
         (result,) = refresh_([statistic])
         cross = (before.T @ statistic.basis.double()).numpy()
-        np.testing.assert_allclose(result.cosines, np.abs(np.diag(cross)).clip(max=1), atol=1e-6)
+        # They are taken from the small matrices that the new basis is made of, by a product of q + q + 1 columns.
+        rounding = gamma(20 + 3 * 6) + float(deviation(before).abs().max())
+        np.testing.assert_allclose(result.cosines, np.abs(np.diag(cross)).clip(max=1), rtol=0, atol=rounding)
         expected = [np.sum(cross[:i, :i] ** 2) for i in range(1, 7)]
-        np.testing.assert_allclose(result.overlaps, expected, atol=1e-5)
+        np.testing.assert_allclose(result.overlaps, expected, rtol=0, atol=2 * 6 * rounding)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +164,9 @@ def test_gains_are_those_of_the_step_on_rows_unseen_by_it(kind):
         if len(bases) >= 2:
             centred = batch.double() - batch.double().mean(0)
             before, after = ((centred @ basis).square().sum(0).cumsum(0) for basis in bases[-2:])
-            np.testing.assert_allclose(result.gains, ((after - before) / after).numpy(), atol=1e-5)
+            # Projections are float32 products of 20 features; their mean, 3, is about as large as they are.
+            rounding = 4 * gamma(20 + 150)
+            np.testing.assert_allclose(result.gains, ((after - before) / after).numpy(), rtol=0, atol=rounding)
         bases.append(statistic.basis.double())
     assert not kind(20, 6).watch_gain
 
@@ -154,7 +176,7 @@ def test_permuting_the_batches_changes_captured_variance_by_little(kind):
     batches = stream(12, 200, 64)
     exact = scatter(batches)
     losses = [loss(run(kind, order, 32), exact, 16) for order in (batches, batches[::-1])]
-    assert abs(losses[0] - losses[1]) <= 5e-3
+    assert abs(losses[0] - losses[1]) <= 5e-3  # the project's bar: half a percent of the captured variance
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,7 +199,10 @@ def test_rows_can_be_taken_out_before_the_refresh(kind):
     changed.accumulate_(batches[1], sign=-1)
     refresh_([kept, changed])
     assert changed.num_rows == kept.num_rows == 100
-    torch.testing.assert_close(changed.eigenvalues, kept.eigenvalues, rtol=1e-9, atol=1e-9)
+    # The rows' sums are off by a rounding of what came and went; the square root of a pending direction without rows is
+    # as large as the root of that, and meets the jitter's inverse.
+    atol = gamma(300 + 16, torch.float64) * float(changed.square_sum) / refresh.RELATIVE_JITTER
+    torch.testing.assert_close(changed.eigenvalues, kept.eigenvalues, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,25 +255,46 @@ def test_any_stream_gives_finite_orthonormal_components_in_range(kind, spectrum,
         assert result.finite
         ratio = result.explained_variance_ratio
         assert np.all((ratio >= 0) & (ratio <= 1))
-        assert ratio.sum() <= 1 + 1e-12
+        assert ratio.sum() <= 1 + gamma(q + 1, torch.float64)
         assert np.all((result.cosines >= 0) & (result.cosines <= 1))
         final = statistic.clone()
         final.finish_()
-        gram = final.basis.T @ final.basis
-        assert (gram - torch.eye(q)).abs().max() <= 1e-5
+        assert deviation(final.basis).abs().max() <= orthonormality(d, q)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("d", "q"), [(1, 1), (9, 2), (64, 16), (300, 60)])
+@pytest.mark.parametrize("decay", [0.1, 1, 3, 6])
+def test_a_basis_is_as_orthonormal_as_is_promised(kind, impl, d, q, decay):
+    """After every refresh and after the end, whatever the spread of the spectrum: the README has the bounds."""
+    statistic = kind(d, q, impl=impl)
+    for batch in stream(4, 200, d, decay=decay, mean=3):
+        statistic.accumulate_(batch)
+        before = statistic.basis
+        refresh_([statistic])
+        assert (deviation(statistic.basis).abs() <= refreshed_orthonormality(statistic, before)).all()
+        final = statistic.clone()
+        final.finish_()
+        assert deviation(final.basis).abs().max() <= orthonormality(d, q)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_of_low_rank_give_no_variance_they_do_not_have(kind, seed):
-    """More columns than independent rows: what is left of the spectrum is rounding."""
+    """More columns than independent rows: what is left of the spectrum is rounding.
+
+    In each refresh 8 columns are too many. Such a column of Y holds rounding only, of a sum of 200 products of 128, and
+    is multiplied by up to the inverse root of the jitter (see the README).
+    """
     generator = torch.Generator().manual_seed(seed)
     factor = torch.randn(40, 128, generator=generator)
     statistic = kind(128, 48, **EXACTLY)
+    from_rounding = 8 * gamma(200 + 128) ** 2 / refresh.RELATIVE_JITTER + gamma(1200 + 128)
     for _ in range(6):
         statistic.accumulate_(torch.randn(200, 40, generator=generator) @ factor)
         refresh_([statistic])
-        assert float(statistic.eigenvalues.sum() / statistic.total_scatter()) <= 1 + 1e-2
+        assert float(statistic.eigenvalues.sum() / statistic.total_scatter()) <= 1 + from_rounding
 
 
 def test_sizes_out_of_range_are_named():
