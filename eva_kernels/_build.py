@@ -1,9 +1,12 @@
 """The compiled module where it is built, and what is known about its build.
 
-``python -m eva_kernels._build`` prints it.
+``python -m eva_kernels._build`` prints it. The environment variable ``EVA_CPU_ISA`` says which of its code may run:
+"auto", whatever this processor has instructions for, or "none", nothing: the module is then as good as not there, its
+trackers and CUDA part included. It is read once, when the module is first asked for.
 """
 
 import json
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -13,10 +16,28 @@ from importlib.resources import files
 from types import ModuleType
 from typing import Any
 
+CPU_ISA = ("auto", "none")  # what EVA_CPU_ISA may be
+SWITCHED_OFF = "switched off by EVA_CPU_ISA=none"
+
+
+@cache
+def cpu_isa() -> str:
+    """What ``EVA_CPU_ISA`` asks for.
+
+    Raises:
+        ValueError: it is none of ``CPU_ISA``.
+    """
+    asked = os.environ.get("EVA_CPU_ISA", "auto")
+    if asked not in CPU_ISA:
+        raise ValueError(f"EVA_CPU_ISA: expected one of {CPU_ISA}, got {asked!r}")
+    return asked
+
 
 @cache
 def _import_core() -> tuple[ModuleType | None, str]:
     """The module, or why it cannot be had."""
+    if cpu_isa() == "none":
+        return None, SWITCHED_OFF
     try:
         return import_module("eva_kernels._core"), ""
     except ModuleNotFoundError:
@@ -50,7 +71,7 @@ def use_core(impl: str) -> Any:
     """The compiled module for ``impl`` "auto" or "core"; None where the reference is to be used.
 
     Raises:
-        ValueError: another ``impl``.
+        ValueError: another ``impl``, or an unknown ``EVA_CPU_ISA``.
         RuntimeError: "core" was asked for and there is none.
     """
     if impl not in ("auto", "core", "reference"):
@@ -61,7 +82,8 @@ def use_core(impl: str) -> Any:
     if core is None:
         if impl == "core":
             raise RuntimeError(f"impl='core': expected the compiled module, but it is {reason}")
-        _tell_once()
+        if reason != SWITCHED_OFF:  # who switches it off knows
+            _tell_once()
     return core
 
 
@@ -78,7 +100,9 @@ class CudaState:
 def cuda_state() -> CudaState:
     core, reason = _import_core()
     if core is None:
-        return CudaState(False, 0, f"not built, as the compiled module is {reason}")
+        return CudaState(
+            False, 0, reason if reason == SWITCHED_OFF else f"not built, as the compiled module is {reason}"
+        )
     if not hasattr(core, "cuda_devices"):
         return CudaState(False, 0, str(_record().get("cuda", "not built")))
     devices, why = core.cuda_devices()
@@ -94,18 +118,20 @@ def build_info() -> dict[str, Any]:
     record, (core, reason), cuda = _record(), _import_core(), cuda_state()
     runtime, driver = core.cuda_versions() if core is not None and cuda.built else (0, 0)
     remedies = []
-    if core is None:
+    if reason == SWITCHED_OFF:
+        remedies.append("EVA_CPU_ISA=none switches the compiled module off; unset it to use what is built.")
+    elif core is None:
         remedies.append(
             "The compiled module needs a C++17 compiler (Debian: apt-get install g++, macOS: xcode-select --install) "
             "when the package is installed; then reinstall: pip install --force-reinstall --no-deps eva-kernels, or "
             "pip install -e . in a clone."
         )
-    if not cuda.built:
+    if not cuda.built and reason != SWITCHED_OFF:
         remedies.append(
             "For CUDA put nvcc on PATH, or set CUDA_HOME, and reinstall with EVA_BUILD_CUDA=1, which fails with the "
             "reason where it cannot build."
         )
-    elif not cuda.devices:
+    elif cuda.built and not cuda.devices:
         remedies.append("CUDA is built; it needs an NVIDIA driver and a visible device (CUDA_VISIBLE_DEVICES).")
     return {
         "core": "built" if core is not None else reason,

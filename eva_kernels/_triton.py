@@ -67,7 +67,7 @@ def make_rows(
 def address_table(*kinds: list[Tensor]) -> Tensor:  # (kinds, layers) int64
     """Addresses for a grouped launch, copied to the tensors' device without waiting for it."""
     device = kinds[0][0].device
-    table = torch.tensor([[t.data_ptr() for t in kind] for kind in kinds], dtype=torch.int64)
+    table = torch.tensor([[t.data_ptr() for t in kind] for kind in kinds], dtype=torch.int64, device="cpu")
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 

@@ -45,10 +45,10 @@ def check_kernels(device: torch.device | str) -> list[KernelCheck]:
     checks: list[KernelCheck] = []
     for n, d in _SHAPES:
         for dtype in _DTYPES:
-            x = (torch.randn(n, d, generator=generator) + 1).to(device, dtype)
-            shift = torch.full((d,), 1.0, device=device)
-            mask = (torch.rand(n, generator=generator) < 0.7).to(device)
-            basis = torch.linalg.qr(torch.randn(d, min(d, 48), generator=generator)).Q.to(device)
+            x = (_normal(n, d, generator) + 1).to(device, dtype)
+            shift = torch.ones(d, dtype=torch.float32, device=device)
+            mask = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").lt(0.7).to(device)
+            basis = torch.linalg.qr(_normal(d, min(d, 48), generator)).Q.to(device)
             x[~mask] = torch.nan  # must never be seen
             label = f"{str(dtype).removeprefix('torch.')} {n} x {d}"
             checks.append(_check_rows(f"gram {label}", x, shift, mask, None))
@@ -78,7 +78,7 @@ def _check_rows(name: str, x: Tensor, shift: Tensor, mask: Tensor, basis: Tensor
 
 
 def _check_eigen(k: int, device: torch.device | str, generator: torch.Generator) -> KernelCheck:
-    root = torch.randn(8, k, k, generator=generator).to(device)
+    root = _normal(8, k * k, generator).reshape(8, k, k).to(device)
     matrix = root @ root.mT
     values, vectors = symmetric_eigen(matrix, impl="triton")
     plain = torch.linalg.eigh(matrix)
@@ -93,6 +93,10 @@ def _check_eigen(k: int, device: torch.device | str, generator: torch.Generator)
         residual(values, vectors),
         max(ALLOWANCE * residual(plain.eigenvalues, plain.eigenvectors), rounding),
     )
+
+
+def _normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:  # (rows, columns) float32, on the CPU
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _relative(value: Tensor, exact: Tensor) -> float:

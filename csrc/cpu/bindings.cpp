@@ -1,7 +1,9 @@
-// Tensors arrive as addresses: the Python functions that call these have checked their shapes, types and strides.
+// Tensors arrive as addresses: eva_kernels._memory has checked their shapes, types and strides. What can be seen of an
+// address by itself is asked here again.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../arguments.h"
 #include "refresh.h"
 #include "sketch.h"
 #include "subspace.h"
@@ -11,17 +13,35 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* address(uintptr_t value) {
-  return reinterpret_cast<T*>(value);
+using eva::address;
+using eva::Null;
+using eva::require_at_least;
+using eva::require_below;
+using eva::require_equal;
+
+// Rows that may be none at all, in float32 or bfloat16.
+const void* rows(uintptr_t x, bool is_float32, int64_t n, int64_t row_stride) {
+  require_at_least("n", n, 0);
+  require_at_least("row_stride", row_stride, 0);
+  const Null null = n == 0 ? Null::kMeansNone : Null::kRefused;
+  return is_float32 ? static_cast<const void*>(address<float>("x", x, null)) : address<uint16_t>("x", x, null);
+}
+
+void require_sizes(int64_t d, int64_t q, int threads) {
+  require_at_least("d", d, 1);
+  require_at_least("q", q, 1);
+  require_at_least("threads", threads, 1);
 }
 
 void subspace(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t shift,
-                   uintptr_t basis, int64_t q, float sign, uintptr_t product, uintptr_t column_sum,
-                   uintptr_t square_sum, int threads) {
-  const eva::SubspaceTask task{address<void>(x),        is_float32, n, d, row_stride, address<uint8_t>(mask),
-                               address<float>(shift),   address<float>(basis), q, sign,
-                               address<float>(product), address<double>(column_sum), address<double>(square_sum)};
+              uintptr_t basis, int64_t q, float sign, uintptr_t product, uintptr_t column_sum, uintptr_t square_sum,
+              int threads) {
+  require_sizes(d, q, threads);
+  const eva::SubspaceTask task{rows(x, is_float32, n, row_stride), is_float32, n, d, row_stride,
+                               address<uint8_t>("mask", mask, Null::kMeansNone),
+                               address<float>("shift", shift), address<float>("basis", basis), q, sign,
+                               address<float>("product", product), address<double>("column_sum", column_sum),
+                               address<double>("square_sum", square_sum)};
   py::gil_scoped_release unlocked;
   eva::subspace_accumulate(task, threads);
 }
@@ -33,39 +53,69 @@ void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& im
              const Addresses& rounded_bases, uintptr_t new_eigenvalues, uintptr_t cosines, uintptr_t overlaps,
              uintptr_t solved, double jitter, double alignment, double orthogonal, double rank, double growth,
              double span_jitter, int power_steps, int threads) {
+  require_sizes(d, q, threads);
+  require_at_least("d", d, q);
+  require_at_least("power_steps", power_steps, 0);
+  const int64_t count = static_cast<int64_t>(samples.size());
+  require_at_least("samples", count, 1);
+  require_equal("images", images.size(), count);
+  require_equal("bases", bases.size(), count);
+  require_equal("new_bases", new_bases.size(), count);
+  require_equal("rounded_bases", rounded_bases.size(), summarises ? count : 0);
+  double* past = address<double>("eigenvalues", eigenvalues);
+  float* mean = address<float>("means", means);
+  double* values = address<double>("new_eigenvalues", new_eigenvalues);
+  double* cosine = address<double>("cosines", cosines);
+  double* overlap = address<double>("overlaps", overlaps);
+  uint8_t* flags = address<uint8_t>("solved", solved);
   std::vector<eva::RefreshTask> tasks;
-  for (int64_t i = 0; i < static_cast<int64_t>(samples.size()); ++i)
-    tasks.push_back({d, q, address<float>(samples[i]), address<float>(images[i]), address<float>(bases[i]),
-                     address<double>(eigenvalues) + i * q, address<float>(means) + i * 2 * d, summarises,
-                     address<float>(new_bases[i]), rounded_bases.empty() ? nullptr : address<float>(rounded_bases[i]),
-                     address<double>(new_eigenvalues) + i * q, address<double>(cosines) + i * q,
-                     address<double>(overlaps) + i * q});
+  for (int64_t i = 0; i < count; ++i)
+    tasks.push_back({d, q, address<float>("samples", samples[i]), address<float>("images", images[i]),
+                     address<float>("bases", bases[i]), past + i * q, mean + i * 2 * d, summarises,
+                     address<float>("new_bases", new_bases[i]),
+                     summarises ? address<float>("rounded_bases", rounded_bases[i]) : nullptr, values + i * q,
+                     cosine + i * q, overlap + i * q});
   py::gil_scoped_release unlocked;
   const eva::RefreshLimits limits{jitter, alignment, orthogonal, rank, growth, span_jitter, power_steps};
-  eva::refresh(tasks, limits, address<uint8_t>(solved), threads);
+  eva::refresh(tasks, limits, flags, threads);
 }
 
 // Whether `out` was written, and whether that is all.
 std::pair<bool, bool> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t out, double growth, int threads) {
+  require_sizes(d, q, threads);
+  require_at_least("d", d, q);
+  const float* from = address<float>("y", y);
+  float* to = address<float>("out", out);
   py::gil_scoped_release unlocked;
-  const eva::Orthonormal became =
-      eva::cholesky_qr(address<float>(y), d, q, address<float>(out), growth, threads);
+  const eva::Orthonormal became = eva::cholesky_qr(from, d, q, to, growth, threads);
   return {became != eva::Orthonormal::kNever, became == eva::Orthonormal::kDone};
 }
 
 void symmetric_eigen(uintptr_t matrices, int64_t batch, int64_t n, uintptr_t values, uintptr_t vectors,
                      uintptr_t solved, int threads) {
+  require_at_least("batch", batch, 1);
+  require_at_least("n", n, 1);
+  require_at_least("threads", threads, 1);
+  const double* from = address<double>("matrices", matrices);
+  double* to_values = address<double>("values", values);
+  double* to_vectors = address<double>("vectors", vectors);
+  uint8_t* flags = address<uint8_t>("solved", solved);
   py::gil_scoped_release unlocked;
-  eva::symmetric_eigen_of_all(address<double>(matrices), batch, n, address<double>(values), address<double>(vectors),
-                              address<uint8_t>(solved), threads);
+  eva::symmetric_eigen_of_all(from, batch, n, to_values, to_vectors, flags, threads);
 }
 
 void sketch(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t signs,
             int64_t chunk_rows, int64_t before, int64_t column, int64_t q, uintptr_t sums, uintptr_t tally,
             uintptr_t total, int threads) {
-  const eva::SketchTask task{address<void>(x), is_float32, n, d, row_stride, address<uint8_t>(mask),
-                             address<float>(signs), chunk_rows, before, column, q,
-                             address<float>(sums), address<float>(tally), address<double>(total)};
+  require_sizes(d, q, threads);
+  require_at_least("chunk_rows", chunk_rows, 1);
+  require_below("before", before, chunk_rows);
+  require_below("column", column, q);
+  const Null null = n == 0 ? Null::kMeansNone : Null::kRefused;
+  const eva::SketchTask task{rows(x, is_float32, n, row_stride), is_float32, n, d, row_stride,
+                             address<uint8_t>("mask", mask, Null::kMeansNone), address<float>("signs", signs, null),
+                             chunk_rows, before, column, q, address<float>("sums", sums),
+                             address<float>("tally", tally), address<double>("total", total)};
   py::gil_scoped_release unlocked;
   eva::sketch_add(task, threads);
 }

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._build import cuda_state, use_core
+from .._memory import cuda_address
 
 MAX_COLUMNS = 512  # of the CUDA kernel
 
@@ -71,7 +72,8 @@ class BasisComparison:
 
         Raises:
             TypeError: not an array of float32 on CUDA.
-            ValueError: another number or shape of arrays than announced, or a column stride.
+            ValueError: another number or shape of arrays than announced, another device, a column stride, rows that
+                overlap, or memory that no float can be at.
         """
         for name, bases in (("previous", previous), ("current", current)):
             shapes = [tuple(basis.shape) for basis in bases]
@@ -80,7 +82,12 @@ class BasisComparison:
         if self._cuda is None:
             self._result = compare_bases_reference(previous, current, self._tau)
         else:
-            self._cuda.launch(*_addresses("previous", previous), *_addresses("current", current), stream)
+            self._cuda.launch(*self._addresses("previous", previous), *self._addresses("current", current), stream)
+
+    def _addresses(self, name: str, bases: Sequence[Any]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Device address and row stride, in floats, of each array."""
+        pointers, strides = zip(*(cuda_address(name, basis, self._device) for basis in bases), strict=True)
+        return np.array(pointers, np.uint64), np.array(strides, np.int64)
 
     def ready(self) -> bool:
         """Whether :meth:`result` would return at once."""
@@ -97,22 +104,6 @@ class BasisComparison:
         if self._result is None:
             raise RuntimeError("result: expected a start before it")
         return self._result
-
-
-def _addresses(name: str, bases: Sequence[Any]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Device address and row stride, in floats, of each array."""
-    pointers, strides = [], []
-    for basis in bases:
-        interface = getattr(basis, "__cuda_array_interface__", None)
-        if interface is None or interface["typestr"] != "<f4":
-            found = type(basis).__name__ if interface is None else interface["typestr"]
-            raise TypeError(f"{name}: expected float32 arrays on a CUDA device, got {found}")
-        row, column = interface.get("strides") or (4 * basis.shape[1], 4)
-        if column != 4 and basis.shape[1] > 1:
-            raise ValueError(f"{name}: expected columns side by side, got a column stride of {column} bytes")
-        pointers.append(interface["data"][0])
-        strides.append(row // 4)
-    return np.array(pointers, np.uint64), np.array(strides, np.int64)
 
 
 def compare_bases_reference(previous: Sequence[Any], current: Sequence[Any], tau: float) -> Comparison:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._build import use_core
+from .._memory import address
 from .reference import greatest_growth, householder_qr
 
 
@@ -24,8 +25,8 @@ def orthonormalize_core(
     for _ in range(2):
         out = torch.empty_like(y)
         written, is_enough = use_core("core").cholesky_qr(
-            y=y.data_ptr(), d=y.shape[0], q=y.shape[1], out=out.data_ptr(), growth=growth,
-            threads=torch.get_num_threads(),
+            y=address("y", y, torch.float32, y.shape), d=y.shape[0], q=y.shape[1],
+            out=address("out", out, torch.float32, y.shape), growth=growth, threads=torch.get_num_threads(),
         )  # fmt: skip
         if is_enough:
             return out

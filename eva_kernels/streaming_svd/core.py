@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._build import use_core
+from .._memory import address
 from ..orthonormal import greatest_growth
 from .statistics import Statistic
 
@@ -53,25 +54,29 @@ def _extract(
     past: Tensor,  # (b, q) float64
     limits: Mapping[str, float],
 ) -> CoreExtraction:
-    d, q = members[0].basis.shape
+    (d, q), b = members[0].basis.shape, len(members)
     summarises = members[0].summarises
-    samples, images, bases = ([x.contiguous() for x in matrices] for matrices in zip(
-        *((s.sample, s.image(), s.basis) for s in members), strict=True))  # fmt: skip
-    new_bases = [torch.empty(d, q) for _ in members]
-    next_samples: list[Tensor] = [torch.empty(d, q) for _ in members] if summarises else []
-    eigenvalues, cosines, overlaps = torch.empty(3, len(members), q, dtype=torch.float64)
-    solved = torch.zeros(len(members), dtype=torch.bool)
+    samples, bases = ([x.contiguous() for x in xs] for xs in zip(*((s.sample, s.basis) for s in members), strict=True))
+    images = [s.image() if summarises else s.image().contiguous() for s in members]  # to be cleared where they lie
+    new_bases = [basis.new_empty(d, q) for basis in bases]
+    next_samples: list[Tensor] = [basis.new_empty(d, q) for basis in bases] if summarises else []
+    eigenvalues, cosines, overlaps = past.new_empty(3, b, q)
+    solved = past.new_zeros(b, dtype=torch.bool)
     use_core("core").refresh(
-        d=d, q=q, samples=_addresses(samples), images=_addresses(images),
-        bases=_addresses(bases), eigenvalues=past.data_ptr(), means=means.data_ptr(), summarises=summarises,
-        new_bases=_addresses(new_bases),
-        rounded_bases=_addresses(next_samples), new_eigenvalues=eigenvalues.data_ptr(), cosines=cosines.data_ptr(),
-        overlaps=overlaps.data_ptr(), solved=solved.data_ptr(), threads=torch.get_num_threads(),
+        d=d, q=q, samples=_addresses("sample", samples, d, q), images=_addresses("image", images, d, q),
+        bases=_addresses("basis", bases, d, q), eigenvalues=address("eigenvalues", past, torch.float64, (b, q)),
+        means=address("means", means, torch.float32, (b, 2, d)), summarises=summarises,
+        new_bases=_addresses("new_bases", new_bases, d, q),
+        rounded_bases=_addresses("next_samples", next_samples, d, q),
+        new_eigenvalues=address("new_eigenvalues", eigenvalues, torch.float64, (b, q)),
+        cosines=address("cosines", cosines, torch.float64, (b, q)),
+        overlaps=address("overlaps", overlaps, torch.float64, (b, q)),
+        solved=address("solved", solved, torch.bool, (b,)), threads=torch.get_num_threads(),
         growth=greatest_growth(d, q, torch.float32), **limits,
     )  # fmt: skip
     rounded: list[Tensor | None] = [*next_samples] or [None] * len(members)
     return CoreExtraction(members, new_bases, rounded, eigenvalues, cosines, overlaps, solved.tolist())
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+def _addresses(name: str, tensors: Sequence[Tensor], d: int, q: int) -> list[int]:
+    return [address(name, tensor, torch.float32, (d, q)) for tensor in tensors]

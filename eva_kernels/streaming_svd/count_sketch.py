@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._build import use_core
+from .._memory import address, readable
 from .._rows import CHUNK_ROWS, row_views, shifted_chunks
 
 
@@ -43,15 +44,18 @@ def count_sketch_core(
     first: int,
 ) -> None:
     """The same on a CPU, in one reading of the rows: csrc/cpu/sketch.cpp. ``total`` may round otherwise."""
-    core, row = use_core("core"), 0
+    core, row, (q, d) = use_core("core"), 0, sums.shape
+    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     for rows, mask in row_views(x, row_mask):
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        rows, n = readable(rows), rows.shape[0]
         mask = None if mask is None else mask.contiguous()
         core.sketch(
-            x=rows.data_ptr(), is_float32=rows.dtype == torch.float32, n=rows.shape[0], d=rows.shape[1],
-            row_stride=rows.stride(0), mask=0 if mask is None else mask.data_ptr(), signs=signs[row:].data_ptr(),
-            chunk_rows=CHUNK_ROWS, before=first % CHUNK_ROWS, column=0 if row else first % CHUNK_ROWS % len(sums),
-            q=len(sums), sums=sums.data_ptr(), tally=tally.data_ptr(), total=total.data_ptr(),
+            x=address("x", rows, dtype, (n, d), rows_apart=True), is_float32=dtype == torch.float32, n=n, d=d,
+            row_stride=rows.stride(0), mask=0 if mask is None else address("row_mask", mask, torch.bool, (n,)),
+            signs=address("signs", signs[row : row + n], torch.float32, (n, 1)),
+            chunk_rows=CHUNK_ROWS, before=first % CHUNK_ROWS, column=0 if row else first % CHUNK_ROWS % q,
+            q=q, sums=address("sums", sums, torch.float32, (q, d)),
+            tally=address("tally", tally, torch.float32, (q, 1)), total=address("total", total, torch.float64, (d,)),
             threads=torch.get_num_threads(),
         )  # fmt: skip
-        row += rows.shape[0]
+        row += n

@@ -122,7 +122,9 @@ def _refresh_by_core_(statistics: Sequence[Statistic], indices: list[int]) -> di
         for i, member in enumerate(part.members):
             if part.solved[i]:
                 member.adopt_(part.bases[i], part.eigenvalues[i].clone(), sample=part.samples[i])
-        parts.append((part.eigenvalues, part.cosines, part.overlaps, torch.tensor(part.solved)))
+        parts.append(
+            (part.eigenvalues, part.cosines, part.overlaps, torch.tensor(part.solved, dtype=torch.bool, device="cpu"))
+        )
     eigenvalues, cosines, overlaps, solved = map(torch.cat, zip(*parts, strict=True))
     evidence = _evidence(members, eigenvalues, cosines, overlaps, gains).numpy()
     return {i: _refreshed(one) for i, one, ok in zip(indices, evidence, solved.tolist(), strict=True) if ok}

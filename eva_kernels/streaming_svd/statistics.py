@@ -192,7 +192,7 @@ class Statistic(ABC):
             return value
         if not bool(value.isfinite().all()):
             raise ValueError(f"state: expected {name} without NaN and Inf")
-        return value.to(self.basis.device, copy=True)
+        return value.to(self.basis.device, copy=True, memory_format=torch.contiguous_format)
 
     def nbytes(self) -> int:
         """Bytes held by the state's tensors."""
@@ -312,8 +312,9 @@ class Statistic(ABC):
         """
         columns, d = self.num_components, x.shape[-1]
         generator = torch.Generator().manual_seed(self.seed)
-        signs = torch.randint(0, 2, (first + x.numel() // d, 1), generator=generator)[first:] * 2 - 1
-        signs = signs.to(self.basis)
+        shape = (first + x.numel() // d, 1)
+        drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int64, device="cpu")
+        signs = (drawn[first:] * 2 - 1).to(self.basis)
         if row_mask is not None:
             signs *= row_mask.reshape(-1, 1)
         sums, tally = self.basis.new_zeros(columns, d), self.basis.new_zeros(columns, 1)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._build import use_core
+from .._memory import address
 from .reference import symmetric_eigen_reference
 
 CORE_MAX_SIZE = 128  # beyond it LAPACK's divide and conquer is as fast
@@ -23,11 +24,14 @@ def symmetric_eigen_core(
 ) -> tuple[Tensor, Tensor]:  # (..., k), (..., k, k)
     """As the reference, which is also left what this does not solve: NaN and Inf."""
     flat = matrix.reshape(-1, *matrix.shape[-2:]).contiguous()
-    values, vectors = torch.empty_like(flat[..., 0]), torch.empty_like(flat)
-    solved = torch.zeros(len(flat), dtype=torch.bool)
+    batch, n, _ = flat.shape
+    values, vectors = flat.new_empty(batch, n), flat.new_empty(batch, n, n)
+    solved = flat.new_zeros(batch, dtype=torch.bool)
     use_core("core").symmetric_eigen(
-        matrices=flat.data_ptr(), batch=len(flat), n=flat.shape[-1], values=values.data_ptr(),
-        vectors=vectors.data_ptr(), solved=solved.data_ptr(), threads=torch.get_num_threads(),
+        matrices=address("matrix", flat, torch.float64, (batch, n, n)), batch=batch, n=n,
+        values=address("values", values, torch.float64, (batch, n)),
+        vectors=address("vectors", vectors, torch.float64, (batch, n, n)),
+        solved=address("solved", solved, torch.bool, (batch,)), threads=torch.get_num_threads(),
     )  # fmt: skip
     if not bool(solved.all()):
         return symmetric_eigen_reference(matrix)

@@ -208,7 +208,7 @@ def _keep_freed_memory() -> None:
     still counts there, 32 MiB; none of it is ever written, and so none is taken. glibc remembers it beyond the pass.
     Other allocators do not notice.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def _may_stop_early(survey: Survey, config: EvaConfig, forward_fn: ForwardFn | None) -> bool:

@@ -71,7 +71,7 @@ def packed_text(tokenizer: Any, *, sequences: int, tokens: int) -> list[dict[str
     paragraphs = [p for _, page in sorted(topics.items()) for p in page.split("\n\n") if len(p) > 200]
     ids = [i for p in paragraphs for i in (*tokenizer(p)["input_ids"], tokenizer.eos_token_id)]
     size = sequences * tokens
-    rows = torch.tensor(ids[: len(ids) // size * size]).reshape(-1, sequences, tokens)
+    rows = torch.tensor(ids[: len(ids) // size * size], dtype=torch.long, device="cpu").reshape(-1, sequences, tokens)
     return [{"input_ids": batch, "attention_mask": torch.ones_like(batch), "labels": batch} for batch in rows]
 
 

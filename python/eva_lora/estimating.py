@@ -120,7 +120,8 @@ def _flops(statistic: Statistic, rows: int) -> int:
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, *, width: int = 1024) -> float:
     """FLOP/s of a matrix product of this width here and now: the best of several, a fraction of a second in all."""
-    left = torch.randn(width, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(width, width, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
     best = float("inf")
     for _ in range(5):
         tick = time.perf_counter()

@@ -225,9 +225,9 @@ def _pooled(entries: list[InputStatistics], rank: int, seed: int) -> tuple[Tenso
     rounding = float(variances[0]) * torch.finfo(torch.float32).eps * max(weighted.shape)  # of a float32 product
     known = min(rank, int((variances > rounding).sum()))
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(rank - known, weighted.shape[1], generator=generator, dtype=torch.float64)
+    noise = torch.randn(rank - known, weighted.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     basis = torch.linalg.qr(torch.cat([rows[:known], noise]).T).Q.T
-    eigenvalues = torch.zeros(rank, dtype=torch.float64)
+    eigenvalues = variances.new_zeros(rank)
     eigenvalues[:known] = variances[:known]
     return basis.float(), eigenvalues, known
 
@@ -240,8 +240,8 @@ def _rows(
     config: EvaConfig,
 ) -> Tensor:  # (rank, d)
     rows = components[:rank].clone()
-    largest = rows.abs().argmax(1, keepdim=True) if rank else torch.empty(0, 1, dtype=torch.long)
-    rows *= torch.where(rows.gather(1, largest) < 0, -1.0, 1.0)
+    largest = rows.abs().argmax(1, keepdim=True) if rank else rows.new_empty(0, 1, dtype=torch.long)
+    rows *= 1 - 2 * (rows.gather(1, largest) < 0).to(rows.dtype)
     if config.whiten:
         singular_values = eigenvalues[:rank].sqrt()
         if bool((singular_values <= 0).any()):

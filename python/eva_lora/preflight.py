@@ -53,7 +53,7 @@ def require_no_optimizer(named: Sequence[tuple[str, Tensor]]) -> None:
     """Raise ValueError if a living optimizer holds one of the parameters."""
     # Going through all objects there are takes 0.1 s, and most parameters are held by their layer alone.
     layer = nn.Module()
-    layer.weight = nn.Parameter(torch.empty(0))
+    layer.weight = nn.Parameter(torch.empty(0, dtype=torch.float32, device="cpu"))
     if _most_references(named) <= _most_references(list(layer.named_parameters())):
         return
     name = _held_by_optimizer({id(parameter): name for name, parameter in named})

@@ -165,19 +165,19 @@ class TextBatches:
 
     def example(self) -> dict[str, Tensor]:
         """A batch as large as batches get: every row of full length."""
-        ids = torch.zeros(self._batch_size, self._max_length, dtype=torch.long)
+        ids = torch.zeros(self._batch_size, self._max_length, dtype=torch.long, device="cpu")
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _padded(self, encoded: list[tuple[list[int], list[bool]]]) -> dict[str, Tensor]:
         width = max(1, *(len(ids) for ids, _ in encoded))
         shape = (len(encoded), width)
-        ids = torch.full(shape, self._pad)
-        mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, self._uncounted)
+        ids = torch.full(shape, self._pad, dtype=torch.long, device="cpu")
+        mask = torch.zeros_like(ids)
+        labels = torch.full_like(ids, self._uncounted)
         for row, (tokens, counts) in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            ids[row, : len(tokens)] = ids.new_tensor(tokens)
             mask[row, : len(tokens)] = 1
-            counted = torch.tensor(counts, dtype=torch.bool)
+            counted = ids.new_tensor(counts, dtype=torch.bool)
             labels[row, : len(tokens)] = torch.where(counted, ids[row, : len(tokens)], self._uncounted)
         batch = {"input_ids": ids, "attention_mask": mask}
         if self._with_labels and not all(all(counts) for _, counts in encoded):

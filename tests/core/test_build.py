@@ -130,6 +130,36 @@ else:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def with_cpu_isa(value: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EVA_CPU_ISA": value}
+    return subprocess.run([sys.executable, *arguments], env=environment, text=True, capture_output=True, check=False)
+
+
+def test_the_module_can_be_switched_off_and_nothing_calls_that_a_fault() -> None:
+    shown = with_cpu_isa("none", "-m", "eva_kernels._build")
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    for part in ("core", "cuda"):
+        assert f"{part + ':':14} switched off by EVA_CPU_ISA=none" in lines
+    assert [line for line in lines if line.startswith("->")] == [
+        "-> EVA_CPU_ISA=none switches the compiled module off; unset it to use what is built."
+    ]
+    program = """
+from eva_kernels.allocation import allocate_ranks
+assert allocate_ranks([[0.5, 0.2], [0.4, 0.3]], [2, 2], 3).tolist() == [1, 2]
+allocate_ranks([[0.5]], [1], 1, impl="core")
+"""
+    process = with_cpu_isa("none", "-W", "error", "-c", program)
+    assert "impl='core': expected the compiled module, but it is switched off by EVA_CPU_ISA=none" in process.stderr
+
+
+def test_an_unknown_cpu_isa_is_an_error_and_auto_is_what_there_is_without() -> None:
+    process = with_cpu_isa("avx1024", "-m", "eva_kernels._build")
+    assert process.returncode != 0
+    assert "ValueError: EVA_CPU_ISA: expected one of ('auto', 'none'), got 'avx1024'" in process.stderr
+    assert f"core:          {build_info()['core']}" in with_cpu_isa("auto", "-m", "eva_kernels._build").stdout
+
+
 def test_neither_torch_nor_triton_is_imported() -> None:
     names = "eva_kernels.allocation, eva_kernels.convergence, eva_kernels._build"
     check = f"import sys, {names}; assert not {{'torch', 'triton', 'peft', 'eva_lora'}} & set(sys.modules)"

@@ -55,7 +55,7 @@ class AttentionSite(LoraSite):
 
 def _without_projection(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
     weight = attention.out_proj.weight
-    identity = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    identity = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta")
     identity.weight = nn.Parameter(torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device), False)
     identity.bias = nn.Parameter(torch.zeros_like(identity.weight[0]), False)
     twin = copy.copy(attention)

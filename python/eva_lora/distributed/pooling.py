@@ -203,7 +203,7 @@ class Pool:
                     torch.zeros_like(entry.statistic.column_sum), 0,
                 )  # fmt: skip
                 sketches.append(entry.sketch or empty)
-            counts = [torch.tensor(sketch.num_rows, dtype=torch.float64) for sketch in sketches]
+            counts = [sketch.total.new_tensor(sketch.num_rows) for sketch in sketches]
             self.ranks.all_reduce_([t for s, n in zip(sketches, counts, strict=True) for t in (*s[:3], n)])
             for entry, sketch, count in zip(bucket, sketches, counts, strict=True):
                 entry.sketch = None
@@ -252,7 +252,7 @@ class Pool:
         sent: list[list[Tensor] | None] = []
         for i, entry in enumerate(inputs):
             statistic = entry.statistic
-            facts = torch.zeros(EVIDENCE * statistic.num_components + 1, dtype=torch.float64)
+            facts = torch.zeros(EVIDENCE * statistic.num_components + 1, dtype=torch.float64, device="cpu")
             like.append([statistic.basis, statistic.eigenvalues, facts])
             if i in solved:
                 r = solved[i]

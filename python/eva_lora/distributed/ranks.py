@@ -81,7 +81,7 @@ class Ranks:
         Raises:
             Exception: what a rank failed with since the last message: see :meth:`_raise`.
         """
-        message = torch.tensor([self._error is not None, *numbers], dtype=torch.int64)
+        message = torch.tensor([self._error is not None, *numbers], dtype=torch.int64, device="cpu")
         with self._reaching_all():
             dist.all_reduce(message, group=self._control)
         failed, *sums = message.tolist()
