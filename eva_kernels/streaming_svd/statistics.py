@@ -289,7 +289,7 @@ class Statistic(ABC):
 
     def _totals(self) -> tuple[Tensor, Tensor]:
         """column_sum and square_sum to add to, without reading them: of a distant sum ``add_`` is all that is asked."""
-        return cast(tuple[Tensor, Tensor], (vars(self)["column_sum"], vars(self)["square_sum"]))
+        return cast("tuple[Tensor, Tensor]", (vars(self)["column_sum"], vars(self)["square_sum"]))
 
     def merge_(self: S, other: S) -> None:
         """Take in the rows that ``other`` has seen; it is left as it is.

@@ -199,6 +199,21 @@ def test_a_stream_is_as_exact_as_with_float64(kind, watch_gain, masked, sigmas, 
 
 @SIGMAS
 @pytest.mark.parametrize("kind", KINDS)
+def test_totals_of_many_chunks_are_as_exact_as_with_float64(kind, sigmas, simulated):
+    """Between two refreshes, and about the mean of a first batch that is nothing like the others."""
+    batches = [*stream(1, ROWS, D), *(20 * stream(5, ROWS, D, mean=sigmas, seed=1))]
+
+    def totals(device):
+        statistic = kind(D, Q, device=device, **EXACTLY)
+        fold(statistic, batches)
+        found = errors(statistic, batches)
+        return {name: found[name] for name in ("column_sum", "square_sum", "total_scatter")}
+
+    assert_no_worse(totals(simulated.device), totals(CPU))
+
+
+@SIGMAS
+@pytest.mark.parametrize("kind", KINDS)
 def test_gains_are_as_exact_as_with_float64(kind, sigmas, simulated):
     batches = stream(6, 1000, D, decay=1, mean=sigmas)
 
