@@ -8,18 +8,37 @@ for the device is counted. The device exists for the thread that entered it.
 
 from collections import Counter
 from collections.abc import Collection
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import torchgen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torchgen.gen import parse_native_yaml
+from torchgen.model import DispatchKey, NativeFunction
 
 aten = torch.ops.aten
 _TRANSFERS = (aten._to_copy.default, aten.copy_.default)  # may name two devices
-#: What Apple's MPS has not, of the operators that statistics and plans are made with.
-NOT_ON_MPS = ("linalg_qr", "_linalg_eigh", "_linalg_svd")
 _INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)  # take their indices from the CPU too
+
+
+@cache
+def not_on(backend: str) -> frozenset[str]:
+    """The operators that this PyTorch has no kernel of for a backend ("MPS"), by its own list of them."""
+    folder = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native"
+    parsed = parse_native_yaml(str(folder / "native_functions.yaml"), str(folder / "tags.yaml"))
+    kernels = parsed.backend_indices[DispatchKey[backend]]
+    functions = {str(function.func.name): function for function in parsed.native_functions}
+
+    def has_kernel(function: NativeFunction) -> bool:
+        delegate = function.structured_delegate
+        its = function if delegate is None else functions[str(delegate)]
+        return kernels.has_kernel(its) or its.has_composite_kernel
+
+    return frozenset(name for name, function in functions.items() if not has_kernel(function))
 
 
 class DeviceTensor(Tensor):
@@ -54,7 +73,7 @@ class SimulatedDevice(TorchDispatchMode):
 
     Args:
         dtypes: The dtypes it refuses.
-        operators: The operators it refuses, by their names in ATen.
+        operators: The operators it refuses, by their names in ATen: :func:`not_on`.
 
     Attributes:
         device: The device.
@@ -86,7 +105,7 @@ class SimulatedDevice(TorchDispatchMode):
         is_made_here = target is not None and torch.device(target).type == self.device.type
         if not ours and not is_made_here:
             return func(*args, **kwargs)
-        name = func.overloadpacket.__name__
+        name = func.name().removeprefix("aten::")
         lands_here = is_made_here or (target is None and isinstance(tensors[0], DeviceTensor))
         if func not in _TRANSFERS:
             self._refuse_mixture(func, tensors[:1] if func in _INDEXING else tensors)

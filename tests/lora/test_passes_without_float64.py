@@ -18,7 +18,7 @@ from support.models import (
     tiny_llama,
     token_batches,
 )
-from support.simulated_device import NOT_ON_MPS, SimulatedDevice
+from support.simulated_device import SimulatedDevice, not_on
 
 LINEARS = r".*layer\.\d\.(attention\.self\.query|attention\.output\.dense|intermediate\.dense)"
 RANK = 8
@@ -28,7 +28,7 @@ ROUNDING = 2**-22  # of A in float32, as a share of the variance
 @pytest.fixture
 def simulated():
     home_of.cache_clear()
-    with SimulatedDevice(operators=NOT_ON_MPS) as device:
+    with SimulatedDevice(operators=not_on("MPS")) as device:
         yield device
     home_of.cache_clear()
 
