@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._double import home_of
 from .core import core_runs, orthonormalize_core
 from .reference import cholesky_qr, greatest_growth, householder_qr
 
@@ -24,6 +25,8 @@ def orthonormalize(
     """
     if y.ndim < 2 or y.shape[-2] < y.shape[-1]:
         raise ValueError(f"y: expected shape (..., d, q) with d ≥ q, got {tuple(y.shape)}")
+    if (home := home_of(y.device)) != y.device:
+        return orthonormalize(y.to(home)).to(y.device)
     flat = y.reshape(-1, *y.shape[-2:])
     if core_runs(flat):
         each = [orthonormalize_core(matrix) for matrix in flat]

@@ -2,7 +2,16 @@
 
 from .gram_statistic import GramStatistic
 from .refresh import Refreshed, finish_, refresh_
-from .statistics import Sketch, Statistic
+from .statistics import Sketch, Statistic, bring_home_
 from .subspace_statistic import SubspaceStatistic
 
-__all__ = ["GramStatistic", "Refreshed", "Sketch", "Statistic", "SubspaceStatistic", "finish_", "refresh_"]
+__all__ = [
+    "GramStatistic",
+    "Refreshed",
+    "Sketch",
+    "Statistic",
+    "SubspaceStatistic",
+    "bring_home_",
+    "finish_",
+    "refresh_",
+]

@@ -24,7 +24,7 @@ def count_sketch_reference(
     """
     row, columns = 0, len(sums)
     for chunk in shifted_chunks(x, sums.new_zeros(x.shape[-1]), row_mask, first):
-        total += chunk.sum(0)
+        total.add_(chunk.sum(0))
         column = 0 if row else first % CHUNK_ROWS % columns  # every chunk begins anew, but one can be cut
         while len(chunk):
             part, chunk = chunk[: columns - column], chunk[columns - column :]

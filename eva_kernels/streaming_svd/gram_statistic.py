@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._double import double, like
 from ..gram import gram_accumulate_
 from .statistics import Statistic
 
@@ -27,14 +28,12 @@ class GramStatistic(Statistic):
 
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
         assert self.shift is not None
-        gram_accumulate_(
-            self.gram, self.column_sum, self.square_sum, x, self.shift, row_mask, sign=sign, impl=self.impl
-        )
+        gram_accumulate_(self.gram, *self._totals(), x, self.shift, row_mask, sign=sign, impl=self.impl)
 
     def _merge_(self, other: "GramStatistic", offset: Tensor) -> None:
         cross = torch.outer(offset, other.column_sum)
         moved = cross + cross.T + other.num_rows * torch.outer(offset, offset)
-        self.gram += other.gram + moved.to(self.gram.dtype)
+        self.gram += other.gram + like(moved, self.gram)
         self._merge_totals_(other, offset)
         self.pending_rows += other.num_rows
 
@@ -49,7 +48,7 @@ class GramStatistic(Statistic):
     def means(cls, members: "Sequence[GramStatistic]") -> Tensor:
         sums = torch.stack([s.column_sum for s in members])
         mean = sums / sums.new_tensor([max(s.num_rows, 1) for s in members])[:, None].sqrt()
-        return torch.stack([mean, torch.zeros_like(mean)], 1).to(members[0].basis)
+        return like(torch.stack([mean, torch.zeros_like(mean)], 1), members[0].basis)
 
     def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
         own = {"gram": self.gram} if whole else {"shared_image": self.gram @ self.basis}
@@ -63,8 +62,8 @@ class GramStatistic(Statistic):
         """Basis and eigenvalues become the exact leading ones: one eigensolve in float64."""
         if self.num_rows == 0:
             return
-        scatter = self.gram.double() - torch.outer(self.column_sum, self.column_sum / self.num_rows)
+        scatter = double(self.gram) - torch.outer(self.column_sum, self.column_sum / self.num_rows)
         values, vectors = torch.linalg.eigh(scatter)
         keep = self.num_components
         self.eigenvalues = values[-keep:].flip(0).clamp_min(0)
-        self.basis = vectors[:, -keep:].flip(1).to(self.basis.dtype).contiguous()
+        self.basis = like(vectors[:, -keep:].flip(1), self.basis).contiguous()

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .._double import double, like
 from ..orthonormal import orthonormalize
 from ..symmetric_eigen import symmetric_eigen
 from .core import extract_core, refresh_core_runs
-from .statistics import Statistic
+from .statistics import Statistic, bring_home_
 
 # Of the unit diagonal of the scaled ΩᵀY. Each refresh loses half of it in variance; a direction that is only rounding
 # may come out larger by the inverse of it. Above the rounding of a float32 product: the README has what less does.
@@ -88,12 +89,14 @@ def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
     """Refresh every statistic's basis from the rows it has seen. Statistics of one kind and shape go together.
 
     The host waits once for all statistics of a device, and again for those few whose columns turn out to be
-    numerically dependent. Before the first refresh the basis that cosines and overlaps compare with is the start.
+    numerically dependent. Where the device has no float64 it waits once for all totals, and for the q × q matrices of
+    every shape. Before the first refresh the basis that cosines and overlaps compare with is the start.
     """
     shapes: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, statistic in enumerate(statistics):
         basis = statistic.basis
         shapes[(basis.device, type(statistic), basis.dtype, basis.shape)].append(index)
+    bring_home_(statistics)
     results: dict[int, Refreshed] = {}
     others: list[list[int]] = []
     for indices in shapes.values():
@@ -227,7 +230,7 @@ def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refr
         basis = straighten(before, basis, values)
         extraction.basis[mended], extraction.eigenvalues[mended] = basis, values
         members = [extraction.members[i] for i in mended]
-        agreement = _agreement((before.mT @ basis).double())
+        agreement = _agreement(double(before.mT @ basis))
         evidence[mended] = _evidence(members, values, *agreement, Statistic.gains(members)).cpu().numpy()
     for i, member in enumerate(extraction.members):
         if status[i] != NOT_FINITE:
@@ -248,12 +251,12 @@ def nystrom(
     """
     scale, scaled = _scaled_core(sample, product)
     finite = scaled.isfinite().flatten(1).all(1)  # what is not finite in Y is not finite in ΩᵀY
-    eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=sample.device)
+    eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=scaled.device)
     factor, info = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], scaled, eye), upper=True)
     factor = torch.where((info == 0)[:, None, None], factor, eye)
     root = scale[:, :, None] * torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=True)
     status = torch.where(finite, torch.where(info != 0, INDEFINITE, SOLVED), NOT_FINITE)
-    return product @ root.to(product.dtype), status
+    return product @ like(root, product), status
 
 
 def nystrom_of_indefinite(
@@ -268,7 +271,7 @@ def nystrom_of_indefinite(
     values, vectors = symmetric_eigen(scaled)
     seen = values > 2 * RELATIVE_JITTER
     inverse = torch.where(seen, values.where(seen, 1).rsqrt(), 0)
-    return product @ (scale[:, :, None] * vectors * inverse[:, None, :]).to(product.dtype)
+    return product @ like(scale[:, :, None] * vectors * inverse[:, None, :], product)
 
 
 def combine(
@@ -288,9 +291,9 @@ def combine(
     new = torch.cat([approximation, difference[:, :, None]], -1)  # (b, d, q + 1)
     along = basis.mT @ new
     new = new - basis @ along
-    held = torch.cat([torch.diag_embed(eigenvalues.sqrt()), along.double()], -1)  # Qᵀ A, (b, q, 2 q + 1)
+    held = torch.cat([torch.diag_embed(eigenvalues.sqrt()), double(along)], -1)  # Qᵀ A, (b, q, 2 q + 1)
     gram = held.mT @ held
-    gram[:, q:, q:] += (new.mT @ new).double()
+    gram[:, q:, q:] += double(new.mT @ new)
     finite = gram.isfinite().flatten(1).all(1)[:, None, None]
     gram = torch.where(finite, gram, torch.eye(2 * q + 1, dtype=gram.dtype, device=gram.device))
     image = gram[..., :q] + gram[..., q : 2 * q]
@@ -302,7 +305,7 @@ def combine(
     alive = values > RELATIVE_RANK * values[:, :1]
     turn = span @ (vectors * torch.where(alive, values.where(alive, 1).rsqrt(), 0)[:, None, :])
     cross = held @ turn
-    return basis @ cross.to(basis.dtype) + new @ turn[:, q:].to(new.dtype), values, cross
+    return basis @ like(cross, basis) + new @ like(turn[:, q:], new), values, cross
 
 
 def straighten(
@@ -312,7 +315,7 @@ def straighten(
 ) -> Tensor:  # (b, d, q)
     """The basis with orthonormal columns, in which directions without variance are those from before."""
     alive = values > RELATIVE_RANK * values[:, :1]
-    return orthonormalize(torch.where(alive[:, None, :], basis, before))
+    return orthonormalize(torch.where(alive[:, None, :].to(basis.device), basis, before))
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:  # (b, m, q) float64 both
@@ -327,9 +330,9 @@ def _orthonormal(matrix: Tensor) -> Tensor:  # (b, m, q) float64 both
 
 def _scaled_core(sample: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:  # (b, q), (b, q, q)
     """A scale that brings the diagonal of ΩᵀY to about one, and its symmetric part scaled, with jitter: float64."""
-    core = (sample.mT @ product).double()
-    image = torch.linalg.vector_norm(product, dim=-2).double()
+    core = double(sample.mT @ product)
+    image = double(torch.linalg.vector_norm(product, dim=-2))
     diagonal = torch.maximum(core.diagonal(dim1=-2, dim2=-1), RELATIVE_ALIGNMENT * image)
     scale = torch.where(diagonal > 0, diagonal.where(diagonal > 0, 1).rsqrt(), 0)
-    eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=sample.device)
+    eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=core.device)
     return scale, scale[:, :, None] * ((core + core.mT) / 2) * scale[:, None, :] + RELATIVE_JITTER * eye

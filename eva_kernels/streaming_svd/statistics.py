@@ -7,11 +7,12 @@ scatter of all rows so far, times my basis", so that one refresh (:mod:`.refresh
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from .._double import DistantSum, distilled, double, home_of, like, settle_, zeros
 from .._rows import shifted_chunks
 from ..orthonormal import orthonormalize
 from ..subspace.core import core_runs
@@ -20,6 +21,7 @@ from .count_sketch import count_sketch_core, count_sketch_reference
 S = TypeVar("S", bound="Statistic")
 
 _OPTIONS = {"num_features", "num_components", "impl", "shared_image"}  # attributes that are none of what rows leave
+_HELD = (Tensor, DistantSum)
 
 
 class Sketch(NamedTuple):
@@ -43,11 +45,33 @@ class Sketch(NamedTuple):
         return Sketch(sums, self.tally if counts else torch.zeros_like(self.tally), total, self.num_rows * counts)
 
 
+class _Total:
+    """A total as an attribute of a statistic: it reads as the float64 tensor of all that was added, and is set as one.
+
+    Kept in the statistic under the same name is that tensor, or the distant sum that stands for it.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, statistic: "Statistic", owner: type) -> Tensor:
+        kept: Tensor | DistantSum = vars(statistic)[self._name]
+        return kept.read() if isinstance(kept, DistantSum) else kept
+
+    def __set__(self, statistic: "Statistic", value: Tensor | DistantSum) -> None:
+        kept = vars(statistic).get(self._name)
+        if isinstance(kept, DistantSum) and isinstance(value, Tensor):
+            kept.hold_(value)
+        else:
+            vars(statistic)[self._name] = value
+
+
 class Statistic(ABC):
     """Streaming second-order statistic of rows in ℝᵈ, with a basis of its leading directions.
 
     Rows are folded in by :meth:`accumulate_` and the basis is brought up to date by
-    :func:`~eva_kernels.streaming_svd.refresh_`, for many statistics at once.
+    :func:`~eva_kernels.streaming_svd.refresh_`, for many statistics at once. On a device without float64 what is kept
+    in float64 is on the CPU, and reading a total waits for the device.
 
     Args:
         num_features: d, the width of a row.
@@ -65,6 +89,10 @@ class Statistic(ABC):
 
     kind: ClassVar[str]
     summarises: ClassVar[bool]  # whether basis and eigenvalues stand for rows that are kept nowhere else
+
+    column_sum = _Total()  # (d,): Σ z with z = x − shift
+    square_sum = _Total()  # (): Σ ‖z‖²
+    projections = _Total()  # (4, q): see _watch_
 
     def __init__(
         self,
@@ -86,13 +114,13 @@ class Statistic(ABC):
         self.pending_rows = 0  # rows folded in since the last refresh
         self.num_refreshes = 0
         self.shift: Tensor | None = None  # (d,), the first batch's mean
-        self.column_sum = torch.zeros(num_features, dtype=torch.float64, device=device)
-        self.square_sum = torch.zeros((), dtype=torch.float64, device=device)
+        device = torch.device(device)
+        self.column_sum, self.square_sum = zeros((num_features,), device), zeros((), device)
         self.basis = torch.eye(num_features, num_components, dtype=dtype, device=device)  # (d, q)
-        self.eigenvalues = torch.zeros(num_components, dtype=torch.float64, device=device)  # (q,) of the scatter
+        self.eigenvalues = torch.zeros(num_components, dtype=torch.float64, device=home_of(device))  # of the scatter
         self.watch_gain = watch_gain
         self.previous: Tensor | None = None  # (d, q), the basis before the last refresh, if gains are watched
-        self.projections = torch.zeros(4, num_components, dtype=torch.float64, device=device)  # see _watch_
+        self.projections = zeros((4, num_components), device)
 
     def accumulate_(
         self,
@@ -150,13 +178,13 @@ class Statistic(ABC):
         """An independent copy; no tensor is shared."""
         other = object.__new__(type(self))
         other.__dict__.update(
-            {key: value.clone() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
+            {name: value.clone() if isinstance(value, _HELD) else value for name, value in vars(self).items()}
         )
         return other
 
     def state(self) -> dict[str, Tensor | int | float | bool | None]:
         """Everything that rows have left here, by attribute: tensors (not copied) and plain numbers."""
-        return {name: value for name, value in vars(self).items() if name not in _OPTIONS}
+        return {name: getattr(self, name) for name in vars(self) if name not in _OPTIONS}
 
     def load_state_(self, state: Mapping[str, Any]) -> None:
         """Go on, in a fresh statistic, from what :meth:`state` gave of one made with the same arguments.
@@ -169,10 +197,11 @@ class Statistic(ABC):
         if set(state) != set(own):
             raise ValueError(f"state: expected the entries {sorted(own)}, got {sorted(state)}")
         loaded = {name: self._checked(name, own[name], state[name]) for name in own}
-        self.__dict__.update(loaded)
+        for name, value in loaded.items():
+            setattr(self, name, value)
 
     def _checked(self, name: str, own: Any, value: Any) -> Any:
-        """``value`` on this statistic's device, if it can stand where ``own`` stands in a fresh statistic."""
+        """``value`` where this statistic keeps such, if it can stand where ``own`` stands in a fresh statistic."""
         if own is None and value is None:
             return None
         if own is None:  # what the first rows bring: a vector or a matrix of the statistic's own widths
@@ -192,11 +221,12 @@ class Statistic(ABC):
             return value
         if not bool(value.isfinite().all()):
             raise ValueError(f"state: expected {name} without NaN and Inf")
-        return value.to(self.basis.device, copy=True, memory_format=torch.contiguous_format)
+        device = (self.basis if own is None else own).device
+        return value.to(device, copy=True, memory_format=torch.contiguous_format)
 
     def nbytes(self) -> int:
         """Bytes held by the state's tensors."""
-        return sum(v.numel() * v.element_size() for v in self.__dict__.values() if isinstance(v, Tensor))
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, _HELD))
 
     @classmethod
     @abstractmethod
@@ -258,6 +288,10 @@ class Statistic(ABC):
     @abstractmethod
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None: ...
 
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """column_sum and square_sum to add to, without reading them: of a distant sum ``add_`` is all that is asked."""
+        return cast("tuple[Tensor, Tensor]", (vars(self)["column_sum"], vars(self)["square_sum"]))
+
     def merge_(self: S, other: S) -> None:
         """Take in the rows that ``other`` has seen; it is left as it is.
 
@@ -273,7 +307,7 @@ class Statistic(ABC):
         if other.shift is None:
             return
         shift = other.shift.clone() if self.shift is None else self.shift
-        self._merge_(other, other.shift.double() - shift.double())
+        self._merge_(other, double(other.shift) - double(shift))
         self.shift = shift
 
     @abstractmethod
@@ -294,9 +328,14 @@ class Statistic(ABC):
             self._add_projections_(chunk @ both, sign)
 
     def _add_projections_(self, projected: Tensor, sign: int) -> None:  # (n, 2 q)
-        projected = projected.double()
-        moments = torch.stack([projected.sum(0), projected.square().sum(0)])  # (2, 2 q)
-        self.projections.add_(torch.cat(moments.chunk(2, 1)), alpha=sign)
+        kept: Tensor | DistantSum = vars(self)["projections"]
+        if isinstance(kept, DistantSum):  # a projection is rounded already: rounding its square once more does no harm
+            sums: tuple[Tensor, ...] = distilled(torch.stack([projected, projected.square()], 1))
+        else:
+            projected = projected.double()
+            sums = (torch.stack([projected.sum(0), projected.square().sum(0)]),)
+        for moments in sums:  # (2, 2 q)
+            kept.add_(torch.cat(moments.chunk(2, 1)), alpha=sign)
 
     def sketch(
         self,
@@ -318,18 +357,18 @@ class Statistic(ABC):
         if row_mask is not None:
             signs *= row_mask.reshape(-1, 1)
         sums, tally = self.basis.new_zeros(columns, d), self.basis.new_zeros(columns, 1)
-        total = self.column_sum.new_zeros(d)
+        total = zeros((d,), self.basis.device)
         compiled = self.impl == "auto" and core_runs(x, sums)
         add = count_sketch_core if compiled else count_sketch_reference
-        add(sums, tally, total, x, signs, row_mask, first)
-        return Sketch(sums, tally, total, num_rows)
+        add(sums, tally, cast(Tensor, total), x, signs, row_mask, first)
+        return Sketch(sums, tally, total.read() if isinstance(total, DistantSum) else total, num_rows)
 
     def start_(self, sketch: Sketch) -> None:
         """Take the shift, and a basis to start from, from a sketch of the first rows.
 
         The span of its sums is half a power step ahead of a random one, for the price of reading the rows.
         """
-        self.shift = (sketch.total / sketch.num_rows).to(self.basis.dtype)
+        self.shift = like(sketch.total / sketch.num_rows, self.basis)
         sums = sketch.sums - sketch.tally * self.shift
         finite = all(math.isfinite(bound) for bound in sums.aminmax())
         self.basis = orthonormalize(sums.T if finite else self.basis)
@@ -347,3 +386,9 @@ class Statistic(ABC):
         """Hold the sums over all shares in the place of one's own; the other shares are then to hold zeros."""
         for name, value in summands.items():
             setattr(self, name, value)
+
+
+def bring_home_(statistics: Sequence[Statistic]) -> None:
+    """Before totals of many statistics are read: on devices without float64, wait once for all of them."""
+    distant = [statistic for statistic in statistics if statistic.eigenvalues.device != statistic.basis.device]
+    settle_(total for statistic in distant for total in vars(statistic).values() if isinstance(total, DistantSum))

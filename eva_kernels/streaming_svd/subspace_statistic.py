@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._double import double, like
 from .._rows import add_totals_, shifted_chunks
 from ..subspace import subspace_accumulate_
 from .statistics import Sketch, Statistic
@@ -48,7 +49,7 @@ class SubspaceStatistic(Statistic):
         n, m = past.new_tensor([(max(n, 1), max(m, 1)) for n, m in rows])[:, :, None].unbind(1)  # (b, 1)
         weights = past.new_tensor([(m, n * m / max(n + m, 1)) for n, m in rows]).sqrt()
         both = torch.stack([pending / m, pending / m - past / n], 1)
-        return (weights[:, :, None] * both).to(members[0].basis)
+        return like(weights[:, :, None] * both, members[0].basis)
 
     def start_(self, sketch: Sketch) -> None:
         super().start_(sketch)
@@ -61,9 +62,8 @@ class SubspaceStatistic(Statistic):
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
         assert self.shift is not None
         subspace_accumulate_(
-            self.pending, self.column_sum, self.square_sum, x, self._sample, self.shift, row_mask,
-            sign=sign, impl=self.impl,
-        )  # fmt: skip
+            self.pending, *self._totals(), x, self._sample, self.shift, row_mask, sign=sign, impl=self.impl
+        )
 
     def accumulate_block_(
         self,
@@ -92,9 +92,10 @@ class SubspaceStatistic(Statistic):
         products = torch.cat([chunk @ columns for chunk in shifted_chunks(x, shift, row_mask)])
         add_up_(products)
         row, q = 0, self.num_components
+        column_sum, square_sum = self._totals()
         for chunk in shifted_chunks(x, shift, row_mask):
             self.pending[start:stop].addmm_(chunk.mT, products[row : row + len(chunk), :q], alpha=sign)
-            add_totals_(self.column_sum[start:stop], self.square_sum, chunk, sign)
+            add_totals_(column_sum[start:stop], square_sum, chunk, sign)
             row += len(chunk)
         if counts:
             self.num_rows += sign * num_rows
@@ -108,12 +109,12 @@ class SubspaceStatistic(Statistic):
                 raise ValueError(f"{name}: expected no rows since the last refresh, got {statistic.pending_rows}")
         ours, theirs = self.num_rows, other.num_rows
         between = self.column_sum / max(ours, 1) - (other.column_sum / max(theirs, 1) + offset)
-        parts = [s.basis.double() * s.eigenvalues.sqrt() for s in (self, other)]
+        parts = [double(s.basis) * s.eigenvalues.sqrt() for s in (self, other)]
         weight = (ours * theirs / max(ours + theirs, 1)) ** 0.5
         vectors, values, _ = torch.linalg.svd(torch.cat([*parts, weight * between[:, None]], 1), full_matrices=False)
         self._merge_totals_(other, offset)
         keep = self.num_components
-        self.adopt_(vectors[:, :keep].to(self.basis.dtype).contiguous(), values[:keep].square())
+        self.adopt_(like(vectors[:, :keep], self.basis).contiguous(), values[:keep].square())
 
     def adopt_(self, basis: Tensor, eigenvalues: Tensor, *, sample: Tensor | None = None) -> None:
         super().adopt_(basis, eigenvalues)

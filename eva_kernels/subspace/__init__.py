@@ -29,6 +29,8 @@ def subspace_accumulate_(
     with z = x − shift over the rows where ``row_mask`` is True (all rows if None). ``sign=-1`` takes rows
     out again that were folded in before.
 
+    On a device without float64, which cannot hold these totals, rows are folded in by a statistic.
+
     Raises:
         TypeError: ``x`` is not floating point, ``row_mask`` not bool, or ``impl`` has no kernel for a dtype.
         ValueError: shapes do not fit, or ``impl`` is unknown or cannot run here.

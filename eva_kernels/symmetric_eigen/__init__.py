@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import choose_impl
+from .._double import home_of
 from .core import core_runs, symmetric_eigen_core
 from .reference import symmetric_eigen_reference
 
@@ -41,6 +42,9 @@ def symmetric_eigen(
         from .triton import symmetric_eigen_triton
 
         return symmetric_eigen_triton(matrix)
+    if (home := home_of(matrix.device)) != matrix.device:  # nor has it the eigensolver
+        values, vectors = symmetric_eigen(matrix.to(home), impl=impl)
+        return values.to(matrix.device), vectors.to(matrix.device)
     if impl == "auto" and core_runs(matrix):
         return symmetric_eigen_core(matrix)
     return symmetric_eigen_reference(matrix)

@@ -243,7 +243,7 @@ def _check(progress: Progress, saved: list[SavedInput], run: "Run") -> None:
 
 def identity(model: nn.Module, run: "Run", device: torch.device, **callables: Any) -> dict[str, Any]:
     """What a run's result depends on besides the loader, as plain values with names that say what differs."""
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     known = {
         "version": {name: version for name, version in versions().items() if name != "python"},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

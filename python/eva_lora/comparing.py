@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eva_kernels._double import double
+
 from .planning import EvaPlan
 
 __all__ = ["Comparison", "compare", "load_directions"]
@@ -76,7 +78,7 @@ def _overlap(name: str, left: Tensor | None, right: Tensor | None) -> float | No
         return None
     if left.shape[1] != right.shape[1]:
         raise ValueError(f"second: A of {name} has width {right.shape[1]}, in the first run {left.shape[1]}")
-    bases = [torch.linalg.qr(matrix.double().T).Q for matrix in (left, right)]
+    bases = [torch.linalg.qr(double(matrix).T).Q for matrix in (left, right)]
     return min(1.0, float((bases[0].T @ bases[1]).square().sum()) / min(len(left), len(right)))
 
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eva_kernels._double import double, like
+
 __all__ = ["VLLM_RANKS", "export_uniform"]
 
 #: Values of vLLM's ``max_lora_rank``; an adapter of one of these ranks wastes no memory there.
@@ -136,7 +138,7 @@ def _uniform(key: str, value: Tensor, layers: dict[str, _Layer], target: int) ->
     layer = layers[_owner(key)]
     if role == "A":
         return _padded(key, value, role, layer, target)
-    scaled = (value.double() * layer.scaling).to(value.dtype)  # one rounding
+    scaled = like(double(value) * layer.scaling, value)  # one rounding
     return scaled if role == "bias" else _padded(key, scaled, role, layer, target)
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from .preflight import wrapped
 from .survey import Survey
 
-__all__ = ["borrowed", "without_autocast"]
+__all__ = ["borrowed", "same_generators", "without_autocast"]
 
 _FLAGS = ("training", "gradient_checkpointing", "use_nested_tensor")  # the second is transformers' switch
 _HOOK_TABLES = [name for name in vars(nn.Module()) if "_hooks" in name and ("_forward" in name or "_backward" in name)]
@@ -44,6 +45,16 @@ def borrowed(survey: Survey) -> Iterator[None]:
                     vars(module)[name] = False
         torch.set_grad_enabled(False)
         yield
+
+
+@contextmanager
+def same_generators(devices: set[torch.device]) -> Iterator[None]:
+    """Within it anything may draw; afterwards the global generators, and these devices', are where they were."""
+    restore = _generators(devices)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -111,12 +122,11 @@ def _modes(devices: set[torch.device]) -> Callable[[], None]:
 
 
 def _generators(devices: set[torch.device]) -> Callable[[], None]:
-    gpus = {device for device in devices if device.type == "cuda"}
     states: list[tuple[Callable[[Any], object], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),
         (np.random.set_state, np.random.get_state()),  # noqa: NPY002 - the global one is what users draw from
-        *((lambda state, gpu=gpu: torch.cuda.set_rng_state(state, gpu), torch.cuda.get_rng_state(gpu)) for gpu in gpus),
+        *(pair for device in devices if (pair := _generator_of(device)) is not None),
     ]
 
     def restore() -> None:
@@ -124,3 +134,13 @@ def _generators(devices: set[torch.device]) -> Callable[[], None]:
             set_state(state)
 
     return restore
+
+
+def _generator_of(device: torch.device) -> tuple[Callable[[Any], object], Any] | None:
+    """What sets the state of a device's own generator, and that state; None where there is none that PyTorch names."""
+    if device.type in ("cuda", "xpu"):
+        module = getattr(torch, device.type)
+        return partial(module.set_rng_state, device=device), module.get_rng_state(device)
+    if device.type == "mps":
+        return torch.mps.set_rng_state, torch.mps.get_rng_state()
+    return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic, finish_, refresh_
+from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic, bring_home_, finish_, refresh_
 
 from .adapters import LoraAdapter
 from .batches import ALL_ROWS, FITS_NO_MASK, RowMask
@@ -129,6 +129,7 @@ class Run:
         inputs = self.capture.inputs
         if not inputs:
             return []
+        bring_home_([entry.statistic for entry in inputs])
         device = inputs[0].statistic.square_sum.device
         sums = torch.stack([_sum_of(entry).to(device) for entry in inputs])
         if bool(sums.sum().isfinite()):

@@ -14,6 +14,7 @@ import torch
 import eva_kernels
 import eva_lora
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
+from eva_lora.restoring import same_generators
 from support.models import lora, tiny_llama, token_batches
 from support.tiny import state_of, tiny_batches, tiny_model
 
@@ -313,3 +314,19 @@ def test_one_layer_under_two_names_is_one_layer():
     report = initialise(model)
     assert [name for name in report.ranks if name.endswith("up")] == ["blocks.0.up"]
     assert blocks[1]["up"] is blocks[0]["up"]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_a_devices_own_generator_is_given_back(kind, monkeypatch):
+    states = {}
+    module = getattr(torch, kind)
+
+    def set_state(state, device=None):
+        states[device] = state
+
+    monkeypatch.setattr(module, "get_rng_state", lambda device=None: states.setdefault(device, "before"))
+    monkeypatch.setattr(module, "set_rng_state", set_state)
+    with same_generators({torch.device(kind, 0), torch.device("cpu")}):
+        assert list(states.values()) == ["before"]
+        states.update(dict.fromkeys(states, "drawn from"))
+    assert list(states.values()) == ["before"]

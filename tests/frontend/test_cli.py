@@ -12,11 +12,13 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from eva_kernels._double import home_of
 from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, plan
 from eva_lora.cli import COMMANDS, main
 from eva_lora.cli.running import duration, is_refusal
 from support.command import EVA_LORA, eva_lora
 from support.files import paragraphs, write_jsonl
+from support.simulated_device import SimulatedDevice
 
 
 def invoke(*arguments):
@@ -316,7 +318,27 @@ def test_doctor_says_what_is_built():
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith("->"))
     assert {"eva-kernels", "torch", "core", "cuda"} <= lines.keys()
     assert lines["core"] == "built"
-    assert json.loads(invoke("doctor", "--json").stdout)["versions"]["torch"] == torch.__version__
+    said = json.loads(invoke("doctor", "--json").stdout)
+    assert said["versions"]["torch"] == torch.__version__
+    assert said["devices"]["cpu"].keys() == {"subspace", "gram", "eigen", "float64"}
+    assert said["devices"]["cpu"]["float64"] == "cpu"
+
+
+def test_doctor_says_what_runs_on_each_device(monkeypatch):
+    from eva_kernels import _devices
+
+    home_of.cache_clear()
+    with SimulatedDevice() as simulated:
+        found = [torch.device("cpu"), simulated.device, torch.device("vulkan")]
+        monkeypatch.setattr(_devices, "seen_devices", lambda: found)
+        printed = invoke("doctor").stdout
+        devices = json.loads(invoke("doctor", "--json").stdout)["devices"]
+    home_of.cache_clear()
+    here = devices["lazy:0"]
+    assert (here["subspace"], here["gram"], here["float64"]) == ("reference", "reference", "cpu")
+    assert here["eigen"] == devices["cpu"]["eigen"]
+    assert devices["vulkan"].keys() == {"error"}
+    assert f"on lazy:0      subspace: reference, gram: reference, eigen: {here['eigen']}, float64: cpu" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

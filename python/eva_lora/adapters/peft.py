@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..restoring import same_generators
 from ..survey import Survey
 from .fused import unfused
 from .parameters import check_plan
@@ -139,7 +140,7 @@ class PeftAdapter:
             config.eva_config = _peft_eva_config(plan)
         emptied = [name for name in self.layers if plan.sites[name].rank == 0]
         try:
-            with torch.no_grad(), torch.random.fork_rng(self._cuda_devices()):
+            with torch.no_grad(), same_generators({p.device for p in self._root.parameters()}):
                 for name, layer in self.layers.items():
                     if name not in emptied:
                         adjust = plan.config.adjust_scaling_factors
@@ -214,9 +215,6 @@ class PeftAdapter:
             member._active_adapter = active
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
-
-    def _cuda_devices(self) -> list[torch.device]:
-        return list({p.device for p in self._root.parameters() if p.device.type == "cuda"})
 
     def _describe(self, config: Any, emptied: set[str]) -> None:
         """Make the config's patterns and targets those of the layers as they are now."""

@@ -26,20 +26,24 @@ def demo(output: Path, max_batches: int, steps: int) -> None:
 @click.option("--kernels", is_flag=True, help="Run every Triton kernel against its reference on this machine's GPU.")
 @json_option
 def doctor(kernels: bool, as_json: bool) -> None:
-    """Say what is built and what is not, why, and what to do about it."""
+    """Say what is built and what is not, why, and what to do about it; and what runs on each device there is."""
     from eva_kernels._build import build_info
+    from eva_kernels._devices import device_info, seen_devices
 
     from ..report import versions
 
     info = build_info()
+    devices = {str(device): device_info(device) for device in seen_devices()}
     checks = _check_kernels() if kernels else []
     if as_json:
-        print_json({"versions": versions(), **info, "kernels": checks})
+        print_json({"versions": versions(), **info, "devices": devices, "kernels": checks})
     else:
         remedies = info.pop("remedies")
         for name, value in {**versions(), **info}.items():
             shown = ", ".join(value) if isinstance(value, list) else value
             click.echo(f"{name:<14} {shown or '-'}")
+        for name, facts in devices.items():
+            click.echo(f"{'on ' + name:<14} {', '.join(f'{what}: {how}' for what, how in facts.items())}")
         for remedy in remedies:
             click.echo(f"-> {remedy}")
         for check in checks:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from eva_kernels._double import double
+
 from ..adapters import LoraSite
 from ..batches import RowMask
 from ..preflight import is_lora
@@ -88,7 +90,10 @@ class TensorParallel:
             return Part(x, "block")
         kind = self._kinds.get(site.name)
         if kind is None:
-            mine = torch.stack([x.detach().double().sum(), x.detach().double().square().sum()])
+            wide = double(x.detach())
+            mine = torch.stack([wide.sum(), wide.square().sum()])
+            if mine.device != x.device:  # it has no float64, nor perhaps the group a way between CPUs
+                mine = mine.to(torch.float32).to(x.device)
             everyone = mine.new_empty(2 * self.size)
             gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             gather(everyone, mine, group=self.group)

@@ -1,0 +1,119 @@
+"""Whole passes on a device without float64, simulated: what A captures, against the same pass on the CPU."""
+
+import copy
+
+import pytest
+import torch
+
+from eva_kernels._double import home_of
+from eva_lora import EvaConfig, collect, compare, eva_initialize
+from support.models import (
+    initialise,
+    layer_inputs,
+    load_minilm,
+    lora,
+    lora_a_of,
+    minilm_text_batches,
+    scatter,
+    tiny_llama,
+    token_batches,
+)
+from support.simulated_device import SimulatedDevice, not_on
+
+LINEARS = r".*layer\.\d\.(attention\.self\.query|attention\.output\.dense|intermediate\.dense)"
+RANK = 8
+ROUNDING = 2**-22  # of A in float32, as a share of the variance
+
+
+@pytest.fixture
+def simulated():
+    home_of.cache_clear()
+    with SimulatedDevice(operators=not_on("MPS")) as device:
+        yield device
+    home_of.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """The model with adapters, real text, and of every layer the exact scatter and the best that A can hold."""
+    torch.manual_seed(0)
+    model = lora(load_minilm(), r=RANK, target_modules=LINEARS)
+    batches = [{name: tensor[:8, :64] for name, tensor in batch.items()} for batch in minilm_text_batches()[:3]]
+    exact = {name: scatter(rows) for name, rows in layer_inputs(model, batches).items()}
+    return model, batches, {name: (c, torch.linalg.eigvalsh(c)[-RANK:].sum()) for name, c in exact.items()}
+
+
+def missed(model, exact):
+    """Of the variance that A of each layer could capture, the share that it does not."""
+    shares = []
+    for name, a in lora_a_of(model).items():
+        covariance, best = exact[name]
+        basis = torch.linalg.qr(a.cpu().double().T).Q
+        shares.append(1 - float(torch.trace(basis.T @ covariance @ basis) / best))
+    return shares
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"statistic": "gram"}, {"statistic": "subspace"}, {"statistic": "subspace", "convergence": "captured"}],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_a_pass_on_minilm_misses_no_more_than_twice_what_it_misses_on_the_cpu(options, minilm, simulated):
+    model, batches, exact = minilm
+    config = EvaConfig(max_batches=3, rho=1, impl="reference", **options)
+    here, there = copy.deepcopy(model), copy.deepcopy(model).to(simulated.device)
+    eva_initialize(here, batches, config, progress=False)
+    report = eva_initialize(there, batches, config, progress=False)
+    assert all(a.device == simulated.device for a in lora_a_of(there).values())
+    assert report.num_batches == 3
+    for ours, theirs in zip(missed(there, exact), missed(here, exact), strict=True):
+        assert ours <= 2 * theirs + ROUNDING
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nonfinite": "skip"}, {"share_inputs": False}, {"whiten": True}, {"statistic": "gram"}], ids=str
+)
+def test_options_work_there(options, simulated):
+    model = lora(tiny_llama().to(simulated.device))
+    report = initialise(model, **options)
+    plain = initialise(lora(tiny_llama()), **options)
+    assert report.ranks == plain.ranks
+
+
+def test_the_reference_is_chosen(simulated):
+    """Not compiled code, which would read the memory of another device."""
+    model = lora(tiny_llama().to(simulated.device))
+    statistics = collect(model, token_batches(), EvaConfig(max_batches=1), progress=False)
+    assert {entry.eigenvalues.device.type for entry in statistics.inputs} == {"cpu"}
+
+
+def test_rows_that_are_not_finite_are_named(simulated):
+    model = lora(tiny_llama().to(simulated.device))
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].self_attn.o_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NaN or Inf reached the input of model\.layers\.1\.mlp\.gate_proj"):
+        initialise(model)
+
+
+def test_a_pass_that_was_cut_off_goes_on_to_the_bit(tmp_path, simulated):
+    def a_pass(batches, **options):
+        model = lora(tiny_llama().to(simulated.device))
+        eva_initialize(model, batches, EvaConfig(max_batches=6), progress=False, **options)
+        return lora_a_of(model)
+
+    def cut_off():
+        yield from token_batches()[:3]
+        raise KeyboardInterrupt
+
+    saving = {"checkpoint": tmp_path / "state", "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        a_pass(cut_off(), **saving)
+    resumed, whole = a_pass(token_batches(), **saving), a_pass(token_batches())
+    assert all(torch.equal(resumed[name].cpu(), whole[name].cpu()) for name in whole)
+
+
+def test_directions_there_can_be_compared(simulated):
+    model = lora(tiny_llama().to(simulated.device))
+    initialise(model, max_batches=1, min_rank=1)
+    directions = lora_a_of(model)
+    assert min(compare(directions, directions).overlap.values()) >= 1 - ROUNDING
