@@ -56,6 +56,26 @@ def test_eva_lora_names_no_triton_and_not_the_compiled_module():
     assert [path.name for path in LORA.rglob("*.py") if "eva_kernels._core" in path.read_text(encoding="utf-8")] == []
 
 
+def test_nobody_asks_a_device_for_float64_that_it_may_not_have():
+    """``eva_kernels._double.double`` knows where it is; these have it at home already, or on the CPU from a file."""
+    at_home = {
+        "_double.py",
+        "kernel_check.py",  # of kernels that run on GPUs with float64 only
+        "orthonormal/reference.py",
+        "streaming_svd/refresh.py",
+        "streaming_svd/statistics.py",
+        "export.py",
+        "planning.py",
+    }
+    found = {
+        path.relative_to(package).as_posix()
+        for package in (KERNELS, LORA)
+        for path in package.rglob("*.py")
+        if ".double()" in path.read_text(encoding="utf-8")
+    }
+    assert found <= at_home
+
+
 def test_the_numerics_know_no_process_groups():
     assert [path.name for path in KERNELS.rglob("*.py") if "distributed" in path.read_text(encoding="utf-8")] == []
 

@@ -13,8 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eva_kernels._double import double, like
-
 __all__ = ["VLLM_RANKS", "export_uniform"]
 
 #: Values of vLLM's ``max_lora_rank``; an adapter of one of these ranks wastes no memory there.
@@ -138,7 +136,7 @@ def _uniform(key: str, value: Tensor, layers: dict[str, _Layer], target: int) ->
     layer = layers[_owner(key)]
     if role == "A":
         return _padded(key, value, role, layer, target)
-    scaled = like(double(value) * layer.scaling, value)  # one rounding
+    scaled = (value.double() * layer.scaling).to(value.dtype)  # one rounding
     return scaled if role == "bias" else _padded(key, scaled, role, layer, target)
 
 
