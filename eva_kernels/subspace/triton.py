@@ -17,6 +17,7 @@ from .._triton import (
     FOREIGN,
     INTERPRETED,
     address_table,
+    architecture,
     finish_totals_,
     l2_bytes,
     launch_options,
@@ -60,6 +61,11 @@ def choose_tile(dtype: torch.dtype, aligned: bool, padded: int) -> SubspaceTile:
     if dtype == torch.float32 or not aligned:
         return GENERIC_TILE
     return SubspaceTile(64, 64, 32 if padded == MAX_COLUMNS else 64, 4 if padded < 64 else 8, 3)
+
+
+def needs_wait(arch: str, fold: bool) -> bool:
+    """Whether :func:`_lift_kernel` must end a product before it copies more rows: where products run by themselves."""
+    return fold and arch == "sm_90"
 
 
 @dataclass(frozen=True)
@@ -258,8 +264,12 @@ def _lift_kernel(
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
-    """Y += Xᵀ P (or Zᵀ P unless FOLD) and Σ z, Σ z², for one block of columns and one share of the rows."""
+    """Y += Xᵀ P (or Zᵀ P unless FOLD) and Σ z, Σ z², for one block of columns and one share of the rows.
+
+    WAIT ends each product before more rows are copied (:func:`needs_wait`).
+    """
     block, share, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     layers = tl.num_programs(2)
     x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
@@ -290,6 +300,11 @@ def _lift_kernel(
         if not FOLD:
             x = z
         acc = tl.dot(x.to(p.dtype), p, acc, input_precision="ieee")
+        if WAIT:
+            # Where a load feeds a product and other arithmetic too, Triton gives it as many buffers as copies run
+            # ahead and none for the product still under way, which then reads the rows of a later pass. Inline
+            # assembly, even if empty, that takes the product as an operand makes the loop wait for it.
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=True, pack=1)
         x_ptrs += tl.full((), ROWS, tl.int64) * stride_xm
         p_ptrs += ROWS * PADDED
     target = ((layer * tl.num_programs(1) + share).to(tl.int64) * d + columns)[:, None] * PADDED + padded[None, :]
@@ -404,7 +419,7 @@ def accumulate_products_(
         _lift_kernel[(column_blocks, plan.row_splits, layers)](
             *rows.pointers, product, y, *totals, start, stop, d, *x[0].stride(),
             plan.chunk, plan.split_rows, index * plan.row_splits, parts,
-            ROWS=tile.lift_rows, **kind, **shape,
+            ROWS=tile.lift_rows, WAIT=needs_wait(architecture(x[0].device), fold), **kind, **shape,
             **launch_options(_lift_kernel, tile.warps, tile.stages),
         )  # fmt: skip
     _finish_kernel[(triton.cdiv(d, FINISH_ROWS), layers)](

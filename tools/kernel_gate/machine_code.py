@@ -13,6 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .buffers import short_buffers
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -48,6 +50,7 @@ class Code:
         instructions: of the whole kernel; empty for gfx942.
         loop: of the innermost loop that holds the tensor instruction, empty where there is none.
         tensor: names of the tensor instructions anywhere in the kernel.
+        short_buffers: operands of products in loops that are overwritten while they are read, one line each.
     """
 
     registers: int
@@ -56,6 +59,7 @@ class Code:
     instructions: tuple[Instruction, ...]
     loop: tuple[Instruction, ...]
     tensor: frozenset[str]
+    short_buffers: tuple[str, ...] = ()
 
     @cached_property
     def multiplies(self) -> int:
@@ -139,6 +143,7 @@ def _read_nvidia(compiled: Any) -> Code:
         listing = _run("nvdisasm", "-c", file.name)
         usage = _run("cuobjdump", "-res-usage", file.name)
     instructions, loop = innermost_tensor_loop(listing)
+    by_themselves = any(i.kind in ("HGMMA", "UTCHMMA") for i in loop)
     return Code(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         spills=sum(i.kind in ("STL", "LDL") for i in instructions),
@@ -146,6 +151,7 @@ def _read_nvidia(compiled: Any) -> Code:
         instructions=instructions,
         loop=loop,
         tensor=frozenset(i.name for i in instructions if _is_tensor(i)),
+        short_buffers=tuple(short_buffers(compiled.asm["ttgir"], by_themselves)),
     )
 
 

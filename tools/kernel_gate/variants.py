@@ -134,7 +134,9 @@ def subspace_variants(architecture: str) -> Iterator[Variant]:
             constants = {**flags, "COLUMNS": tile.columns, "PADDED": padded}
             small = {**flags, "PADDED": padded}
             yield make(subspace._project_kernel, architecture, dtype, {**constants, "ROWS": tile.rows}, **shape)
-            yield make(subspace._lift_kernel, architecture, dtype, {**constants, "ROWS": tile.lift_rows}, **shape)
+            wait = subspace.needs_wait(architecture, flags["FOLD"])
+            lift = {**constants, "ROWS": tile.lift_rows, "WAIT": wait}
+            yield make(subspace._lift_kernel, architecture, dtype, lift, **shape)
             yield make(subspace._settle_kernel, architecture, dtype, {**small, "ROWS": subspace.SETTLE_ROWS})
             yield make(subspace._finish_kernel, architecture, dtype, {**small, "ROWS": subspace.FINISH_ROWS})
             if not flags["MASKED"]:
