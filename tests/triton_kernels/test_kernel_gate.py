@@ -154,6 +154,7 @@ def test_buffers_are_followed_by_hand():
     assert short(3, product, copy, Event("wait", pending=1))  # the wait comes too late: two are under way
     assert not short(3, product, Event("arrival"), copy)
     assert short(2, copy, product, Event("arrival"))  # what has not been read yet
+    assert follow({"a": 3}, [product]) == ["operand a of a product in a loop read before a copy to it was found"]
     assert follow({}, [product]) == ["operand a of a product in a loop not traced to its buffers"]
 
 

@@ -62,6 +62,8 @@ def follow(count: dict[str, int], events: list[Event]) -> list[str]:
             if name not in count:
                 found[name] = f"operand {name} of a product in a loop not traced to its buffers"
             elif event.kind == "product":
+                if reads[name] == copies[name]:
+                    found[name] = f"operand {name} of a product in a loop read before a copy to it was found"
                 reader[name][reads[name] % count[name]] = issued + 1
                 reads[name] += 1
             else:
