@@ -19,6 +19,7 @@ from .._triton import (
     address_table,
     architecture,
     dot_precision,
+    launch_options,
     make_rows,
     multiprocessors,
     row_pointers,
@@ -145,36 +146,47 @@ def _fold(acc, shift_ptr, sum_ptr, count, rows, columns, d):
 
 
 @triton.jit
+def _half(part, second: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The first or second half of N columns."""
+    left, right = tl.split(tl.permute(tl.reshape(part, (M, 2, N // 2)), (0, 2, 1)))
+    return right if second else left
+
+
+@triton.jit
+def _piece(acc, piece: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns piece · COLUMNS … of a tile, halved until they are left. The compiler halves once for all pieces.
+
+    A loop, since versions of Triton before 3.5 do not survive a kernel that calls itself.
+    """
+    part = acc
+    for level in tl.static_range(8):
+        if N >> level > COLUMNS:
+            part = _half(part, (piece * COLUMNS // (N >> level + 1)) % 2, M, N >> level)
+    return part
+
+
+@triton.jit
 def _flush(
-    acc, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, inner, d, stride_gm, sign,
-    M: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
+    acc, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, d, stride_gm, sign,
+    M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """G += sign · tile if it is whole, else partial = tile; COLUMNS at a time, since all at once would spill.
 
     An atomic add rather than a load and a store, again for the registers. Every entry of G is added to once
     in a launch, so the order of the adds cannot matter.
     """
-    if N > COLUMNS:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
-        _flush(
-            left, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, inner,
-            d, stride_gm, sign, M, N // 2, BLOCK_N, COLUMNS, FOLD,
-        )  # fmt: skip
-        _flush(
-            right, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, inner + N // 2,
-            d, stride_gm, sign, M, N // 2, BLOCK_N, COLUMNS, FOLD,
-        )  # fmt: skip
-    else:
-        local = inner + tl.arange(0, N)
+    for piece in tl.static_range(N // COLUMNS):
+        part = _piece(acc, piece, M, N, COLUMNS)
+        inner = piece * COLUMNS + tl.arange(0, COLUMNS)
         if whole:
-            rows, columns = row + tl.arange(0, M), column + local
+            rows, columns = row + tl.arange(0, M), column + inner
             if FOLD:
-                acc = _fold(acc, shift_ptr, sum_ptr, count, rows, columns, d)
+                part = _fold(part, shift_ptr, sum_ptr, count, rows, columns, d)
             address = rows.to(tl.int64)[:, None] * stride_gm + columns[None, :]
             inside = (rows[:, None] < d) & (columns[None, :] < d)
-            tl.atomic_add(g_ptr + address, sign * acc, mask=inside, sem="relaxed")
+            tl.atomic_add(g_ptr + address, sign * part, mask=inside, sem="relaxed")
         else:
-            tl.store(partial_ptr + tl.arange(0, M)[:, None] * BLOCK_N + local[None, :], acc)
+            tl.store(partial_ptr + tl.arange(0, M)[:, None] * N + inner[None, :], part)
 
 
 @triton.jit(
@@ -263,8 +275,8 @@ def _gram_kernel(
     sum_ptr += layer.to(tl.int64) * d
     partial_ptr += tl.maximum(program - whole, 0).to(tl.int64) * BLOCK_M * BLOCK_N
     _flush(
-        acc, g_ptr, shift_ptr, sum_ptr, tl.load(count_ptr + layer), partial_ptr, program < whole, row, column, 0,
-        d, stride_gm, sign, BLOCK_M, BLOCK_N, BLOCK_N, COLUMNS, FOLD,
+        acc, g_ptr, shift_ptr, sum_ptr, tl.load(count_ptr + layer), partial_ptr, program < whole, row, column,
+        d, stride_gm, sign, BLOCK_M, BLOCK_N, COLUMNS, FOLD,
     )  # fmt: skip
 
 
@@ -337,7 +349,9 @@ def mirror_triangle_(
 ) -> None:
     """Copy the lower triangle onto the upper one."""
     blocks = triton.cdiv(gram.shape[0], MIRROR_BLOCK)
-    _mirror_kernel[(blocks * (blocks + 1) // 2,)](gram, gram.shape[0], gram.stride(0), BLOCK=MIRROR_BLOCK)
+    _mirror_kernel[(blocks * (blocks + 1) // 2,)](
+        gram, gram.shape[0], gram.stride(0), BLOCK=MIRROR_BLOCK, **launch_options(_mirror_kernel)
+    )
 
 
 def accumulate_triangles_(
@@ -375,14 +389,14 @@ def accumulate_triangles_(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BAND=tile.band, COLUMNS=FLUSH_COLUMNS,
         ALIGNED=rows.aligned, FOLD=fold, MASKED=rows.masks is not None, GROUPED=layers > 1,
         PRECISION=dot_precision(x[0].dtype), UPCAST=INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **launch_options(_gram_kernel, tile.warps, tile.stages),
     )  # fmt: skip
     if plan.split:
         _reduce_kernel[(plan.split, tile.block_m // REDUCE_ROWS)](
             rows.shifts[0], rows.table, grams[0], g_table, sums, counts, partial, d, stride_gm, sign,
             layers, plan.tiles, plan.whole, plan.split, plan.splits,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BAND=tile.band, ROWS=REDUCE_ROWS,
-            FOLD=fold, GROUPED=layers > 1,
+            FOLD=fold, GROUPED=layers > 1, **launch_options(_reduce_kernel),
         )  # fmt: skip
 
 

@@ -17,8 +17,10 @@ from .._triton import (
     FOREIGN,
     INTERPRETED,
     address_table,
+    architecture,
     finish_totals_,
     l2_bytes,
+    launch_options,
     make_rows,
     multiprocessors,
     row_pointers,
@@ -59,6 +61,11 @@ def choose_tile(dtype: torch.dtype, aligned: bool, padded: int) -> SubspaceTile:
     if dtype == torch.float32 or not aligned:
         return GENERIC_TILE
     return SubspaceTile(64, 64, 32 if padded == MAX_COLUMNS else 64, 4 if padded < 64 else 8, 3)
+
+
+def needs_wait(arch: str, fold: bool) -> bool:
+    """Whether :func:`_lift_kernel` must end a product before it copies more rows: where products run by themselves."""
+    return fold and arch == "sm_90"
 
 
 @dataclass(frozen=True)
@@ -257,8 +264,12 @@ def _lift_kernel(
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
-    """Y += Xᵀ P (or Zᵀ P unless FOLD) and Σ z, Σ z², for one block of columns and one share of the rows."""
+    """Y += Xᵀ P (or Zᵀ P unless FOLD) and Σ z, Σ z², for one block of columns and one share of the rows.
+
+    WAIT ends each product before more rows are copied (:func:`needs_wait`).
+    """
     block, share, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     layers = tl.num_programs(2)
     x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
@@ -289,6 +300,11 @@ def _lift_kernel(
         if not FOLD:
             x = z
         acc = tl.dot(x.to(p.dtype), p, acc, input_precision="ieee")
+        if WAIT:
+            # Where a load feeds a product and other arithmetic too, Triton gives it as many buffers as copies run
+            # ahead and none for the product still under way, which then reads the rows of a later pass. Inline
+            # assembly, even if empty, that takes the product as an operand makes the loop wait for it.
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=True, pack=1)
         x_ptrs += tl.full((), ROWS, tl.int64) * stride_xm
         p_ptrs += ROWS * PADDED
     target = ((layer * tl.num_programs(1) + share).to(tl.int64) * d + columns)[:, None] * PADDED + padded[None, :]
@@ -378,6 +394,7 @@ def accumulate_products_(
     _prepare_kernel[(shift_product.shape[1], layers)](
         bases[0], rows.shifts[0], address_table(bases, rows.shifts) if grouped else None, operand, shift_product,
         d, q, *bases[0].stride(), ROWS=PREPARE_ROWS, PADDED=padded, GROUPED=grouped,
+        **launch_options(_prepare_kernel),
     )  # fmt: skip
     shift_product = shift_product.sum(1)
 
@@ -387,30 +404,28 @@ def accumulate_products_(
     y = workspace(layers, plan.row_splits, d, padded)
     totals = workspace(layers, parts, d), workspace(layers, parts, column_blocks), workspace(layers, parts)
     kind = {"FOLD": fold, "MASKED": rows.masks is not None, "GROUPED": grouped}
-    options = {
-        "COLUMNS": tile.columns, "PADDED": padded, "ALIGNED": rows.aligned,
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
+    shape = {"COLUMNS": tile.columns, "PADDED": padded, "ALIGNED": rows.aligned}
     for index in range(chunks):
         start, stop = index * plan.chunk, min((index + 1) * plan.chunk, n)
         _project_kernel[(plan.column_splits, row_blocks, layers)](
             *rows.pointers, operand, partial, start, stop, d, *x[0].stride(), plan.chunk, plan.split_columns,
-            ROWS=tile.rows, **kind, **options,
+            ROWS=tile.rows, **kind, **shape, **launch_options(_project_kernel, tile.warps, tile.stages),
         )  # fmt: skip
         _settle_kernel[(settle_blocks, layers)](
             rows.masks[0] if rows.masks else None, rows.table, partial, shift_product, product, product_sum,
             start, stop, plan.chunk, plan.column_splits, index * settle_blocks, chunks * settle_blocks,
-            ROWS=SETTLE_ROWS, PADDED=padded, **kind,
+            ROWS=SETTLE_ROWS, PADDED=padded, **kind, **launch_options(_settle_kernel),
         )  # fmt: skip
         _lift_kernel[(column_blocks, plan.row_splits, layers)](
             *rows.pointers, product, y, *totals, start, stop, d, *x[0].stride(),
             plan.chunk, plan.split_rows, index * plan.row_splits, parts,
-            ROWS=tile.lift_rows, **kind, **options,
+            ROWS=tile.lift_rows, WAIT=needs_wait(architecture(x[0].device), fold), **kind, **shape,
+            **launch_options(_lift_kernel, tile.warps, tile.stages),
         )  # fmt: skip
     _finish_kernel[(triton.cdiv(d, FINISH_ROWS), layers)](
         products[0], rows.shifts[0], address_table(products, rows.shifts) if grouped else None, y,
         product_sum.sum(1), d, q, plan.row_splits, *products[0].stride(), sign,
-        ROWS=FINISH_ROWS, PADDED=padded, FOLD=fold, GROUPED=grouped,
+        ROWS=FINISH_ROWS, PADDED=padded, FOLD=fold, GROUPED=grouped, **launch_options(_finish_kernel),
     )  # fmt: skip
     finish_totals_(column_sums, square_sums, *totals, tile.columns, sign)
 

@@ -1,11 +1,15 @@
 """The gate on kernels passes a few of ours, and fails the kernel one would write first."""
 
+from dataclasses import replace
+
 import pytest
 import triton
 import triton.language as tl
 
 from eva_kernels.gram.triton import GramTile, plan_gram
+from eva_kernels.subspace.triton import needs_wait
 from tools.kernel_gate.bars import GRAM_FRACTION, failures, fraction
+from tools.kernel_gate.buffers import Event, follow
 from tools.kernel_gate.machine_code import innermost_tensor_loop
 from tools.kernel_gate.model import CHIPS, Pass, gram_update
 from tools.kernel_gate.variants import Variant, all_variants
@@ -78,6 +82,80 @@ def test_the_main_variants_pass(architecture, monkeypatch, tmp_path):
     assert {v.name for v in chosen} == {"gram", "project", "lift"}
     found = {v.describe(): failures(v, v.compile()) for v in chosen}
     assert not any(found.values()), found
+
+
+@triton.jit
+def _shared_rows_kernel(
+    x_ptr, product_ptr, y_ptr, sum_ptr, n, SUMS: tl.constexpr, WAIT: tl.constexpr
+):  # fmt: skip
+    """Y = Xᵀ P and, with SUMS, Σ x: rows that a product reads and other arithmetic too."""
+    i = tl.arange(0, 64)
+    acc = tl.zeros((64, 64), tl.float32)
+    sums = tl.zeros((64, 64), tl.float32)
+    for row in range(0, n, 64):
+        p = tl.load(product_ptr + (row + i)[:, None] * 64 + i[None, :])
+        x = tl.load(x_ptr + (row + i)[None, :] * 64 + i[:, None])
+        if SUMS:
+            sums += x.to(tl.float32)
+        acc = tl.dot(x, p, acc)
+        if WAIT:
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=True, pack=1)
+    tl.store(y_ptr + i[:, None] * 64 + i[None, :], acc)
+    tl.store(sum_ptr + i, tl.sum(sums, 1))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sums", "wait", "short"),
+    [
+        ("sm_90", True, False, True),
+        ("sm_90", True, True, False),
+        ("sm_90", False, False, False),
+        ("sm_100", True, False, False),
+        ("sm_80", True, False, False),
+    ],
+)
+def test_rows_overwritten_while_a_product_reads_them_fail(architecture, sums, wait, short, monkeypatch, tmp_path):
+    """On sm_90 rows that have another use get two buffers where two copies and a product are under way."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    flags = (("SUMS", sums), ("WAIT", wait))
+    variant = Variant(_shared_rows_kernel, architecture, "bf16", flags)
+    why = "2 buffers of an operand for 2 copies ahead and 1 products under way"
+    assert (why in failures(variant, variant.compile())) is short
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_lift_without_its_wait_fails(masked, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (lift,) = [
+        v
+        for v in all_variants(("sm_90",))
+        if v.name == "lift" and v.dtype == "bf16" and v.barred and v.flags["PADDED"] == 128
+        if v.flags["MASKED"] is masked and not v.flags["GROUPED"]
+    ]
+    assert lift.flags["WAIT"] is needs_wait("sm_90", True) is True
+    assert not failures(lift, lift.compile())
+    racing = replace(lift, constants=tuple({**lift.flags, "WAIT": False}.items()))
+    assert any("buffers of an operand" in reason for reason in failures(racing, racing.compile()))
+
+
+def test_buffers_are_followed_by_hand():
+    """Two copies ahead: three buffers let one product stay under way, two none; a product may also be one back."""
+    copy, product = Event("copy", ("a",)), Event("product", ("a",))
+    ahead = [copy, copy]
+
+    def short(buffers, *loop):
+        return bool(follow({"a": buffers}, ahead + list(loop) * 8))
+
+    assert not short(3, product, Event("wait", pending=1), copy)
+    assert short(2, product, Event("wait", pending=1), copy)
+    assert not short(2, product, Event("wait", pending=0), copy)
+    assert short(3, product, Event("wait", pending=2), copy)
+    assert not short(4, product, Event("wait", pending=2), copy)
+    assert short(3, product, copy, Event("wait", pending=1))  # the wait comes too late: two are under way
+    assert not short(3, product, Event("arrival"), copy)
+    assert short(2, copy, product, Event("arrival"))  # what has not been read yet
+    assert follow({"a": 3}, [product]) == ["operand a of a product in a loop read before a copy to it was found"]
+    assert follow({}, [product]) == ["operand a of a product in a loop not traced to its buffers"]
 
 
 def test_a_launch_that_idles_fails():

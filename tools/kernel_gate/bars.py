@@ -52,6 +52,7 @@ def failures(variant: Variant, code: Code) -> list[str]:
     found = []
     if code.spills:
         found.append(f"{code.spills} spills")
+    found += code.short_buffers
     if not variant.barred:
         return found
     own = TENSOR_INSTRUCTION[variant.architecture]

@@ -13,6 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .buffers import short_buffers
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -48,6 +50,7 @@ class Code:
         instructions: of the whole kernel; empty for gfx942.
         loop: of the innermost loop that holds the tensor instruction, empty where there is none.
         tensor: names of the tensor instructions anywhere in the kernel.
+        short_buffers: operands of products in loops that are overwritten while they are read, one line each.
     """
 
     registers: int
@@ -56,6 +59,7 @@ class Code:
     instructions: tuple[Instruction, ...]
     loop: tuple[Instruction, ...]
     tensor: frozenset[str]
+    short_buffers: tuple[str, ...] = ()
 
     @cached_property
     def multiplies(self) -> int:
@@ -106,17 +110,16 @@ def compile_variant(
     signature: dict[str, str],
     constants: dict[str, Any],
     aligned: frozenset[str],
-    warps: int,
-    stages: int,
+    options: dict[str, Any],
 ) -> Code:
-    """Compile as the launcher would on that device; ``aligned`` pointers are multiples of 16 bytes."""
+    """Compile as the launcher would on that device, with its ``options``; ``aligned`` pointers are multiples of 16."""
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     if architecture == "gfx942":
         target = GPUTarget("hip", architecture, 64)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(source, target=target, options=options)
     if architecture == "gfx942":
         return _read_amd(compiled)
     return _read_nvidia(compiled)
@@ -140,6 +143,7 @@ def _read_nvidia(compiled: Any) -> Code:
         listing = _run("nvdisasm", "-c", file.name)
         usage = _run("cuobjdump", "-res-usage", file.name)
     instructions, loop = innermost_tensor_loop(listing)
+    by_themselves = any(i.kind in ("HGMMA", "UTCHMMA") for i in loop)
     return Code(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         spills=sum(i.kind in ("STL", "LDL") for i in instructions),
@@ -147,6 +151,7 @@ def _read_nvidia(compiled: Any) -> Code:
         instructions=instructions,
         loop=loop,
         tensor=frozenset(i.name for i in instructions if _is_tensor(i)),
+        short_buffers=tuple(short_buffers(compiled.asm["ttgir"], by_themselves)),
     )
 
 
