@@ -1,10 +1,11 @@
 """What two runs over the same rows agree in: to rounding, for any order of summation."""
 
 import pytest
+import torch
 
 from eva_kernels._rows import CHUNK_ROWS
 from eva_lora import EvaConfig, plan
-from support.bounds import captured_by, likely, product_rounding
+from support.bounds import captured_by, likely, product_rounding, require_as_near
 from support.models import captured_share, layer_inputs
 
 
@@ -59,3 +60,10 @@ def require_captured_as_well(found, one, scatters, rounding):
     for name, exact in scatters.items():
         missed, allowed = (1 - captured_share(a[name], exact) for a in (theirs, ours))
         assert missed <= 2 * allowed + 1 - captured_by(exact, len(ours[name]), rounding), name
+
+
+def require_outputs_of_the_base(logits, make, batch):
+    """As B is zero: to twice the error of a float32 forward, where another process runs another order of sums."""
+    with torch.no_grad():
+        plain, exact = (model.eval()(**batch).logits for model in (make(), make().double()))
+    require_as_near(logits, plain, exact)

@@ -69,15 +69,18 @@ def captured_by(exact, rank, rounding):
     return 1 - float((2 * rank) ** 0.5 * rounding * torch.trace(exact) / best)
 
 
-def require_same_directions(found, expected, gap, rounding):
-    """Rows (r, d) of both span the leading directions of two scatters, each off by ``rounding``; as the eigenvalue after
-    the last is below it by ``gap``, both shares of the total. Σ sin² of the angles is at most (2 ‖C − C'‖ / gap)² (Yu,
-    Wang and Samworth 2015, theorem 2); the rest is of rows that are orthonormal to their own rounding.
+def require_same_directions(found, expected, values, off):
+    """Rows (r, d) of both span the leading directions of two scatters, each at most ``off`` in norm from one whose
+    eigenvalues are ``values``, from the largest: all or some more than r.
+
+    Σ sin² of the angles is at most (2 ‖C − C'‖ / gap)² (Yu, Wang and Samworth 2015, theorem 2), with the gap below the
+    r-th eigenvalue; the rest is of rows that are orthonormal to their own rounding.
     """
     rank, width = expected.shape
     assert found.shape == (rank, width)
-    turned = rank - float((found.double() @ expected.double().T).square().sum())
-    assert turned <= (4 * rounding / gap) ** 2 + 2 * rank**2 * orthonormality(width, rank)
+    turned = 2 * (2 * off) / (values[rank - 1] - values[rank]) if 0 < rank < width else 0
+    overlap = float((found.double() @ expected.double().T).square().sum())
+    assert rank - overlap <= turned**2 + 2 * rank**2 * orthonormality(width, rank)
 
 
 def require_as_near(found, plain, exact, rounding=0):
