@@ -50,8 +50,8 @@ def rounding():
 
 
 def move_samples(monkeypatch):
-    """From now on every entry of every sample becomes one of its neighbours in bfloat16, a sample as good as it. Sums in
-    another order change the basis by a rounding, and so move a few entries of the sample that it is rounded to.
+    """From now on every entry of every sample becomes one of its neighbours in bfloat16: a sample that is as good. Sums
+    in another order change the basis by a rounding, and so move a few entries of the sample that it is rounded to.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -70,7 +70,7 @@ def move_samples(monkeypatch):
 
 
 def require_as_good_a_plan(results, one, rows, rounding):
-    """Of the ranks that one process finds, with A the same on all ranks, missing no more of these rows than rounding."""
+    """The same on all ranks, and as good as what one process finds."""
     for found in results:
         require_ranks_equal_but_for_ties(one, found)
         require_captured_as_well(found, one, {name: scatter(x) for name, x in rows.items()}, rounding)

@@ -10,8 +10,8 @@ from support.models import captured_share, layer_inputs
 
 
 def rounding_of_scatters(make, batches):
-    """What share of its total the scatter of a layer's inputs may be off by: twice what the rows of a float32 forward are
-    off by, from those of a float64 one, and what sums of so many products are.
+    """What share of its total the scatter of a layer's inputs may be off by: from rows that are off by twice as much as
+    those of a float32 forward are, against those of a float64 one, and from sums of so many products.
     """
     exact, plain = (layer_inputs(model, batches) for model in (make().double(), make()))
     errors = {name: 2 * (plain[name] - x).norm() / (x - x.mean(0)).norm() for name, x in exact.items()}
