@@ -5,9 +5,14 @@ import warnings
 import pytest
 import torch
 
-from eva_lora import EvaConfig, collect, eva_initialize, plan
+from eva_lora import EvaConfig, collect, eva_initialize
+from support.agreement import (
+    require_captured_as_well,
+    require_equal,
+    require_ranks_equal_but_for_ties,
+    rounding_of_scatters,
+)
 from support.models import (
-    captured_share,
     layer_inputs,
     load_minilm,
     lora,
@@ -20,7 +25,6 @@ from support.models import (
 from support.ranks import on_ranks
 
 MINILM = {"target_modules": ["query", "intermediate.dense"], "layers_to_transform": [0, 3], "r": 8}
-TIE = 1e-6
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -48,15 +52,6 @@ def require_same_bits(results):
         )  # fmt: skip
 
 
-def require_ranks_equal_but_for_ties(one, other):
-    ours, theirs = plan(one), plan(other)
-    pooled = sorted((r for s in ours.sites.values() for r in s.explained_variance_ratio), reverse=True)
-    cut = pooled[ours.budget - 1]
-    for name, site in ours.sites.items():
-        low, high = sorted((site.rank, theirs.sites[name].rank))
-        assert all(abs(ratio - cut) < TIE for ratio in site.explained_variance_ratio[low:high]), name
-
-
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_exact_statistics_are_those_of_one_rank_to_rounding(size):
     batches = token_batches(count=6, shape=(8, 24))
@@ -66,34 +61,29 @@ def test_exact_statistics_are_those_of_one_rank_to_rounding(size):
         size, lambda rank: collected(lora(tiny_llama()), [shard(b, rank, size) for b in batches], **options)
     )
     require_same_bits(results)
-    assert [site.inputs for site in results[0].sites] == [site.inputs for site in one.sites]
-    for mine, its in zip(one.inputs, results[0].inputs, strict=True):
-        assert its.num_rows == mine.num_rows
-        assert its.total_scatter == pytest.approx(mine.total_scatter, rel=1e-6)
-        assert torch.allclose(its.eigenvalues, mine.eigenvalues, rtol=0, atol=1e-6 * float(mine.eigenvalues[0]))
+    require_equal(results[0], one, rounding_of_scatters(lambda: lora(tiny_llama()), batches))
     require_ranks_equal_but_for_ties(one, results[0])
 
 
 @pytest.fixture(scope="module")
 def text():
-    """Real paragraphs on MiniLM: batches, and every input's scatter."""
+    """Real paragraphs on MiniLM: batches, every input's scatter, and what that may be off by."""
     batches = [{name: value[:8] for name, value in batch.items()} for batch in minilm_text_batches()[:3]]
     model = lora(load_minilm(), **MINILM)
-    return model, batches, {name: scatter(rows) for name, rows in layer_inputs(model, batches).items()}
+    scatters = {name: scatter(rows) for name, rows in layer_inputs(model, batches).items()}
+    return model, batches, scatters, rounding_of_scatters(lambda: lora(load_minilm(), **MINILM), batches)
 
 
 @pytest.mark.parametrize("size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])  # 3: uneven parts
 def test_subspaces_on_real_text_capture_what_those_of_one_rank_do(text, size):
-    model, batches, scatters = text
+    model, batches, scatters, rounding = text
     options = {"statistic": "subspace", "max_batches": 3}
     one = collected(model, batches, **options)
     results = on_ranks(size, lambda rank: collected(model, [shard(b, rank, size) for b in batches], **options))
     require_same_bits(results)
     assert results[0].num_rows == one.num_rows
     require_ranks_equal_but_for_ties(one, results[0])
-    ours, theirs = (plan(s, EvaConfig(rho=1.0)).lora_a for s in (one, results[0]))
-    for name, exact in scatters.items():
-        assert captured_share(theirs[name], exact) == pytest.approx(captured_share(ours[name], exact), abs=1e-5), name
+    require_captured_as_well(results[0], one, scatters, rounding)
 
 
 def test_uneven_and_empty_shards_end_cleanly_and_every_row_counts_once_a_round():
@@ -109,8 +99,7 @@ def test_uneven_and_empty_shards_end_cleanly_and_every_row_counts_once_a_round()
     require_same_bits(results)
     assert [i.num_rows for i in results[0].inputs] == [i.num_rows for i in one.inputs]
     assert results[0].num_batches == one.num_batches == 7  # two rounds and the first step of a third
-    for mine, its in zip(one.inputs, results[0].inputs, strict=True):
-        assert torch.allclose(its.eigenvalues, mine.eigenvalues, rtol=0, atol=1e-6 * float(mine.eigenvalues[0]))
+    require_equal(results[0], one, rounding_of_scatters(lambda: lora(tiny_llama()), together * 3))
 
 
 def test_bounds_are_global_and_loaders_that_cannot_start_again_end_the_pass():

@@ -5,7 +5,9 @@ import torch
 from peft import EvaConfig, LoraConfig, get_peft_model
 
 from eva_lora.peft import get_eva_state_dict, initialize_lora_eva_weights
-from support.models import LINEARS, lora_a_of, tiny_llama, token_batches
+from support.agreement import rounding_of_scatters
+from support.bounds import require_same_directions
+from support.models import LINEARS, layer_inputs, lora_a_of, scatter, tiny_llama, token_batches
 from support.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -27,13 +29,13 @@ def test_ranks_with_different_data_get_one_answer():
     first, second = on_ranks(2, check)
     model = get_peft_model(tiny_llama(), CONFIG)
     initialize_lora_eva_weights(model, BATCHES, show_progress_bar=False)
-    alone = lora_a_of(model)
+    alone, rows = lora_a_of(model), layer_inputs(model, BATCHES)
+    rounding = rounding_of_scatters(lambda: get_peft_model(tiny_llama(), CONFIG), BATCHES)
     assert first.keys() == second.keys() == alone.keys()
     for name, a in alone.items():
         assert torch.equal(first[name], second[name])
-        assert first[name].shape == a.shape
-        overlap = (first[name] @ a.T).square().sum() / len(a)
-        assert overlap == pytest.approx(1, abs=1e-3), name
+        exact = scatter(rows[name])
+        require_same_directions(first[name], a, torch.linalg.eigvalsh(exact).flip(0), rounding * exact.trace())
 
 
 @pytest.mark.slow

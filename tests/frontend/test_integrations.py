@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from eva_lora.integrations.trackers import log_tensorboard, log_wandb, scalars
 from eva_lora.integrations.transformers import EvaReportCallback
+from support.bounds import UNIT_ROUNDOFF
 from support.models import lora, tiny_llama
 
 
@@ -67,7 +68,7 @@ def test_tensorboard_takes_the_report(report, tmp_path):
     written = events(tmp_path)
     for name, value in scalars(report).items():
         [event] = written.Scalars(f"eva/{name}")
-        assert (event.step, event.value) == (7, pytest.approx(value, rel=1e-6))
+        assert (event.step, event.value) == (7, pytest.approx(value, rel=UNIT_ROUNDOFF[torch.float32]))
 
 
 def test_lightning_leaves_the_report_beside_its_run(report, tmp_path):

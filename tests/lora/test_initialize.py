@@ -5,8 +5,10 @@ import warnings
 import peft
 import pytest
 import torch
+from peft.utils.incremental_pca import IncrementalPCA
 
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, apply, collect, eva_initialize, plan
+from support.bounds import EXACT_CAPTURES, gamma, product_rounding
 from support.models import (
     LINEARS,
     captured_share,
@@ -38,8 +40,15 @@ def test_every_layer_is_captured(base, statistic):
     report = initialise(model, statistic=statistic)
     assert set(report.ranks) == set(rows)
     for name, a in lora_a_of(model).items():
-        # Random networks have flat spectra, the hardest for a streaming subspace; real ones are tested elsewhere.
-        assert captured_share(a, scatter(rows[name])) >= (0.9999 if statistic == "gram" else 0.995)
+        exact = scatter(rows[name])
+        if statistic == "gram":
+            assert captured_share(a, exact) >= EXACT_CAPTURES
+        else:  # random networks have flat spectra, the hardest for a summary: at most twice what PEFT's misses
+            pca = IncrementalPCA(n_components=8)
+            for batch in rows[name].float().chunk(6):
+                pca.partial_fit(batch)
+            missed, theirs = (1 - captured_share(basis, exact) for basis in (a, pca.components_[: len(a)]))
+            assert missed <= 2 * theirs
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -108,7 +117,7 @@ def test_scaling_stays_when_adjusted(use_rslora, adjust):
         if rank:
             scaling = model.base_model.model.get_submodule(name).scaling["default"]
             unadjusted = 10 / (rank**0.5 if use_rslora else rank)
-            assert scaling == pytest.approx(expected if adjust else unadjusted, rel=1e-12)
+            assert scaling == pytest.approx(expected if adjust else unadjusted, rel=gamma(4, torch.float64))
             changed += rank != 4
     assert changed
 
@@ -151,9 +160,11 @@ def test_whitening_divides_once_by_the_root_of_the_singular_value():
     initialise(white, whiten=True)
     rows = layer_inputs(plain, token_batches())
     for name, a in lora_a_of(plain).items():
-        sigma = torch.linalg.svdvals(rows[name] - rows[name].mean(0))[: len(a)]
-        expected = a.double() / sigma.sqrt()[:, None]
-        torch.testing.assert_close(lora_a_of(white)[name].double(), expected, rtol=1e-4, atol=1e-6)
+        values = torch.linalg.svdvals(rows[name] - rows[name].mean(0)).square()
+        expected = a.double() / values[: len(a), None] ** 0.25
+        # The fourth root of an eigenvalue is off by less than half as much, relatively; and the result is rounded.
+        off = product_rounding("reference", *rows[name].shape) * values.sum() / values[: len(a), None] / 2 + gamma(3)
+        assert ((lora_a_of(white)[name].double() - expected).abs() <= off * expected.abs()).all()
 
 
 @pytest.mark.parametrize("rho", [1.0, 1.2, 2.0, 3.0])

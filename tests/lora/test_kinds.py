@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
+from support.bounds import EXACT_CAPTURES, SUMMARY_CAPTURES, deviation, orthonormality
 from support.kinds import call
 from support.models import captured_share, scatter
 from support.other_kinds import OTHER_KINDS
@@ -38,9 +39,11 @@ def test_every_layer_is_captured(kind):
         assert len(parts) == len(expected[name])
         for part, (a, rows) in enumerate(zip(parts, expected[name], strict=True)):
             assert a.shape[0] == report.ranks[name]
-            torch.testing.assert_close(a.double() @ a.double().T, torch.eye(len(a)).double(), rtol=0, atol=1e-5)
+            assert deviation(a.T).abs().max() <= orthonormality(a.shape[1], len(a))
             if len(rows) > len(a):
-                assert captured_share(a, scatter(rows)) >= 0.999, (name, part)
+                exact = report.statistic[name]["kind"] == "gram"
+                bar = EXACT_CAPTURES if exact else SUMMARY_CAPTURES
+                assert captured_share(a, scatter(rows)) >= bar, (name, part)
                 seen += 1
     assert seen
 

@@ -7,10 +7,12 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.incremental_pca import IncrementalPCA
 from sklearn.decomposition import PCA
 
 from eva_lora import EvaConfig, eva_initialize
 from eva_lora.demo import load_smollm2, packed_text
+from support.bounds import EXACT_CAPTURES, deviation, orthonormality, product_rounding
 from support.models import captured_share, layer_inputs, load_minilm, lora_a_of, scatter
 
 ENCODER_LINEARS = r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*\.dense)"
@@ -40,7 +42,7 @@ def test_exact_statistic_captures_the_optimum_on_every_layer(bert):
     model, _, exact, _ = bert
     shares = {name: captured_share(a, exact[name]) for name, a in lora_a_of(model).items()}
     assert len(shares) == 36
-    assert min(shares.values()) >= 0.9999
+    assert min(shares.values()) >= EXACT_CAPTURES
 
 
 def test_exact_statistic_equals_pca_of_the_same_rows(bert):
@@ -49,18 +51,21 @@ def test_exact_statistic_equals_pca_of_the_same_rows(bert):
         a = lora_a_of(model)[name].double()
         pca = PCA(a.shape[0] + 1, svd_solver="full").fit(rows[name].numpy())
         gaps = -np.diff(pca.explained_variance_) / pca.explained_variance_[0]
-        apart = np.minimum(gaps, np.r_[np.inf, gaps[:-1]]) > 1e-4  # near-equal eigenvalues have no vectors of their own
-        cosines = np.abs(np.sum(a.numpy() * pca.components_[:-1], axis=1))
-        assert apart.any()
-        assert cosines[apart].min() >= 1 - 1e-6
+        gaps = np.minimum(gaps, np.r_[np.inf, gaps[:-1]])
+        x = (rows[name] - rows[name].mean(0)).float()
+        plain = torch.linalg.eigh((x.T @ x).double())[1].flip(1)[:, : len(a)].T
+        missed, allowed = (1 - np.abs(np.sum(v.numpy() * pca.components_[:-1], axis=1)) for v in (a, plain))
+        # An eigenvector turns by an angle in proportion to ‖C − C'‖ / gap: by twice as much as with plain products.
+        assert (missed <= 4 * (allowed * gaps**2).max() / gaps**2 + orthonormality(a.shape[1], len(a))).all()
+        rounding = product_rounding("reference", *x.shape)
         ratios = report.explained_variance_ratio[name][: len(a)]
-        np.testing.assert_allclose(ratios, pca.explained_variance_ratio_[:-1], rtol=1e-4)
+        np.testing.assert_allclose(ratios, pca.explained_variance_ratio_[:-1], rtol=0, atol=rounding)
 
 
 def test_rows_are_orthonormal_and_signed(bert):
     model, *_ = bert
     for a in lora_a_of(model).values():
-        assert (a @ a.T - torch.eye(len(a))).abs().max() <= 1e-5
+        assert deviation(a.T).abs().max() <= orthonormality(a.shape[1], len(a))
         largest = a.abs().argmax(1, keepdim=True)
         assert (a.gather(1, largest) > 0).all()
 
@@ -112,8 +117,8 @@ def test_captures_at_least_what_peft_captures(minilm, minilm_batches, bert):
         )
     peft_losses, gram, subspace = np.array(losses)
     assert len(peft_losses) == 12
-    assert gram.max() <= 1e-4
-    assert (gram <= peft_losses + 1e-6).all()
+    assert gram.max() <= 1 - EXACT_CAPTURES
+    assert (gram <= peft_losses).all()  # which has lost what it cut off
     assert subspace.mean() <= peft_losses.mean()
 
 
@@ -151,7 +156,13 @@ def test_smollm2_end_to_end(smollm2, tmp_path):
     assert {state["kind"] for state in report.statistic.values()} == {"subspace"}  # 24 columns for 576 and 1536
     shares = {n: captured_share(a, scatter(rows[n])) for n, a in lora_a_of(model).items() if ".1." in n or ".17." in n}
     assert len(shares) == 14
-    assert min(shares.values()) >= 0.99
+    theirs = []
+    for name in shares:
+        pca = IncrementalPCA(n_components=16)  # twice the rank, as PEFT takes
+        for batch in rows[name].float().chunk(5):
+            pca.partial_fit(batch)
+        theirs.append(captured_share(pca.components_[: report.ranks[name]], scatter(rows[name])))
+    assert np.mean(list(shares.values())) >= np.mean(theirs)
     with torch.no_grad():
         assert torch.equal(model.eval()(input_ids=sample).logits, expected)
     model.save_pretrained(tmp_path)

@@ -9,6 +9,7 @@ from torch import nn
 from eva_lora import EvaConfig, LoraSite, ParameterSite, apply, collect, eva_initialize, plan, register_adapter
 from eva_lora.adapters import sites as sites_module
 from eva_lora.adapters.sites import Patches
+from support.bounds import EXACT_CAPTURES, UNIT_ROUNDOFF, gamma, product_rounding
 from support.models import captured_share, scatter
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -65,7 +66,7 @@ def assert_initialised(net, batches, report):
     for name, rows in (("first", x), ("second", x), ("third", hidden)):
         layer = net.get_submodule(name)
         assert layer.A.shape[0] == layer.B.shape[1] == report.ranks[name]
-        assert captured_share(layer.A.detach(), scatter(rows)) >= 0.9999
+        assert captured_share(layer.A.detach(), scatter(rows)) >= EXACT_CAPTURES
         assert not layer.B.any()
     assert len(set(report.ranks.values())) > 1
     assert sum(report.ranks.values()) == 12
@@ -178,7 +179,8 @@ def test_transposed_factors_keep_their_dtype_and_what_is_trained(batches):
         layer = net.get_submodule(name)
         assert layer.left.shape == (12, report.ranks[name])
         assert (layer.left.dtype, layer.left.requires_grad, layer.right.requires_grad) == (torch.bfloat16, True, False)
-        assert captured_share(layer.left.detach().T.float(), scatter(x)) >= 0.999
+        turned = report.ranks[name] * UNIT_ROUNDOFF[torch.bfloat16] ** 2  # Σ sin², of rows that are rounded
+        assert captured_share(layer.left.detach().T.float(), scatter(x)) >= EXACT_CAPTURES - turned
 
 
 def test_ranks_are_multiples_of_the_divisor_of_their_site(batches):
@@ -280,7 +282,8 @@ def test_patches_are_what_the_convolution_sees(monkeypatch, conv, shape, piece):
     weight = conv.weight.flatten(1)
     assert rows.width == weight.shape[1]
     got = torch.cat(pieces) @ weight.T + conv.bias
-    torch.testing.assert_close(got, expected.movedim(1, -1).reshape(-1, 5))
+    allowed = 2 * gamma(rows.width + 1, torch.float64) * (torch.cat(pieces).abs() @ weight.abs().T + conv.bias.abs())
+    assert ((got - expected.movedim(1, -1).reshape(-1, 5)).abs() <= allowed).all()
     line = rows.width * torch.Size(expected.shape[3:]).numel()
     assert max(p.numel() for p in pieces) <= max(piece, line)
 
@@ -309,7 +312,7 @@ def test_convolutions_share_an_input_only_if_they_make_the_same_patches():
     assert unshared.shared_inputs == []
     for name in names:
         ours, theirs = report.explained_variance_ratio[name], unshared.explained_variance_ratio[name]
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=0, abs=2 * product_rounding("reference", 2 * 3 * 6 * 6, 3 * 3 * 3))
 
 
 def test_a_token_mask_reaches_the_rows_of_a_convolution_over_tokens():
@@ -330,4 +333,4 @@ def test_a_token_mask_reaches_the_rows_of_a_convolution_over_tokens():
     assert report.num_rows == int(mask.sum())
     seen = nn.functional.unfold(nn.functional.pad(x, (1, 1))[:, :, None], (1, 3)).movedim(1, 2)[mask]
     a = model.base_model.model.conv.lora_A["default"].weight.detach().flatten(1)
-    assert captured_share(a, scatter(seen.double())) >= 0.9999
+    assert captured_share(a, scatter(seen.double())) >= EXACT_CAPTURES

@@ -18,6 +18,13 @@ def gamma(n, dtype=torch.float32):
     return n * u / (1 - n * u)
 
 
+def likely(n, dtype=torch.float32):
+    """As gamma(n), where roundings are independent: they come to √n u on average, and to sixteen times that never
+    (Higham and Mary 2019, A New Approach to Probabilistic Rounding Error Analysis). For sums too long for gamma.
+    """
+    return 16 * n**0.5 * UNIT_ROUNDOFF[dtype]
+
+
 def deviation(basis):
     """QᵀQ − I, worked out in float64."""
     basis = basis.double()
@@ -50,3 +57,40 @@ def product_rounding(impl, rows, d):
     projections.
     """
     return gamma(rows + d) + (3 * UNIT_ROUNDOFF[torch.bfloat16] if impl == "auto" else 0)
+
+
+def captured_by(exact, rank, rounding):
+    """What share of the variance within reach of ``rank`` directions the leading ones of a scatter hold at least, that
+    is off from ``exact`` by ``rounding`` times the total.
+
+    With P and P' the projectors, tr PC − tr P'C ≤ tr (P − P')(C − C') ≤ √(2 rank) ‖C − C'‖, as P' is the best for C'.
+    """
+    best = torch.linalg.eigvalsh(exact)[-rank:].sum()
+    return 1 - float((2 * rank) ** 0.5 * rounding * torch.trace(exact) / best)
+
+
+def require_same_directions(found, expected, values, off):
+    """Rows (r, d) of both span the leading directions of two scatters, each at most ``off`` in norm from one whose
+    eigenvalues are ``values``, from the largest: all or some more than r.
+
+    Σ sin² of the angles is at most (2 ‖C − C'‖ / gap)² (Yu, Wang and Samworth 2015, theorem 2), with the gap below the
+    r-th eigenvalue; the rest is of rows that are orthonormal to their own rounding.
+    """
+    rank, width = expected.shape
+    assert found.shape == (rank, width)
+    turned = 2 * (2 * off) / (values[rank - 1] - values[rank]) if 0 < rank < width else 0
+    overlap = float((found.double() @ expected.double().T).square().sum())
+    assert rank - overlap <= turned**2 + 2 * rank**2 * orthonormality(width, rank)
+
+
+def require_as_near(found, plain, exact, rounding=0):
+    """``found`` is off by at most twice what ``plain``, the plain computation in the same precision, is off by."""
+    error, allowed = (float((value.double() - exact.double()).abs().max()) for value in (found, plain))
+    assert error <= 2 * allowed + rounding, f"off by {error:.2e}, where {allowed:.2e} is plain PyTorch's error"
+
+
+# What share of the variance within reach a layer's A captures at least: promises, not rounding, after the table in
+# eva_kernels/streaming_svd/README.md. From an exact statistic all but less than the difference from which on an input
+# counts as worse there, and from a summary on average no less than from PEFT's IncrementalPCA.
+EXACT_CAPTURES = 1 - 1e-4
+SUMMARY_CAPTURES = 1 - 1.5e-3

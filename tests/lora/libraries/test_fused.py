@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from eva_lora import EvaConfig, eva_initialize
+from support.bounds import EXACT_CAPTURES, require_as_near
 from support.models import captured_share, scatter
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -109,12 +110,13 @@ def test_every_layer_under_a_fused_forward_is_captured(library):
     assert set(seen) == set(reports[1].ranks)
     for name, rows in seen.items():
         a = fused.get_base_model().get_submodule(name).lora_A["default"].weight.detach()
-        assert captured_share(a, scatter(torch.cat(rows).double())) >= 0.999
+        assert captured_share(a, scatter(torch.cat(rows).double())) >= EXACT_CAPTURES
     for name, module in fused.named_modules():  # what the library hung on the modules is there again
         for attribute in ("apply_qkv", "apply_o", "forward"):
             assert vars(module).get(attribute) == fused_forwards[name].get(attribute)
     with torch.no_grad():
-        torch.testing.assert_close(fused(batches[0]), base(batches[0]))
+        found, plain = fused(batches[0]), base(batches[0])
+        require_as_near(found, plain, base.double()(batches[0].double()))
 
 
 def test_fused_forwards_come_back_after_an_error():

@@ -10,6 +10,7 @@ from peft.tuners.lora import eva as theirs
 
 from eva_kernels import ConvergenceTracker
 from eva_lora import EvaConfig, eva_initialize
+from support.bounds import gamma, product_rounding
 from support.models import LINEARS, layer_inputs, lora_a_of, scatter, tiny_llama, token_batches
 from support.pages import DOCS
 
@@ -81,16 +82,19 @@ def test_whitening_divides_a_shared_matrix_once_for_every_layer_in_peft():
     assert q.data_ptr() == k.data_ptr() == v.data_ptr()
     once = theirs.get_eva_state_dict(model_of(eva={"whiten": True}, target_modules=["q_proj"]), BATCHES, **QUIET)
     norm = once[f"{prefix}q_proj"].norm(dim=1)
-    torch.testing.assert_close(plain[f"{prefix}q_proj"].norm(dim=1), torch.ones_like(norm))
-    torch.testing.assert_close(q.norm(dim=1), norm**3)  # σ^-1.5 where σ^-0.5 is meant
+    rounding = gamma(8 * 32 + 32)  # of a singular value decomposition of so many rows and columns, in float32
+    assert (plain[f"{prefix}q_proj"].norm(dim=1) - 1).abs().max() <= rounding
+    assert (q.norm(dim=1) / norm**3 - 1).abs().max() <= 3 * rounding  # σ^-1.5 where σ^-0.5 is meant
 
     model = model_of()
     report = eva_initialize(model, BATCHES, EvaConfig(rho=1, tau=0.5, whiten=True), progress=False)
     rows = layer_inputs(model, BATCHES)["model.layers.0.self_attn.q_proj"]
-    sigma = (report.num_batches * torch.linalg.eigvalsh(scatter(rows)).flip(0)[:4]).sqrt()
+    values = report.num_batches * torch.linalg.eigvalsh(scatter(rows)).flip(0)
+    off = product_rounding("reference", report.num_batches * len(rows), 32) * values.sum() / values[:4]
     for name in "qkv":
         a = lora_a_of(model)[f"model.layers.0.self_attn.{name}_proj"]
-        torch.testing.assert_close(a.norm(dim=1).double(), sigma**-0.5, rtol=1e-5, atol=0)
+        # The fourth root of an eigenvalue is off by less than half as much as that, relatively.
+        assert ((a.double().norm(dim=1) * values[:4] ** 0.25 - 1).abs() <= off / 2 + gamma(3)).all()
 
 
 def test_loaders_without_a_length_need_ours():
@@ -160,7 +164,7 @@ def test_scaling_drifts_under_rslora_in_peft_only():
         layers = [m for m in model.modules() if hasattr(m, "scaling") and hasattr(m, "r")]
         assert len({m.r["default"] for m in layers}) > 1
         scalings[name] = [m.scaling["default"] for m in layers]
-    assert max(scalings["ours"]) - min(scalings["ours"]) < 1e-9
+    assert max(scalings["ours"]) - min(scalings["ours"]) <= gamma(4, torch.float64) * max(scalings["ours"])
     assert max(scalings["theirs"]) / min(scalings["theirs"]) > 1.1
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, apply, collect, eva_initialize, plan
+from support.bounds import EXACT_CAPTURES, deviation, orthonormality
 from support.kinds import call
 from support.models import captured_share, lora_a_of, scatter, token_batches
 from support.peft_kinds import EXPERTS, gpt_oss, mixtral
@@ -75,7 +76,7 @@ def test_padding_is_routed_nowhere():
     rows = routed(mixtral(), batches, lambda batch: batch["attention_mask"])
     assert report.statistic["model.layers.0.mlp.experts.gate_up_proj"]["expert_rows"] == [len(r) for r in rows]
     for a, mine in zip(first_gate_up(model), rows, strict=True):
-        assert captured_share(a, scatter(torch.stack(mine))) >= 0.999
+        assert captured_share(a, scatter(torch.stack(mine))) >= EXACT_CAPTURES
 
 
 def test_an_expert_without_rows_takes_the_leading_directions_of_all(tmp_path):
@@ -91,7 +92,7 @@ def test_an_expert_without_rows_takes_the_leading_directions_of_all(tmp_path):
     )
     assert "1 (0 rows)" in str(report)
     pooled = sum(scatter(torch.stack(r)) for r in routed(shunning(1), batches) if r)
-    assert captured_share(first_gate_up(model)[1], pooled) >= 0.99  # of their kept components, not of all directions
+    assert captured_share(first_gate_up(model)[1], pooled) >= EXACT_CAPTURES  # of what each expert keeps
     model.save_pretrained(tmp_path)
     reloaded = peft.PeftModel.from_pretrained(shunning(1), tmp_path)
     for ours, theirs in zip(first_gate_up(model), first_gate_up(reloaded), strict=True):
@@ -103,9 +104,9 @@ def test_too_few_rows_of_all_experts_are_completed_at_random():
     statistics = collect(adapted(mixtral()), one_token, EvaConfig(max_batches=1), progress=False)
     eva_plan = plan(statistics)
     assert any("are random" in note for note in eva_plan.notes)
-    for name, site in eva_plan.sites.items():
-        for a in eva_plan.lora_a[name].chunk(4):
-            torch.testing.assert_close(a @ a.T, torch.eye(site.rank), rtol=0, atol=1e-5)
+    for stacked in eva_plan.lora_a.values():
+        for a in stacked.chunk(4):
+            assert deviation(a.T).abs().max() <= orthonormality(a.shape[1], len(a))
     again = plan(statistics)
     assert all(torch.equal(a, again.lora_a[name]) for name, a in eva_plan.lora_a.items())
 
@@ -168,15 +169,16 @@ def test_layers_that_are_never_called_keep_rank_and_a_where_that_is_allowed(tmp_
     assert eva_plan.notes[0] in (report.save(tmp_path / "report") / "report.html").read_text("utf-8")
     assert eva_plan.notes[0] in str(report)
     base, rows = Routed(), []
-    base.experts[1].register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
+    handle = base.experts[1].register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
     with torch.no_grad():
         for batch in data * 2:
             base(**batch)
+        handle.remove()
         for route in ([0], [2], [0, 1, 2]):  # B is zero everywhere, so the outputs are the base's
             x = {"x": data[0]["x"], "route": route}
             assert torch.equal(model.eval()(**x), base(**x))
     if eva_plan.ranks["experts.1"]:
-        assert captured_share(after["experts.1"], scatter(torch.cat(rows))) >= 0.999
+        assert captured_share(after["experts.1"], scatter(torch.cat(rows))) >= EXACT_CAPTURES
 
 
 def test_a_layer_called_late_is_waited_for():
@@ -222,8 +224,8 @@ def test_a_layer_with_fewer_rows_than_its_rank_is_completed_and_named():
     report = eva_initialize(model, [rows], EvaConfig(max_batches=1, rho=1.0), progress=False)
     assert report.notes == ("0 saw only 3 rows for its rank of 5: 3 of its rows are random",)
     a = lora_a_of(model)["0"]
-    torch.testing.assert_close(a @ a.T, torch.eye(5), rtol=0, atol=1e-5)
-    assert captured_share(a, scatter(rows.double())) >= 0.9999
+    assert deviation(a.T).abs().max() <= orthonormality(8, 5)
+    assert captured_share(a, scatter(rows.double())) >= EXACT_CAPTURES
 
 
 def test_a_model_none_of_whose_layers_is_called_is_an_error():
