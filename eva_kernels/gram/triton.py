@@ -145,36 +145,47 @@ def _fold(acc, shift_ptr, sum_ptr, count, rows, columns, d):
 
 
 @triton.jit
+def _half(part, second: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The first or second half of N columns."""
+    left, right = tl.split(tl.permute(tl.reshape(part, (M, 2, N // 2)), (0, 2, 1)))
+    return right if second else left
+
+
+@triton.jit
+def _piece(acc, piece: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns piece · COLUMNS … of a tile, halved until they are left. The compiler halves once for all pieces.
+
+    A loop, since versions of Triton before 3.5 do not survive a kernel that calls itself.
+    """
+    part = acc
+    for level in tl.static_range(8):
+        if N >> level > COLUMNS:
+            part = _half(part, (piece * COLUMNS // (N >> level + 1)) % 2, M, N >> level)
+    return part
+
+
+@triton.jit
 def _flush(
-    acc, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, inner, d, stride_gm, sign,
-    M: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
+    acc, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, d, stride_gm, sign,
+    M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """G += sign · tile if it is whole, else partial = tile; COLUMNS at a time, since all at once would spill.
 
     An atomic add rather than a load and a store, again for the registers. Every entry of G is added to once
     in a launch, so the order of the adds cannot matter.
     """
-    if N > COLUMNS:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
-        _flush(
-            left, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, inner,
-            d, stride_gm, sign, M, N // 2, BLOCK_N, COLUMNS, FOLD,
-        )  # fmt: skip
-        _flush(
-            right, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, inner + N // 2,
-            d, stride_gm, sign, M, N // 2, BLOCK_N, COLUMNS, FOLD,
-        )  # fmt: skip
-    else:
-        local = inner + tl.arange(0, N)
+    for piece in tl.static_range(N // COLUMNS):
+        part = _piece(acc, piece, M, N, COLUMNS)
+        inner = piece * COLUMNS + tl.arange(0, COLUMNS)
         if whole:
-            rows, columns = row + tl.arange(0, M), column + local
+            rows, columns = row + tl.arange(0, M), column + inner
             if FOLD:
-                acc = _fold(acc, shift_ptr, sum_ptr, count, rows, columns, d)
+                part = _fold(part, shift_ptr, sum_ptr, count, rows, columns, d)
             address = rows.to(tl.int64)[:, None] * stride_gm + columns[None, :]
             inside = (rows[:, None] < d) & (columns[None, :] < d)
-            tl.atomic_add(g_ptr + address, sign * acc, mask=inside, sem="relaxed")
+            tl.atomic_add(g_ptr + address, sign * part, mask=inside, sem="relaxed")
         else:
-            tl.store(partial_ptr + tl.arange(0, M)[:, None] * BLOCK_N + local[None, :], acc)
+            tl.store(partial_ptr + tl.arange(0, M)[:, None] * N + inner[None, :], part)
 
 
 @triton.jit(
@@ -263,8 +274,8 @@ def _gram_kernel(
     sum_ptr += layer.to(tl.int64) * d
     partial_ptr += tl.maximum(program - whole, 0).to(tl.int64) * BLOCK_M * BLOCK_N
     _flush(
-        acc, g_ptr, shift_ptr, sum_ptr, tl.load(count_ptr + layer), partial_ptr, program < whole, row, column, 0,
-        d, stride_gm, sign, BLOCK_M, BLOCK_N, BLOCK_N, COLUMNS, FOLD,
+        acc, g_ptr, shift_ptr, sum_ptr, tl.load(count_ptr + layer), partial_ptr, program < whole, row, column,
+        d, stride_gm, sign, BLOCK_M, BLOCK_N, COLUMNS, FOLD,
     )  # fmt: skip
 
 
