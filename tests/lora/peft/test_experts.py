@@ -10,9 +10,10 @@ from torch import nn
 from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, apply, collect, eva_initialize, plan
 from support.kinds import call
 from support.models import captured_share, lora_a_of, scatter, token_batches
-from support.peft_kinds import EXPERTS, gpt_oss, mixtral
+from support.peft_kinds import EXPERTS, STACKED_EXPERTS, gpt_oss, mixtral
+from support.versions import needs
 
-pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
+pytestmark = [pytest.mark.filterwarnings("ignore:EVA stopped at"), needs(STACKED_EXPERTS)]
 
 RANK = 4
 
