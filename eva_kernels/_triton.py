@@ -3,6 +3,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +18,10 @@ FOREIGN = [
     "shift_ptr", "mask_ptr", "g_ptr", "basis_ptr", "column_sum_ptr", "square_sum_ptr", "target_ptr",
 ]  # fmt: skip
 TOTALS_ROWS, TOTALS_COLUMNS, TOTALS_STEP = 256, 128, 16  # of one program's float32 sums, and rows a pass
+WARPS, STAGES = 4, 3  # of a launch that names none
+# Where lanes of a warp hold the same sum and store it to one place, products must not be fused with additions: lanes
+# that add in another order would fuse others of them, and their sums would be one bit apart.
+UNFUSED = ("_prepare_kernel", "_jacobi_kernel")
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,12 @@ def l2_bytes(device: torch.device) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """How products of float32 rows are taken: as PyTorch's own switch for CUDA matrix products says."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def launch_options(kernel: Any, warps: int = WARPS, stages: int = STAGES) -> dict[str, Any]:
+    """What a launch of ``kernel`` gives the compiler, beside its arguments. Every launch states all of it, since
+    defaults differ between versions of Triton and between makers of GPUs."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel.fn.__name__ not in UNFUSED}
 
 
 @triton.jit
@@ -215,7 +226,7 @@ def add_totals_(
     _totals_kernel[(chunks, blocks, layers)](
         *rows.pointers, sums, squares, counts, n, d, *x.stride(),
         ROWS=TOTALS_ROWS, COLUMNS=TOTALS_COLUMNS, STEP=TOTALS_STEP,
-        ALIGNED=rows.aligned, MASKED=rows.masks is not None, GROUPED=layers > 1,
+        ALIGNED=rows.aligned, MASKED=rows.masks is not None, GROUPED=layers > 1, **launch_options(_totals_kernel),
     )  # fmt: skip
     return finish_totals_(column_sums, square_sums, sums, squares, counts, TOTALS_COLUMNS, sign)
 
@@ -235,6 +246,6 @@ def finish_totals_(
     table = address_table(column_sums, square_sums) if layers > 1 else None
     _add_totals_kernel[(squares.shape[2], layers)](
         sums, squares, counts, column_sums[0], square_sums[0], table, batch_sums, batch_counts,
-        d, chunks, sign, COLUMNS=columns, GROUPED=layers > 1,
+        d, chunks, sign, COLUMNS=columns, GROUPED=layers > 1, **launch_options(_add_totals_kernel),
     )  # fmt: skip
     return batch_sums, batch_counts

@@ -19,6 +19,7 @@ from .._triton import (
     address_table,
     architecture,
     dot_precision,
+    launch_options,
     make_rows,
     multiprocessors,
     row_pointers,
@@ -348,7 +349,9 @@ def mirror_triangle_(
 ) -> None:
     """Copy the lower triangle onto the upper one."""
     blocks = triton.cdiv(gram.shape[0], MIRROR_BLOCK)
-    _mirror_kernel[(blocks * (blocks + 1) // 2,)](gram, gram.shape[0], gram.stride(0), BLOCK=MIRROR_BLOCK)
+    _mirror_kernel[(blocks * (blocks + 1) // 2,)](
+        gram, gram.shape[0], gram.stride(0), BLOCK=MIRROR_BLOCK, **launch_options(_mirror_kernel)
+    )
 
 
 def accumulate_triangles_(
@@ -386,14 +389,14 @@ def accumulate_triangles_(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BAND=tile.band, COLUMNS=FLUSH_COLUMNS,
         ALIGNED=rows.aligned, FOLD=fold, MASKED=rows.masks is not None, GROUPED=layers > 1,
         PRECISION=dot_precision(x[0].dtype), UPCAST=INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **launch_options(_gram_kernel, tile.warps, tile.stages),
     )  # fmt: skip
     if plan.split:
         _reduce_kernel[(plan.split, tile.block_m // REDUCE_ROWS)](
             rows.shifts[0], rows.table, grams[0], g_table, sums, counts, partial, d, stride_gm, sign,
             layers, plan.tiles, plan.whole, plan.split, plan.splits,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BAND=tile.band, ROWS=REDUCE_ROWS,
-            FOLD=fold, GROUPED=layers > 1,
+            FOLD=fold, GROUPED=layers > 1, **launch_options(_reduce_kernel),
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from .._triton import (
     address_table,
     finish_totals_,
     l2_bytes,
+    launch_options,
     make_rows,
     multiprocessors,
     row_pointers,
@@ -378,6 +379,7 @@ def accumulate_products_(
     _prepare_kernel[(shift_product.shape[1], layers)](
         bases[0], rows.shifts[0], address_table(bases, rows.shifts) if grouped else None, operand, shift_product,
         d, q, *bases[0].stride(), ROWS=PREPARE_ROWS, PADDED=padded, GROUPED=grouped,
+        **launch_options(_prepare_kernel),
     )  # fmt: skip
     shift_product = shift_product.sum(1)
 
@@ -387,30 +389,28 @@ def accumulate_products_(
     y = workspace(layers, plan.row_splits, d, padded)
     totals = workspace(layers, parts, d), workspace(layers, parts, column_blocks), workspace(layers, parts)
     kind = {"FOLD": fold, "MASKED": rows.masks is not None, "GROUPED": grouped}
-    options = {
-        "COLUMNS": tile.columns, "PADDED": padded, "ALIGNED": rows.aligned,
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
+    shape = {"COLUMNS": tile.columns, "PADDED": padded, "ALIGNED": rows.aligned}
     for index in range(chunks):
         start, stop = index * plan.chunk, min((index + 1) * plan.chunk, n)
         _project_kernel[(plan.column_splits, row_blocks, layers)](
             *rows.pointers, operand, partial, start, stop, d, *x[0].stride(), plan.chunk, plan.split_columns,
-            ROWS=tile.rows, **kind, **options,
+            ROWS=tile.rows, **kind, **shape, **launch_options(_project_kernel, tile.warps, tile.stages),
         )  # fmt: skip
         _settle_kernel[(settle_blocks, layers)](
             rows.masks[0] if rows.masks else None, rows.table, partial, shift_product, product, product_sum,
             start, stop, plan.chunk, plan.column_splits, index * settle_blocks, chunks * settle_blocks,
-            ROWS=SETTLE_ROWS, PADDED=padded, **kind,
+            ROWS=SETTLE_ROWS, PADDED=padded, **kind, **launch_options(_settle_kernel),
         )  # fmt: skip
         _lift_kernel[(column_blocks, plan.row_splits, layers)](
             *rows.pointers, product, y, *totals, start, stop, d, *x[0].stride(),
             plan.chunk, plan.split_rows, index * plan.row_splits, parts,
-            ROWS=tile.lift_rows, **kind, **options,
+            ROWS=tile.lift_rows, **kind, **shape,
+            **launch_options(_lift_kernel, tile.warps, tile.stages),
         )  # fmt: skip
     _finish_kernel[(triton.cdiv(d, FINISH_ROWS), layers)](
         products[0], rows.shifts[0], address_table(products, rows.shifts) if grouped else None, y,
         product_sum.sum(1), d, q, plan.row_splits, *products[0].stride(), sign,
-        ROWS=FINISH_ROWS, PADDED=padded, FOLD=fold, GROUPED=grouped,
+        ROWS=FINISH_ROWS, PADDED=padded, FOLD=fold, GROUPED=grouped, **launch_options(_finish_kernel),
     )  # fmt: skip
     finish_totals_(column_sums, square_sums, *totals, tile.columns, sign)
 

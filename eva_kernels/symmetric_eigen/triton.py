@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import launch_options
+
 MAX_SWEEPS = 30  # some ten are enough for k = 256; the limit is for NaN
 TILE_BYTES = 16_384  # of the columns a program holds at a time: its share of registers
 WARPS = 8
@@ -87,7 +89,8 @@ def symmetric_eigen_triton(
     with torch.cuda.device_of(matrix):  # kernels are launched on the current device
         _jacobi_kernel[(len(flat),)](
             work, vectors, k, eps * k**0.5, eps**2,
-            PADDED=padded, PAIRS=pairs_at_once(padded, matrix.element_size()), MAX_SWEEPS=MAX_SWEEPS, num_warps=WARPS,
+            PADDED=padded, PAIRS=pairs_at_once(padded, matrix.element_size()), MAX_SWEEPS=MAX_SWEEPS,
+            **launch_options(_jacobi_kernel, WARPS),
         )  # fmt: skip
     values, order = torch.linalg.vector_norm(work, dim=-1).sort(dim=-1, descending=True)
     vectors = vectors.gather(1, order[:, :, None].expand_as(vectors)).mT

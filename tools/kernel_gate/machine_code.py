@@ -106,17 +106,16 @@ def compile_variant(
     signature: dict[str, str],
     constants: dict[str, Any],
     aligned: frozenset[str],
-    warps: int,
-    stages: int,
+    options: dict[str, Any],
 ) -> Code:
-    """Compile as the launcher would on that device; ``aligned`` pointers are multiples of 16 bytes."""
+    """Compile as the launcher would on that device, with its ``options``; ``aligned`` pointers are multiples of 16."""
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     if architecture == "gfx942":
         target = GPUTarget("hip", architecture, 64)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(source, target=target, options=options)
     if architecture == "gfx942":
         return _read_amd(compiled)
     return _read_nvidia(compiled)

@@ -17,7 +17,6 @@ from .machine_code import ARCHITECTURES, Code, compile_variant
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PADDED = (32, 64, 128, 256)
 TYPED = {"x_ptr", "operand_ptr", "product_ptr", "work_ptr", "vectors_ptr"}  # pointers to what has the rows' dtype
-WARPS, STAGES = 4, 3  # Triton's own defaults, where a launcher names none
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Variant:
     dtype: str
     constants: tuple[tuple[str, Any], ...]
     base16: bool = True
-    warps: int = WARPS
-    stages: int = STAGES
+    warps: int = _triton.WARPS
+    stages: int = _triton.STAGES
     tile: gram.GramTile | subspace.SubspaceTile | None = None
 
     @property
@@ -74,9 +73,8 @@ class Variant:
                 signature[name] = "fp32"
             else:
                 signature[name] = "i64" if name.startswith("stride") else "i32"
-        return compile_variant(
-            self.kernel, self.architecture, signature, constants, frozenset(aligned), self.warps, self.stages
-        )
+        options = _triton.launch_options(self.kernel, self.warps, self.stages)
+        return compile_variant(self.kernel, self.architecture, signature, constants, frozenset(aligned), options)
 
     def _is_none(self, name: str) -> bool:
         if name == "mask_ptr":
