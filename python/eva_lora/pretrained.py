@@ -97,7 +97,7 @@ class Pretrained:
 
     def _dtype(self, name: str) -> torch.dtype:
         if name == "auto":
-            return getattr(self.config, "dtype", None) or torch.float32
+            return getattr(self.config, dtype_keyword(), None) or torch.float32
         dtype = getattr(torch, name, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype: expected 'auto' or a floating dtype such as 'bfloat16', got {name!r}")
@@ -147,7 +147,7 @@ class Pretrained:
     def load(self) -> nn.Module:
         """The model with its weights, LoRA layers added, on the device."""
         try:
-            base = self.model_class.from_pretrained(self.base, dtype=self.dtype, **self.trust)
+            base = self.model_class.from_pretrained(self.base, **{dtype_keyword(): self.dtype}, **self.trust)
         except (OSError, ValueError) as error:
             raise ValueError(f"model: {self.base} does not load: {_first_line(error)}") from error
         return self._with_lora(base).to(self.device)
@@ -156,7 +156,7 @@ class Pretrained:
         """The same without weights, on the meta device."""
         build = getattr(self.model_class, "_from_config", None) or self.model_class.from_config
         with torch.device("meta"):
-            base = build(self.config, attn_implementation="eager", dtype=self.dtype)
+            base = build(self.config, attn_implementation="eager", **{dtype_keyword(): self.dtype})
         return self._with_lora(base)
 
     def _with_lora(self, base: nn.Module) -> Any:
@@ -166,6 +166,14 @@ class Pretrained:
             return get_peft_model(base, self.lora_config)
         except ValueError as error:
             raise ValueError(f"target_modules: {_first_line(error)}") from error
+
+
+def dtype_keyword() -> str:
+    """What transformers calls a model's dtype, as a keyword and in its configs: ``torch_dtype`` before 4.56."""
+    import transformers
+    from packaging.version import Version
+
+    return "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 
 
 def _absolute(source: str) -> str:

@@ -24,6 +24,7 @@ from eva_lora.batches import FITS_NO_MASK, RowMask, row_mask, to_device
 from eva_lora.streams import Stream, fingerprint
 from support.models import token_batches
 from support.tiny import tiny_batches, tiny_model
+from support.versions import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
@@ -257,6 +258,7 @@ def test_layers_whose_rows_fit_no_mask_count_whole_and_are_named():
     assert "all rows: they fit no mask of the batch; attention_mask" in str(report)
 
 
+@needs("transformers>=4.52")  # its parts have other names before
 def test_a_vision_language_model_masks_its_text_and_names_its_images():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from eva_kernels._double import home_of
 from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, plan
 from eva_lora.cli import COMMANDS, main
 from eva_lora.cli.running import duration, is_refusal
+from eva_lora.pretrained import Pretrained
 from support.command import EVA_LORA, eva_lora
 from support.files import paragraphs, write_jsonl
+from support.models import tiny_llama
 from support.simulated_device import SimulatedDevice
+from support.versions import needs
 
 
 def invoke(*arguments):
@@ -116,10 +120,19 @@ def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, files):
     assert "error: datasets is not installed; this needs: pip install 'eva-kernels[cli]'" in done.output
 
 
+@needs("click>=8.2")  # its runner keeps the two outputs apart
 def test_machines_are_told_of_refusals_in_json(tmp_path):
     done = invoke("report", tmp_path / "absent", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout) == {"error": f"path: there is no file {tmp_path / 'absent'}", "exit_code": 1}
+
+
+def test_a_model_is_taken_in_the_dtype_it_was_saved_in(tmp_path):
+    """transformers has had two names for it."""
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    pretrained = Pretrained(str(tmp_path))
+    for model in (pretrained.load(), pretrained.shapes()):
+        assert {p.dtype for name, p in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
 
 
 def test_debug_shows_where_a_refusal_came_from(tmp_path):
@@ -319,7 +332,7 @@ def test_doctor_says_what_is_built():
     assert {"eva-kernels", "torch", "core", "cuda"} <= lines.keys()
     assert lines["core"] == "built"
     said = json.loads(invoke("doctor", "--json").stdout)
-    assert said["versions"]["torch"] == torch.__version__
+    assert said["versions"]["torch"] == version("torch")
     assert said["devices"]["cpu"].keys() == {"subspace", "gram", "eigen", "float64"}
     assert said["devices"]["cpu"]["float64"] == "cpu"
 

@@ -23,7 +23,7 @@ def save(table, folder, kind):
     if kind == "txt":
         path.write_text("\n".join(table["text"]), encoding="utf-8")
     elif kind == "folder":
-        table.save_to_disk(path)
+        table.save_to_disk(str(path))
     elif kind == "tsv":
         table.to_csv(path, sep="\t")
     else:
@@ -47,7 +47,7 @@ def test_files_of_one_format_go_together_and_a_limit_cuts(tmp_path):
 
 def test_splits_of_a_saved_dataset(tmp_path):
     table = datasets.Dataset.from_dict({"text": TEXTS})
-    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "d")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(str(tmp_path / "d"))
     assert len(read_records([tmp_path / "d"], split="test")) == 1
     with pytest.raises(ValueError, match=r"has no split 'dev'; it has \['test', 'train'\]"):
         read_records([tmp_path / "d"], split="dev")

@@ -11,7 +11,8 @@ from eva_lora.export import VLLM_RANKS
 from support.bounds import gamma, require_as_near
 from support.kinds import call
 from support.models import lora, tiny_gpt2, tiny_llama, token_batches
-from support.peft_kinds import KINDS
+from support.peft_kinds import KINDS, STACKED_EXPERTS
+from support.versions import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
@@ -134,7 +135,7 @@ def in_float64(batch):
 NAMES = ["Conv2d", "MultiheadAttention", "experts of Mixtral", "experts of GPT-OSS", "diffusers UNet"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in NAMES], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind.parameter() for kind in KINDS if kind.name in NAMES])
 def test_adapters_of_other_kinds_compute_the_same(tmp_path, kind):
     model, batch = kind.model(), kind.batches()[0]
     statistics = collect(model, kind.batches(), EvaConfig(max_batches=2), progress=False)
@@ -156,6 +157,7 @@ def test_adapters_of_other_kinds_compute_the_same(tmp_path, kind):
     require_as_near(theirs, ours, exact)
 
 
+@needs(STACKED_EXPERTS)
 def test_a_folder_with_stacked_experts_must_come_as_a_model(tmp_path):
     kind = next(kind for kind in KINDS if kind.name == "experts of Mixtral")
     kind.model().save_pretrained(tmp_path / "saved")

@@ -12,7 +12,7 @@ from support.peft_kinds import KINDS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:EVA stopped at"),
-    pytest.mark.parametrize("kind", [*(pytest.param(kind, id=kind.name) for kind in KINDS), *OTHER_KINDS]),
+    pytest.mark.parametrize("kind", [*(kind.parameter() for kind in KINDS), *OTHER_KINDS]),
 ]
 
 

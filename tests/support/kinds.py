@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
+import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+
+from support.versions import needs
 
 Record = dict[str, list[torch.Tensor]]  # name of a layer in the base model -> rows (n, d) of each of its parts
 
@@ -30,6 +33,7 @@ class Kind:
         config: Further options of EVA.
         computes_its_base: Whether the library's own model with B = 0 does, bit by bit, before EVA.
         step: What its ranks are multiples of.
+        needs: A requirement that must be installed for it, such as "transformers>=5".
     """
 
     name: str
@@ -41,7 +45,12 @@ class Kind:
     config: dict[str, Any] = field(default_factory=dict)
     computes_its_base: bool = True  # before EVA, bit by bit
     step: int = 1
+    needs: str = "peft"
     removable = True
+
+    def parameter(self):
+        """Itself as the parameter of a test, by its name; skipped where what it needs is not installed."""
+        return pytest.param(self, id=self.name, marks=needs(self.needs))
 
     def model(self) -> nn.Module:
         if self.adapt is not None:

@@ -4,24 +4,15 @@ import functools
 
 import peft
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
 
 from support.kinds import Kind, attention, experts_record, flat, patches, watched
 from support.models import LINEARS, load_mobilenet, tiny_gpt2, tiny_llama, token_batches
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+STACKED_EXPERTS = "transformers>=5.3"  # the first that says of a stack of experts how it is gated and laid out
 
 
 class Convolutions(nn.Module):
@@ -166,13 +157,13 @@ def mixtral():
 
 @seeded
 def qwen_moe():
-    config = small(Qwen3MoeConfig, num_experts=4, moe_intermediate_size=24, head_dim=8)
-    return Qwen3MoeForCausalLM(config)
+    config = small(transformers.Qwen3MoeConfig, num_experts=4, moe_intermediate_size=24, head_dim=8)
+    return transformers.Qwen3MoeForCausalLM(config)
 
 
 @seeded
 def gpt_oss():
-    model = GptOssForCausalLM(small(GptOssConfig, num_local_experts=4, head_dim=8))
+    model = transformers.GptOssForCausalLM(small(transformers.GptOssConfig, num_local_experts=4, head_dim=8))
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "router.weight")):  # zeros at first, which would route everything alike
             nn.init.normal_(parameter, std=0.5)
@@ -247,7 +238,11 @@ def bfloat16_llama():
 
 
 LLAMA = {"base": tiny_llama, "batches": token_batches, "record": every_linear}
-MOE = {"batches": lambda: token_batches(shape=(4, 32)), "options": {"target_modules": [], "target_parameters": EXPERTS}}
+MOE = {
+    "batches": lambda: token_batches(shape=(4, 32)),
+    "options": {"target_modules": [], "target_parameters": EXPERTS},
+    "needs": STACKED_EXPERTS,
+}
 CONVS = ["first", "second", "pointwise", "branch"]
 
 
@@ -293,7 +288,7 @@ KINDS = [
     Kind(
         "parameters of Linear and of a router", mixtral, MOE["batches"],
         lambda b, batches: {f"{n}.weight": r for n, r in ending("q_proj", "gate")(b, batches).items()},
-        {"target_modules": [], "target_parameters": ["q_proj.weight", "gate.weight"]},
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "gate.weight"]}, needs=STACKED_EXPERTS,
     ),
     quantised_kind("4-bit"), quantised_kind("8-bit"), quantised_kind("hqq"),
     Kind(
@@ -302,7 +297,7 @@ KINDS = [
     ),
     Kind(
         "vision transformer", vit, lambda: image_batches(16), ending("q_proj", "o_proj", "fc1", "fc2"),
-        {"target_modules": ["q_proj", "o_proj", "fc1", "fc2"]},
+        {"target_modules": ["q_proj", "o_proj", "fc1", "fc2"]}, needs="transformers>=5.9",  # where they are called so
     ),
     Kind(
         "MobileNetV2", load_mobilenet, lambda: image_batches(64, count=2), mobilenet_record,
@@ -310,6 +305,6 @@ KINDS = [
     ),
     Kind(
         "diffusers UNet", unet, unet_batches, unet_record,
-        {"target_modules": r".*(\.to_q|\.to_k|\.to_out\.0|\.conv1|\.conv2)"},
+        {"target_modules": r".*(\.to_q|\.to_k|\.to_out\.0|\.conv1|\.conv2)"}, needs="diffusers",
     ),
 ]  # fmt: skip

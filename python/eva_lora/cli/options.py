@@ -75,7 +75,7 @@ def _choices(hint: Any) -> dict[str, Any]:
     return found
 
 
-class _Choice(click.Choice[str]):
+class _Choice(click.Choice):  # type: ignore[type-arg]  # click before 8.2 has no Choice[str]
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(list(values))
         self._values = values
@@ -84,7 +84,7 @@ class _Choice(click.Choice[str]):
         return self._values[super().convert(str(value).lower(), param, ctx)]
 
 
-class _Json(click.ParamType[Any]):
+class _Json(click.ParamType):  # type: ignore[type-arg]  # nor a ParamType[Any]
     name = "json"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -5,7 +5,6 @@ import copy
 import loralib
 import pytest
 import torch
-from lycoris import LoConModule, LohaModule
 from torch import nn
 
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
@@ -16,6 +15,11 @@ from support.layout_kinds import _LoRALayer
 from support.other_kinds import LAYOUTS, ConvNet, Net, images, loralib_linear, sequences
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
+
+
+@pytest.fixture
+def lycoris():
+    return pytest.importorskip("lycoris", reason="lycoris is not installed")
 
 
 def steep():
@@ -90,30 +94,30 @@ def test_nothing_but_layers_that_are_left_out_is_an_error():
         initialise(nn.Sequential(loralib.Embedding(20, 8, r=2)), [torch.zeros(2, 3, dtype=torch.long)])
 
 
-def test_a_scalar_that_begins_with_0_is_refused():
+def test_a_scalar_that_begins_with_0_is_refused(lycoris):
     model = Net()
-    LoConModule("name", model.first, 1.0, 4, 8, use_scalar=True).apply_to()
+    lycoris.LoConModule("name", model.first, 1.0, 4, 8, use_scalar=True).apply_to()
     with pytest.raises(ValueError, match=r"^model: LoRA layer first has use_scalar"):
         initialise(model)
 
 
-def test_updates_that_are_no_two_matrices_are_left_out():
+def test_updates_that_are_no_two_matrices_are_left_out(lycoris):
     model = ConvNet()
-    LoConModule("one", model.first, 1.0, 4, 8, use_tucker=True).apply_to()
-    LoConModule("two", model.second, 1.0, 4, 8).apply_to()
+    lycoris.LoConModule("one", model.first, 1.0, 4, 8, use_tucker=True).apply_to()
+    lycoris.LoConModule("two", model.second, 1.0, 4, 8).apply_to()
     with pytest.warns(UserWarning, match="first: the Tucker core lora_mid"):
         initialise(model, images())
     model = Net()
-    LohaModule("one", model.first, 1.0, 4, 8).apply_to()
-    LoConModule("two", model.second, 1.0, 4, 8).apply_to()
+    lycoris.LohaModule("one", model.first, 1.0, 4, 8).apply_to()
+    lycoris.LoConModule("two", model.second, 1.0, 4, 8).apply_to()
     with pytest.warns(UserWarning, match="first: the update of a LohaModule is no product"):
         report = initialise(model)
     assert list(report.ranks) == ["second"]
 
 
-def test_parameters_outside_of_the_model_are_found_in_optimizers():
+def test_parameters_outside_of_the_model_are_found_in_optimizers(lycoris):
     model = Net()
-    network = LoConModule("one", model.first, 1.0, 4, 8)
+    network = lycoris.LoConModule("one", model.first, 1.0, 4, 8)
     network.apply_to()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"^model: an optimizer already holds A or B of first"):
@@ -179,16 +183,16 @@ def test_scalings(name, adjust):
 
 @pytest.mark.parametrize("options", [{}, {"rs_lora": True}])
 @pytest.mark.parametrize("adjust", [True, False])
-def test_lycoris_scalings_are_those_of_a_module_of_that_rank_and_of_the_saved_file(options, adjust):
+def test_lycoris_scalings_are_those_of_a_module_of_that_rank_and_of_the_saved_file(lycoris, options, adjust):
     model = Net()
-    networks = {name: LoConModule(name, layer, 1.0, 4, 8, **options) for name, layer in model.named_children()}
+    networks = {name: lycoris.LoConModule(name, layer, 1.0, 4, 8, **options) for name, layer in model.named_children()}
     scale = networks["first"].scale
     for network in networks.values():
         network.apply_to()
     report = initialise(model, adjust_scaling_factors=adjust)
     assert len(set(report.ranks.values())) > 1
     for name, network in networks.items():
-        fresh = LoConModule(name, Net().get_submodule(name), 1.0, report.ranks[name], 8, **options)
+        fresh = lycoris.LoConModule(name, Net().get_submodule(name), 1.0, report.ranks[name], 8, **options)
         assert network.scale == pytest.approx(scale if adjust else fresh.scale)
         assert float(network.alpha) / network.lora_dim == pytest.approx(network.scale)  # how a file is read
         assert network.lora_dim == network.lora_down.weight.shape[0] == report.ranks[name]

@@ -11,9 +11,10 @@ from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, apply, collec
 from support.bounds import EXACT_CAPTURES, deviation, orthonormality
 from support.kinds import call
 from support.models import captured_share, lora_a_of, scatter, token_batches
-from support.peft_kinds import EXPERTS, gpt_oss, mixtral
+from support.peft_kinds import EXPERTS, STACKED_EXPERTS, gpt_oss, mixtral
+from support.versions import needs
 
-pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
+pytestmark = [pytest.mark.filterwarnings("ignore:EVA stopped at"), needs(STACKED_EXPERTS)]
 
 RANK = 4
 

@@ -9,7 +9,8 @@ from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
 from support.bounds import EXACT_CAPTURES
 from support.kinds import attention, call, watched
 from support.models import captured_share, lora_a_of, scatter, token_batches
-from support.peft_kinds import EXPERTS, Attentive, mixtral, seeded, tensors, unet, unet_batches
+from support.peft_kinds import EXPERTS, STACKED_EXPERTS, Attentive, mixtral, seeded, tensors, unet, unet_batches
+from support.versions import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
@@ -109,7 +110,10 @@ def experts():
     return mixtral(), {"target_modules": [], "target_parameters": EXPERTS}
 
 
-@pytest.mark.parametrize("make", [attentive, experts], ids=lambda make: make.__name__)
+NESTED = pytest.mark.parametrize("make", [attentive, pytest.param(experts, marks=needs(STACKED_EXPERTS))])
+
+
+@NESTED
 def test_rank_zero_keeps_other_adapters_in_nested_layers(make):
     base, targets = make()
     data = token_batches(2) if make is experts else [{"x": x, "memory": x} for x in tensors(3, 8, 16, count=2)]
@@ -133,7 +137,7 @@ def test_rank_zero_keeps_other_adapters_in_nested_layers(make):
     assert all(torch.equal(p, theirs[n]) for n, p in now.items())
 
 
-@pytest.mark.parametrize("make", [attentive, experts], ids=lambda make: make.__name__)
+@NESTED
 def test_a_failing_apply_restores_nested_layers(monkeypatch, make):
     base, targets = make()
     data = token_batches(2) if make is experts else [{"x": x, "memory": x} for x in tensors(3, 8, 16, count=2)]
@@ -185,6 +189,7 @@ def test_the_pass_leaves_4_bit_weights_as_they_are_packed():
     model(tensors(4, 16, 64)[0]).square().mean().backward()
 
 
+@needs("diffusers")
 def test_an_adapter_that_diffusers_added_is_initialised():
     model = unet()
     model.add_adapter(peft.LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_out.0"]))

@@ -1,0 +1,82 @@
+"""Every kernel compiles as its launcher asks for it, with any Triton from the oldest on, for devices that are not here.
+
+A launch is cut off between compiling and running; what a compiled kernel computes, the interpreter and a GPU say.
+"""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from eva_kernels import _triton
+from eva_kernels.gram import triton as gram
+from eva_kernels.subspace import triton as subspace
+from eva_kernels.symmetric_eigen import triton as symmetric_eigen
+
+pytestmark = [
+    pytest.mark.slow,  # `make kernels` compiles more; this is for every Triton, and through the launchers
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+MODULES = (_triton, gram, subspace, symmetric_eigen)
+KERNELS = {
+    kernel.__name__
+    for module in MODULES
+    for name, kernel in vars(module).items()
+    if isinstance(kernel, JITFunction) and name.endswith("_kernel")
+}
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}  # AMD's needs a linker of ROCm's
+
+
+@pytest.fixture(params=TARGETS)
+def compiled(request, monkeypatch, tmp_path):
+    """The names of the kernels that were asked for and compiled, for a device that only has a name."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    device = SimpleNamespace(
+        get_current_target=lambda: TARGETS[request.param],
+        get_current_device=lambda: request.param,  # a kernel keeps what it compiled for a device
+        get_current_stream=lambda device: 0,
+    )
+    before = dict(vars(driver))
+    driver.set_active(device)
+    facts = {"architecture": lambda device: request.param, "multiprocessors": lambda device: 108}
+    for module in MODULES:
+        for name, fact in {**facts, "l2_bytes": lambda device: 40 << 20}.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, fact)
+    run, names = JITFunction.run, set()
+
+    def compile_only(self, *arguments, warmup, **options):
+        assert run(self, *arguments, warmup=True, **options) is not None
+        names.add(self.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    yield names
+    vars(driver).update(before)  # to reset it would look for a device
+
+
+def rows(dtype, layers, n=600, d=256):
+    """The totals, rows, and shifts that a launch takes."""
+    return (
+        [torch.zeros(d, dtype=torch.float64) for _ in range(layers)],
+        [torch.zeros((), dtype=torch.float64) for _ in range(layers)],
+        [torch.zeros(n, d, dtype=dtype) for _ in range(layers)],
+        [torch.zeros(d) for _ in range(layers)],
+    )
+
+
+@pytest.mark.parametrize(("dtype", "layers", "masked"), [(torch.bfloat16, 2, True), (torch.float32, 1, False)])
+def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, layers, masked):
+    sums, squares, x, shifts = rows(dtype, layers)
+    n, d = x[0].shape
+    masks = [torch.ones(n, dtype=torch.bool) for _ in x] if masked else None
+    gram.accumulate_triangles_([torch.zeros(d, d) for _ in x], sums, squares, x, shifts, masks)
+    gram.mirror_triangle_(torch.zeros(d, d))
+    bases = [torch.zeros(d, 24) for _ in x]
+    subspace.accumulate_products_([torch.zeros(d, 24) for _ in x], sums, squares, x, bases, shifts, masks)
+    symmetric_eigen.symmetric_eigen_triton(torch.eye(24)[None])
+    assert compiled == KERNELS
