@@ -12,6 +12,7 @@ import torch
 import eva_kernels.subspace.triton as subspace_triton
 from eva_kernels import subspace_accumulate_
 from eva_kernels.subspace.triton import SubspaceTile, accumulate_products_, plan_subspace
+from support.versions import needs
 
 EPS = np.finfo(np.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -115,7 +116,10 @@ def test_two_runs_are_bit_equal():
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+MASKED_TOO = [False, pytest.param(True, marks=needs("triton>=3.3"))]  # before, no address becomes that of a bool
+
+
+@pytest.mark.parametrize("masked", MASKED_TOO)
 @pytest.mark.parametrize("d", [24, 33])
 def test_a_group_of_layers_equals_one_by_one(d, masked):
     members = [rows_like(70, d, 5, torch.bfloat16, seed) for seed in range(4)]
