@@ -11,7 +11,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor
 
 from eva_kernels import SubspaceStatistic, refresh_
-from eva_lora.demo import load_smollm2, packed_text
+from eva_lora.cli.demo import load_smollm2, packed_text
 from peers import variance_missed
 
 R, K, BATCHES = 16, 32, 12

@@ -15,8 +15,8 @@ from end_to_end import load_model
 from eva_kernels import Statistic
 from eva_lora import EvaConfig
 from eva_lora.adapters import find_adapter
-from eva_lora.batches import row_mask
-from eva_lora.running import Run
+from eva_lora.collecting.batches import row_mask
+from eva_lora.collecting.run import Run
 from harness.paired import Candidate, Case
 from until_converged import load, with_lora
 
@@ -48,7 +48,7 @@ def bench_hooks(compare: Callable[..., Any], quick: bool, name: str) -> None:
         return next(iter(plain(**batch).values()))
 
     def with_hooks() -> Tensor:
-        with run.capture.batch(mask, early_stop=False):
+        with run.capture.batch(mask):
             return next(iter(hooked(**batch).values()))
 
     def errors() -> Mapping[str, float]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from eva_lora import EvaConfig, EvaStatistics, apply, collect, plan
-from eva_lora.report import versions
+from eva_lora.planning import versions
 from until_converged import RANK, Batches, captured, exact_scatters, load, lora_layers, with_lora
 
 RHOS = (1.0, 1.25, 1.5, 2.0, 3.0)

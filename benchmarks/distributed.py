@@ -41,8 +41,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from eva_kernels.streaming_svd import refresh_
 from eva_lora import EvaConfig, collect
-from eva_lora.capture import Input
-from eva_lora.distributed import Pool
+from eva_lora.collecting.inputs import DistinctInput
+from eva_lora.collecting.pooling import PooledStatistics
 from eva_lora.distributed.costs import Decoder, Devices, InputShape, predict, traffic
 from harness import machine
 
@@ -165,16 +165,16 @@ def measure(size: int, work: Callable[..., None], count: int) -> dict[str, float
     }  # fmt: skip
 
 
-def replicated(pool: Pool, inputs: Sequence[Input]) -> None:
+def replicated(pool: PooledStatistics, inputs: Sequence[DistinctInput]) -> None:
     """A refresh after which nothing has to be sent back: every process has all sums, and does all of the algebra."""
     summands = [entry.statistic.summands(whole=False) for entry in inputs]
     pool.ranks.all_reduce_([tensor for own in summands for tensor in own.values()])
     refresh_([entry.statistic for entry in inputs])
 
 
-def both_forms(pool: Pool, inputs: Sequence[Input]) -> dict[str, list[tuple[int, float, float]]]:
+def both_forms(pool: PooledStatistics, inputs: Sequence[DistinctInput]) -> dict[str, list[tuple[int, float, float]]]:
     """What a refresh of copies of these inputs costs this process, time after time, in each form."""
-    forms = {"owners": Pool.refresh_, "replicated": replicated}
+    forms = {"owners": PooledStatistics.refresh_, "replicated": replicated}
     costs: dict[str, list[tuple[int, float, float]]] = {form: [] for form in forms}
     for _ in range(REPEATS):
         eigenvalues = []
@@ -196,13 +196,13 @@ def measure_forms(size: int) -> list[dict[str, Any]]:
     def work(rank: int) -> dict[str, list[tuple[int, float, float]]]:
         costs: dict[str, list[tuple[int, float, float]]] = {}
 
-        class Measured(Pool):
-            def refresh_(self, inputs: Sequence[Input]) -> Any:
+        class Measured(PooledStatistics):
+            def refresh_(self, inputs: Sequence[DistinctInput]) -> Any:
                 if not costs and inputs[0].pending_batches > 1:  # past the first two refreshes, of one batch each
                     costs.update(both_forms(self, inputs))
                 return super().refresh_(inputs)
 
-        with patch("eva_lora.collecting.Pool", Measured):
+        with patch("eva_lora.collecting.passing.PooledStatistics", Measured):
             ours(base, batches[rank::size])
         return costs
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from eva_kernels.streaming_svd import Statistic
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, collect, plan
-from eva_lora.capture import Capture
-from eva_lora.demo import load_smollm2, packed_text
+from eva_lora.cli.demo import load_smollm2, packed_text
+from eva_lora.collecting.capture import Capture
 from harness.memory import resident_peak
 from peers import variance_missed
 from timing import time_calls

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from eva_kernels.streaming_svd import Statistic
 from eva_lora import EvaConfig, collect
-from eva_lora.capture import Capture
-from eva_lora.demo import load_smollm2, packed_text
-from eva_lora.running import Run
+from eva_lora.cli.demo import load_smollm2, packed_text
+from eva_lora.collecting.capture import Capture
+from eva_lora.collecting.run import Run
 from timing import time_calls
 
 

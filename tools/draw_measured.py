@@ -16,12 +16,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from eva_lora.charts import HEIGHT, WIDTH, Line, line_chart
+from eva_lora.reporting.charts import HEIGHT, WIDTH, Line, line_chart
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MEASURED, FIGURES = DOCS / "measured", DOCS / "figures"
-STYLE = (ROOT / "python" / "eva_lora" / "templates" / "report.css").read_text(encoding="utf-8")
+STYLE = (ROOT / "python" / "eva_lora" / "reporting" / "templates" / "report.css").read_text(encoding="utf-8")
 ROW = 18  # height of a line of the legend
 
 

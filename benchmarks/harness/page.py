@@ -34,7 +34,7 @@ def markdown(results: Results, found: Sequence[Change] | None = None) -> str:
 def render(results: Results, found: Sequence[Change] | None = None) -> str:
     """The page."""
     loader = jinja2.ChoiceLoader(
-        [jinja2.FileSystemLoader(Path(__file__).parent / "templates"), jinja2.PackageLoader("eva_lora")]
+        [jinja2.FileSystemLoader(Path(__file__).parent / "templates"), jinja2.PackageLoader("eva_lora.reporting")]
     )
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

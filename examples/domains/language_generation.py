@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eva_lora.demo import load_smollm2
+from eva_lora.cli.demo import load_smollm2
 
 from .data import reuters_r8
 from .task import Batch, Task, compare, seeded_order

@@ -8,16 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import LoraSite, ParameterSite, register_adapter
-    from .collecting import collect
-    from .comparing import compare
+    from .adapters import LoraSite, ParameterSite, export_uniform, register_adapter
+    from .collecting import collect, estimate
     from .config import EvaConfig
-    from .estimating import estimate
-    from .export import export_uniform
     from .initialize import apply, eva_initialize
-    from .planning import EvaPlan, plan
-    from .report import EvaReport
-    from .statistics import EvaStatistics
+    from .planning import EvaPlan, EvaStatistics, plan
+    from .reporting import EvaReport, compare
 
 __all__ = [
     "EvaConfig",
@@ -39,16 +35,16 @@ __all__ = [
 _HOME = {
     "EvaConfig": "config",
     "EvaPlan": "planning",
-    "EvaReport": "report",
-    "EvaStatistics": "statistics",
+    "EvaReport": "reporting",
+    "EvaStatistics": "planning",
     "LoraSite": "adapters",
     "ParameterSite": "adapters",
     "apply": "initialize",
     "collect": "collecting",
-    "compare": "comparing",
-    "estimate": "estimating",
+    "compare": "reporting",
+    "estimate": "collecting",
     "eva_initialize": "initialize",
-    "export_uniform": "export",
+    "export_uniform": "adapters",
     "plan": "planning",
     "register_adapter": "adapters",
 }

@@ -6,15 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import LoraAdapter, LoraSite, SiteAdapter, find_adapter
-from .adapters.sharded import whole_weights
-from .batches import ForwardFn, RowMaskFn
-from .collecting import collect_with
+from .adapters import LoraAdapter, LoraSite, SiteAdapter, find_adapter, require_changeable, whole_weights
+from .collecting import ForwardFn, RowMaskFn, collect_with
 from .config import EvaConfig
 from .distributed import ProcessGroup, joined, together
-from .planning import EvaPlan, plan
-from .preflight import require_changeable
-from .report import EvaReport, command_line
+from .planning import EvaPlan, command_line, plan
+from .reporting import EvaReport
 
 __all__ = ["apply", "eva_initialize"]
 

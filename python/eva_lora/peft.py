@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import LoraSite, Taken
-from .adapters.peft import PeftAdapter, pattern_of
-from .batches import ForwardFn, RowMaskFn
-from .collecting import collect_with
+from .adapters import LayerInput, LoraSite, PeftAdapter, pattern_of
+from .collecting import ForwardFn, RowMaskFn, collect_with
 from .config import EvaConfig
 from .distributed import joined
 from .planning import EvaPlan, PlannedSite, plan
@@ -346,9 +344,9 @@ class _PreparedSite(LoraSite):
             full_name=prefix + site.name, prepared=prepared,
         )  # fmt: skip
 
-    def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         assert self.prepared is not None
-        return (Taken(self.prepared.rows(args or tuple(kwargs.values()), self.full_name)),)
+        return (LayerInput(self.prepared.rows(args or tuple(kwargs.values()), self.full_name)),)
 
 
 class _Substituted:

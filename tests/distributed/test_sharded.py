@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
 from eva_lora.adapters import find_adapter
+from eva_lora.collecting.run import Run
 from eva_lora.peft import planned_config
-from eva_lora.running import Run
 from support.agreement import require_outputs_of_the_base, rounding_of_scatters
 from support.bounds import require_same_directions
 from support.models import LINEARS, layer_inputs, lora, lora_a_of, scatter, tiny_llama, token_batches
@@ -183,5 +183,5 @@ def test_a_statistic_is_kept_where_its_layer_computes():
     there = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
     add_hook_to_module(there, AlignDevicesHook(execution_device="meta"))
     run = Run(find_adapter(model), EvaConfig())
-    devices = {site.name: run.new_statistic(i, "subspace", 8).basis.device.type for i, site in enumerate(run.sites)}
+    devices = {site.name: run.maker.empty(i, "subspace", 8).basis.device.type for i, site in enumerate(run.sites)}
     assert {name for name, device in devices.items() if device == "meta"} == {"model.layers.1.mlp.down_proj"}

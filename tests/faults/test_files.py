@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 
 import eva_kernels
 import eva_lora
-from eva_lora import EvaConfig, EvaPlan, EvaStatistics, collect, plan, storage
+from eva_lora import EvaConfig, EvaPlan, EvaStatistics, collect, plan
 from eva_lora.adapters import find_adapter
-from eva_lora.checkpoint import Checkpoint
-from eva_lora.running import Run
+from eva_lora.collecting.checkpoint import Checkpoint
+from eva_lora.collecting.run import Run
+from eva_lora.planning import storage
 from support.tiny import fingerprint_of, tiny_batches, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -69,7 +70,7 @@ def contents(run):
     ]
     plain = {name: value for name, value in vars(run).items() if isinstance(value, (int, str, list, dict))}
     plain.pop("seconds")
-    return repr((states, plain, run.following.state(), run.capture.wanted, run.capture._expected))
+    return repr((states, plain, run.convergence.state(), run.capture.wanted, run.capture.end.expected))
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,7 @@ def test_a_save_that_fails_leaves_what_was_there(files, kind, tmp_path, monkeypa
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"eva_lora.storage.{step}", fail)
+    monkeypatch.setattr(f"eva_lora.planning.storage.{step}", fail)
     with pytest.raises(OSError, match="No space left"):
         storage.save(path, kind, tensors, {**facts, "new": 1})
     monkeypatch.undo()

@@ -80,7 +80,7 @@ def test_a_page_shows_hostile_names_as_text_and_runs_nothing_but_its_own_script(
     text = (report.save(tmp_path) / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not set(page.tags) & {"iframe", "object", "embed", "base", "form", "img"}
-    own = resources.files("eva_lora").joinpath("templates", "report.js").read_text(encoding="utf-8")
+    own = resources.files("eva_lora.reporting").joinpath("templates", "report.js").read_text(encoding="utf-8")
     assert page.tags.count("script") == 1
     assert "".join(page.scripts).strip() == own.strip()
     assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function|import", own) == []

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from eva_lora import EvaConfig, collect, eva_initialize
-from eva_lora.batches import FITS_NO_MASK, RowMask, row_mask, to_device
-from eva_lora.streams import Stream, fingerprint
+from eva_lora.collecting.batches import FITS_NO_MASK, RowMask, row_mask, to_device
+from eva_lora.collecting.reader import BatchReader, fingerprint
 from support.models import token_batches
 from support.tiny import tiny_batches, tiny_model
 from support.versions import needs
@@ -154,7 +154,7 @@ def test_a_loader_that_runs_dry_in_a_later_round_ends_the_pass():
 
 def test_a_stream_takes_no_batch_before_it_is_asked():
     taken = []
-    stream = Stream(taken.append(i) or i for i in range(5))
+    stream = BatchReader(taken.append(i) or i for i in range(5))
     assert taken == [0]  # the first, to know that there is one
     assert (next(stream), taken) == (0, [0])
 

@@ -14,7 +14,7 @@ import torch
 import eva_kernels
 import eva_lora
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
-from eva_lora.restoring import same_generators
+from eva_lora.adapters import same_generators
 from support.models import lora, tiny_llama, token_batches
 from support.tiny import state_of, tiny_batches, tiny_model
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from eva_lora import EvaConfig, collect, eva_initialize, storage
-from eva_lora.checkpoint import Checkpoint
+from eva_lora import EvaConfig, collect, eva_initialize
+from eva_lora.collecting.checkpoint import Checkpoint
+from eva_lora.planning import storage
 from support.models import load_minilm, lora, minilm_text_batches
 from support.tiny import fingerprint_of, state_of, tiny_batches, tiny_model
 
@@ -327,7 +328,7 @@ def test_other_sites_are_named(cut_pass):
 
 
 def test_another_version_is_named(cut_pass, monkeypatch):
-    monkeypatch.setattr("eva_lora.checkpoint.versions", lambda: {"python": "3", "torch": "9.9"})
+    monkeypatch.setattr("eva_lora.collecting.checkpoint.versions", lambda: {"python": "3", "torch": "9.9"})
     refuses(cut_pass, r"version\.torch was [^;]*, is 9\.9")
 
 

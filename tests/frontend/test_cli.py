@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 from eva_kernels._double import home_of
 from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, plan
 from eva_lora.cli import COMMANDS, main
+from eva_lora.cli.pretrained import Pretrained
 from eva_lora.cli.running import duration, is_refusal
-from eva_lora.pretrained import Pretrained
 from support.command import EVA_LORA, eva_lora
 from support.files import paragraphs, write_jsonl
 from support.models import tiny_llama
@@ -285,9 +285,9 @@ def test_layers_that_did_not_converge_can_be_an_exit_code(files, tmp_path):
 
 
 def test_init_goes_on_from_its_checkpoint(files, tmp_path, monkeypatch):
-    from eva_lora import collecting
+    from eva_lora.collecting import forwards as passes
 
-    forwards, forward = [], collecting.default_forward
+    forwards, forward = [], passes.default_forward
 
     def counted(model, batch):
         forwards.append(1)
@@ -295,7 +295,7 @@ def test_init_goes_on_from_its_checkpoint(files, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return forward(model, batch)
 
-    monkeypatch.setattr(collecting, "default_forward", counted)
+    monkeypatch.setattr(passes, "default_forward", counted)
     options = ["--rank", 4, "--max-batches", 5, "--batch-size", 4, "--max-length", 32]
     saving = ["--checkpoint", tmp_path / "eva.safetensors", "--checkpoint-every", 1]
 

@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import subspace_angles
 
 from eva_lora import compare
-from eva_lora.comparing import load_directions
+from eva_lora.reporting.comparing import load_directions
 
 
 def matrix(rank, width=20, seed=0):

@@ -7,7 +7,7 @@ from torch import nn
 
 from eva_lora import EvaConfig, collect, estimate
 from eva_lora.cli import main
-from eva_lora.estimating import matmul_rate
+from eva_lora.collecting.estimating import matmul_rate
 from support.models import load_minilm, lora, minilm_text_batches, tiny_gpt2, tiny_llama, token_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")

@@ -9,8 +9,9 @@ import pytest
 
 from eva_kernels.convergence import Decision
 from eva_lora import EvaConfig
-from eva_lora.measurements import Trace, agreement, peak_memory
-from eva_lora.progress import Progress, predict_batches
+from eva_lora.collecting.measurements import agreement, peak_memory
+from eva_lora.collecting.progress import Progress, predict_batches
+from eva_lora.planning import Trace
 
 STATUS = Path("/proc/self/status")
 

@@ -124,7 +124,7 @@ def with_more(name):
         ("sdist", with_more("eva_kernels-0.1.0/.github/x"), "not expected: .github/x"),
         ("sdist", with_more("elsewhere/LICENSE"), "expected everything in"),
         ("wheel", lambda contents: None, ""),
-        ("wheel", without("eva_lora/report.schema.json"), "missing: eva_lora/report.schema.json"),
+        ("wheel", without("eva_lora/reporting/report.schema.json"), "missing: eva_lora/reporting/report.schema.json"),
         ("wheel", without("licenses/LICENSE"), "LICENSE"),
         ("wheel", without("_build_record.json"), "doctor"),
         ("wheel", with_more("tests/conftest.py"), "not expected: tests/conftest.py"),

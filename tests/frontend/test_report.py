@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from eva_lora import EvaConfig, EvaReport, collect, eva_initialize, plan
-from eva_lora.layout import Grid, short_names
+from eva_lora.reporting.layout import Grid, short_names
 from support.models import lora, tiny_llama, token_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
 
 def schema():
-    return json.loads(files("eva_lora").joinpath("report.schema.json").read_text(encoding="utf-8"))
+    return json.loads(files("eva_lora.reporting").joinpath("report.schema.json").read_text(encoding="utf-8"))
 
 
 def test_members_are_keyed_by_layer(report):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from eva_lora.textdata import TextBatches, describe_files, read_records
+from eva_lora.cli.textdata import TextBatches, describe_files, read_records
 from support.files import paragraphs, write_jsonl
 
 TEXTS = paragraphs(7)

@@ -6,8 +6,9 @@ from torch import nn
 
 from eva_kernels import GramStatistic
 from eva_lora.adapters import LoraSite
-from eva_lora.batches import RowMask
-from eva_lora.capture import Capture
+from eva_lora.collecting.batches import RowMask
+from eva_lora.collecting.capture import Capture
+from eva_lora.collecting.ending import ForwardEnd
 from support.bounds import gamma
 
 D = 4
@@ -32,14 +33,14 @@ def net():
     return Net()
 
 
-def capture(net, *, share=True):
+def capture(net, *, share=True, is_safe=False):
     sites = [LoraSite(name, module, D, 2) for name, module in net.named_children()]
     make = lambda i: (GramStatistic(D, 2, dtype=torch.float64), "test")  # noqa: E731
-    return Capture(sites, [2] * len(sites), make, share=share)
+    return Capture(sites, [2] * len(sites), make, share=share, end=ForwardEnd(len(sites), is_safe=is_safe))
 
 
-def forward(capture, net, *calls, early_stop=False):
-    with capture.hooks(), capture.batch(RowMask(None, None), early_stop=early_stop):
+def forward(capture, net, *calls):
+    with capture.hooks(), capture.batch(RowMask(None, None)):
         net.run(*calls)
 
 
@@ -128,7 +129,7 @@ def test_a_layer_left_out_of_a_batch_loses_nothing_and_gains_nothing(net):
 def test_an_edit_in_place_between_two_uses_is_seen(net):
     c, x = capture(net), rows()
     before = x.clone()
-    with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
+    with c.hooks(), c.batch(RowMask(None, None)):
         net.run(("a", x), ("b", x))
         x.mul_(2)
         net.run(("c", x))
@@ -141,7 +142,7 @@ def test_an_edit_that_begins_in_a_later_batch_is_refused_by_name(net):
     forward(c, net, ("a", x), ("b", x), ("c", x))
 
     def edited():
-        with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
+        with c.hooks(), c.batch(RowMask(None, None)):
             net.run(("a", y))
             y.add_(1)
             net.run(("b", y))
@@ -153,7 +154,7 @@ def test_an_edit_that_begins_in_a_later_batch_is_refused_by_name(net):
 def test_tensors_are_let_go_when_all_have_been_called(net):
     c, x = capture(net), rows()
     forward(c, net, ("a", x), ("b", x), ("c", x))
-    with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
+    with c.hooks(), c.batch(RowMask(None, None)):
         net.run(("a", x), ("b", x))
         assert c.inputs[0].calls[0].held.tensor is x
         net.run(("c", x))
@@ -164,7 +165,7 @@ def test_unwanted_layers_accumulate_nothing_and_hold_nothing(net):
     c, x, y = capture(net), rows(), rows(seed=1)
     forward(c, net, ("a", x), ("b", x), ("c", y))
     c.wanted = {0}
-    with c.hooks(), c.batch(RowMask(None, None), early_stop=False):
+    with c.hooks(), c.batch(RowMask(None, None)):
         net.run(("a", y), ("b", y), ("c", x))
         assert c.inputs[0].calls[0].held is None
     assert_saw(c, 0, x, y)
@@ -172,20 +173,20 @@ def test_unwanted_layers_accumulate_nothing_and_hold_nothing(net):
 
 
 def test_the_forward_stops_when_all_wanted_layers_were_called(net):
-    c, x = capture(net), rows()
+    c, x = capture(net, is_safe=True), rows()
     reached = []
     net.c.register_forward_hook(lambda *_: reached.append("c"))
     forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
-    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x), early_stop=True)
+    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
     assert reached == ["c"]  # ended in c's pre-hook, with its input counted
     assert_saw(c, 2, x, x)
     c.wanted = {1}
     calls = []
     net.a.register_forward_hook(lambda *_: calls.append("a"))
-    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x), early_stop=True)
+    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
     assert calls == ["a"]
     c.wanted = {0, 1, 2}  # a layer reopens: full depth again
-    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x), early_stop=True)
+    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
     assert_saw(c, 2, x, x, x)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eva_lora import EvaConfig, apply, collect, eva_initialize, export_uniform, plan
-from eva_lora.export import VLLM_RANKS
+from eva_lora.adapters.export import VLLM_RANKS
 from support.bounds import gamma, require_as_near
 from support.kinds import call
 from support.models import lora, tiny_gpt2, tiny_llama, token_batches

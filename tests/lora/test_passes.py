@@ -67,7 +67,7 @@ def test_bounds_end_the_pass(options, batches):
 
 
 def test_without_bounds_the_pass_still_ends(monkeypatch):
-    monkeypatch.setattr("eva_lora.running.DEFAULT_MAX_BATCHES", 11)
+    monkeypatch.setattr("eva_lora.collecting.run.DEFAULT_MAX_BATCHES", 11)
     report = initialise(lora(tiny_llama()), token_batches(2), tau=1.0, max_batches=None)
     assert (report.num_batches, report.stop_reason) == (11, "max_batches (11)")
 

@@ -11,7 +11,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from sklearn.decomposition import PCA
 
 from eva_lora import EvaConfig, eva_initialize
-from eva_lora.demo import load_smollm2, packed_text
+from eva_lora.cli.demo import load_smollm2, packed_text
 from support.bounds import EXACT_CAPTURES, deviation, orthonormality, product_rounding
 from support.models import captured_share, layer_inputs, load_minilm, lora_a_of, scatter
 from support.versions import needs

@@ -1,27 +1,58 @@
-"""What the pass needs to know of a LoRA implementation, and where a model's adapter is found."""
+"""Models with LoRA layers: where A and B are, what a call brings a layer, what may be changed, how a plan is written.
+
+Knows PyTorch modules and LoRA libraries; knows no loader, no statistic and no pass.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import nn
 
+from ..planning import EvaPlan
+from . import libraries, peft
+from .export import VLLM_RANKS, export_uniform
+from .generators import same_generators
+from .outline import ModelOutline
 from .parameters import ParameterSite, SiteAdapter
-from .sites import LoraSite, Patches, Rows, Taken
-
-if TYPE_CHECKING:
-    from ..planning import EvaPlan
+from .peft import PeftAdapter
+from .peft_writing import pattern_of
+from .preflight import (
+    is_lora,
+    is_partitioned,
+    require_changeable,
+    require_loaded,
+    waits_for_others,
+    wrapped,
+    wrapper_of,
+)
+from .sharded import whole_weights
+from .sites import LayerInput, LoraSite, Patches, Rows
 
 __all__ = [
+    "VLLM_RANKS",
+    "LayerInput",
     "LoraAdapter",
     "LoraSite",
+    "ModelOutline",
     "ParameterSite",
     "Patches",
+    "PeftAdapter",
     "Rows",
     "SiteAdapter",
-    "Taken",
+    "export_uniform",
     "find_adapter",
+    "is_lora",
+    "is_partitioned",
+    "pattern_of",
     "register_adapter",
+    "require_changeable",
+    "require_loaded",
+    "same_generators",
+    "waits_for_others",
+    "whole_weights",
+    "wrapped",
+    "wrapper_of",
 ]
 
 
@@ -43,7 +74,7 @@ class LoraAdapter(Protocol):
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the model computes what its base computes; afterwards all is as before."""
 
-    def apply(self, plan: "EvaPlan") -> None:
+    def apply(self, plan: EvaPlan) -> None:
         """Write the plan into the model: all of it, or none of it and an error."""
 
 
@@ -76,8 +107,6 @@ def find_adapter(model: nn.Module, sites: Sequence[LoraSite] | None = None) -> L
         raise TypeError(f"model: expected a torch.nn.Module with LoRA layers, got {type(model).__name__}")
     if sites is not None:
         return SiteAdapter(sites)
-    from . import libraries, peft
-
     for find in (*reversed(_registered), peft.find, libraries.find):
         found = find(model)
         if isinstance(found, Sequence) and found:

@@ -4,17 +4,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..preflight import require_no_optimizer
+from ..planning import EvaPlan, PlannedSite
+from .preflight import require_no_optimizer
 from .sharded import fill_
 from .sites import LoraSite, Rows
-
-if TYPE_CHECKING:
-    from ..planning import EvaPlan, PlannedSite
 
 __all__ = ["ParameterSite", "SiteAdapter", "check_plan"]
 
@@ -223,7 +221,7 @@ class SiteAdapter:
         return writable
 
     @torch.no_grad()
-    def apply(self, plan: "EvaPlan") -> None:
+    def apply(self, plan: EvaPlan) -> None:
         """Write A, zero B and set the ranks: all of it, or nothing.
 
         Raises:
@@ -243,7 +241,7 @@ class SiteAdapter:
             raise
 
 
-def check_plan(plan: "EvaPlan", sites: Sequence[LoraSite]) -> None:
+def check_plan(plan: EvaPlan, sites: Sequence[LoraSite]) -> None:
     """Whether a plan was made for these sites, as they were or built with the ranks that it gives them.
 
     Raises:

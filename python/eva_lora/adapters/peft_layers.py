@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sites import LeftAlone, LoraSite, Patches, Rows, Taken, first_tensor
+from .sites import LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
 
 __all__ = ["ConvSite", "factors", "parts_of", "site_of"]
 
@@ -32,7 +32,7 @@ class AttentionSite(LoraSite):
     the same attention with the identity in the projection's place.
     """
 
-    def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         base: Any = self.module
         while hasattr(base, "base_layer"):
             base = base.base_layer
@@ -45,8 +45,8 @@ class AttentionSite(LoraSite):
             if not any(x is other for other in distinct):
                 distinct.append(x)
         outputs = _without_projection(base)(*args, **kwargs)[0]
-        yield from (Taken(self._sequences_first(base, x), 0) for x in distinct)
-        yield Taken(self._sequences_first(base, outputs), 1)
+        yield from (LayerInput(self._sequences_first(base, x), 0) for x in distinct)
+        yield LayerInput(self._sequences_first(base, outputs), 1)
 
     @staticmethod
     def _sequences_first(base: Any, x: Tensor) -> Tensor:  # (batch, tokens, d)
@@ -74,7 +74,7 @@ class ExpertsSite(LoraSite):
 
     parameter: str = "down_proj"
 
-    def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         experts: Any = self.module
         while hasattr(experts, "base_layer"):
             experts = experts.base_layer
@@ -93,7 +93,7 @@ class ExpertsSite(LoraSite):
             if len(mine):
                 x = hidden[mine]
                 rows = _after_gate(experts, expert, x) if self.parameter == "down_proj" else x
-                yield Taken(rows, expert, mine, (len(hidden),))
+                yield LayerInput(rows, expert, mine, (len(hidden),))
 
 
 def _after_gate(experts: Any, expert: int, x: Tensor) -> Tensor:  # (n, intermediate)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..preflight import is_lora, is_partitioned
-from ..survey import Survey
+from .outline import ModelOutline
+from .preflight import is_lora, is_partitioned
 
 __all__ = ["fill_", "plain_name", "whole_weights"]
 
@@ -37,8 +37,10 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     Those that ``FullyShardedDataParallel`` has flattened are all gathered, on every process; of those that DeepSpeed
     ZeRO-3 has partitioned the adapters' are. Any other model is left alone.
     """
-    survey = Survey(model if isinstance(model, nn.Module) else nn.Module())  # what is none is refused by name later
-    named = model.named_parameters() if any(map(is_partitioned, survey.parameters)) else ()
+    outline = ModelOutline(
+        model if isinstance(model, nn.Module) else nn.Module()
+    )  # what is none is refused by name later
+    named = model.named_parameters() if any(map(is_partitioned, outline.parameters)) else ()
     adapters = [p for name, p in named if is_lora(name) and is_partitioned(p)]
     if adapters:
         from deepspeed.runtime.zero import GatheredParameters
@@ -46,7 +48,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
         with GatheredParameters(adapters, modifier_rank=0), torch.no_grad():
             yield
         return
-    if "FullyShardedDataParallel" not in survey.class_names:
+    if "FullyShardedDataParallel" not in outline.class_names:
         yield
         return
     from torch.distributed.fsdp import FullyShardedDataParallel

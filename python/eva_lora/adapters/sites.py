@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["LeftAlone", "LoraSite", "Patches", "Rows", "Taken", "first_tensor"]
+__all__ = ["LayerInput", "LeftAlone", "LoraSite", "Patches", "Rows", "first_tensor"]
 
 PIECE_ELEMENTS = 2**20  # values of unfolded patches that exist at a time: 4 MiB in float32
 
@@ -19,7 +19,7 @@ class LeftAlone(Exception):
 
 
 @dataclass(slots=True)  # not frozen: made for every layer of every batch, which freezing would make twice as slow
-class Taken:
+class LayerInput:
     """A tensor that one call brings to a site.
 
     Attributes:
@@ -55,7 +55,7 @@ class Rows(Protocol):
 class LoraSite:
     """One LoRA layer.
 
-    A subclass may say otherwise what a call brings (:meth:`taken`), and how that becomes rows (:attr:`rows`).
+    A subclass may say otherwise what a call brings (:meth:`inputs`), and how that becomes rows (:attr:`rows`).
 
     Attributes:
         name: Its name in the base model, unique.
@@ -80,13 +80,13 @@ class LoraSite:
         """How what is taken becomes rows; None where it is (..., d) as it is."""
         return None
 
-    def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         """What one call of :attr:`module` brings.
 
         Raises:
             TypeError: it brings no floating-point tensor.
         """
-        return (Taken(first_tensor(self.name, args, kwargs)),)
+        return (LayerInput(first_tensor(self.name, args, kwargs)),)
 
 
 def first_tensor(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .parameters import ParameterSite
 from .recognition import is_a, require_unmerged
 from .sharded import fill_
-from .sites import LoraSite, Taken, first_tensor
+from .sites import LayerInput, LoraSite, first_tensor
 
 __all__ = ["site_of"]
 
@@ -55,7 +55,7 @@ class GroupedExpertsSite(ParameterSite):
     module; so a rank that changes leaves both as they are, and with them the scaling.
     """
 
-    def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Taken]:
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         moe: Any = self.module
         experts = moe.experts
         x = first_tensor(self.name, args, kwargs)
@@ -67,7 +67,7 @@ class GroupedExpertsSite(ParameterSite):
             if len(mine):
                 if self.a == ("lora_down_a",):
                     rows = experts.act_fn(rows @ experts.gate_proj[expert]) * (rows @ experts.up_proj[expert])
-                yield Taken(rows, expert, mine, (len(x),))
+                yield LayerInput(rows, expert, mine, (len(x),))
 
     def write(self, rank: int, lora_a: Tensor | None, *, adjust_scaling: bool) -> None:
         if rank != self.rank and not adjust_scaling:

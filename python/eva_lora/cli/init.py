@@ -81,7 +81,7 @@ def _run(
     ranks: int,
 ) -> None:
     quiet_progress_bars()
-    from ..textdata import describe_files
+    from .textdata import describe_files
 
     pretrained = take_pretrained(model, params)
     batches, num_records = _batches(pretrained, config, params, (rank, ranks))
@@ -111,7 +111,7 @@ def _run(
 
 
 def _batches(pretrained: Any, config: EvaConfig, params: dict[str, Any], shard: tuple[int, int]) -> tuple[Any, int]:
-    from ..textdata import TextBatches, read_records
+    from .textdata import TextBatches, read_records
 
     records = read_records(params["data"], split=params["split"], limit=params["limit"])
     tokenizer = pretrained.tokenizer()
@@ -137,7 +137,7 @@ def _initialize(
     writes: bool,
 ) -> Any:
     from .. import EvaReport, apply, collect, plan
-    from ..report import command_line
+    from ..planning import command_line
 
     model = pretrained.load()
     statistics = collect(
@@ -166,7 +166,7 @@ def _describe_lora(config: Any) -> str:
 
 def _dry_run(pretrained: Any, batches: Any, config: Any, as_json: bool) -> None:
     from .. import estimate
-    from ..estimating import matmul_rate
+    from ..collecting import matmul_rate
 
     expected = estimate(pretrained.shapes(), batches.example(), config)
     rate = matmul_rate(pretrained.device, pretrained.dtype)

@@ -20,7 +20,7 @@ def plan(statistics: Path, budget: int | None, output: Path | None, report: Path
     """Allot ranks anew from saved STATISTICS (a file, or a folder that init wrote). Runs no model."""
     from .. import EvaReport, EvaStatistics
     from .. import plan as make_plan
-    from ..layout import Grid
+    from ..reporting import Grid
 
     path = statistics / "statistics.safetensors" if statistics.is_dir() else statistics
     loaded = EvaStatistics.load(path)
@@ -76,7 +76,7 @@ def apply(plan_file: Path, model: str, output: Path, as_json: bool, **params: An
 def export(adapter: Path, output: Path, rank: int | None, vllm: bool, as_json: bool) -> None:
     """Write ADAPTER anew with one rank and a scaling of 1, as serving engines need it."""
     need_libraries("peft")
-    from ..export import VLLM_RANKS, export_uniform
+    from ..adapters import VLLM_RANKS, export_uniform
 
     if rank is not None and vllm:
         raise click.UsageError("--rank and --vllm exclude each other")

@@ -17,7 +17,7 @@ from .running import Command, json_option, print_facts, print_json, print_table
 def report(path: Path | None, output: Path | None, plots: tuple[str, ...], schema: bool, as_json: bool) -> None:
     """Show a saved report: PATH is a report.json, its folder, or a folder that init wrote."""
     if schema:
-        click.echo(files("eva_lora").joinpath("report.schema.json").read_text(encoding="utf-8"), nl=False)
+        click.echo(files("eva_lora.reporting").joinpath("report.schema.json").read_text(encoding="utf-8"), nl=False)
         return
     if path is None:
         raise click.UsageError("Missing argument 'PATH'.")
@@ -44,8 +44,8 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
 
     FIRST and SECOND are folders that init wrote, plan files, or PEFT adapter folders.
     """
-    from ..comparing import compare as compare_runs
-    from ..comparing import load_directions
+    from ..reporting import compare as compare_runs
+    from ..reporting import load_directions
 
     result = compare_runs(load_directions(first), load_directions(second))
     if as_json:

@@ -135,7 +135,7 @@ def lora_options(function: Any) -> Any:
 
 def take_pretrained(model: str, params: dict[str, Any]) -> Any:
     """The :class:`Pretrained` that the model and LoRA options describe."""
-    from ..pretrained import LoraOptions, Pretrained
+    from .pretrained import LoraOptions, Pretrained
 
     targets = tuple(name for value in params["target_modules"] for name in value.split(",") if name)
     given = {

@@ -14,7 +14,7 @@ from .running import Command, json_option, print_json
 @click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Training steps of each run.")
 def demo(output: Path, max_batches: int, steps: int) -> None:
     """Run EVA on SmolLM2-135M and real text, reload the adapter, train a little."""
-    from .. import demo as module
+    from . import demo as module
 
     try:
         module.run(output, max_batches=max_batches, steps=steps, echo=click.echo)
@@ -30,7 +30,7 @@ def doctor(kernels: bool, as_json: bool) -> None:
     from eva_kernels._build import build_info
     from eva_kernels._devices import device_info, seen_devices
 
-    from ..report import versions
+    from ..planning import versions
 
     info = build_info()
     devices = {str(device): device_info(device) for device in seen_devices()}

@@ -1,13 +1,9 @@
-"""One pass over several processes: each streams its own shard, and all of them end with one answer.
+"""Processes that work together: what they agree on, how one's failure reaches all, what it costs. Nothing of a run.
 
-The engine is ``torch.distributed``, whoever started it. :mod:`.ranks` agrees and passes errors on, :mod:`.pooling` adds
-statistics up, :mod:`.tensor_parallel` knows layers that are split over ranks, :mod:`.passing` is the pass.
-docs/distributed.md is for users, and says what it costs.
+The engine is ``torch.distributed``, whoever started it. docs/distributed.md is for users.
 """
 
-from .passing import run_together
-from .pooling import Pool
+from .costs import BUCKET_BYTES, EVIDENCE
 from .ranks import ProcessGroup, Ranks, joined, together
-from .tensor_parallel import TensorParallel
 
-__all__ = ["Pool", "ProcessGroup", "Ranks", "TensorParallel", "joined", "run_together", "together"]
+__all__ = ["BUCKET_BYTES", "EVIDENCE", "ProcessGroup", "Ranks", "joined", "together"]

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from eva_kernels.streaming_svd import GramStatistic, SubspaceStatistic
 
 from ..config import DEFAULT_OVERSAMPLING, REFRESH_PERIOD
-from .pooling import BUCKET_BYTES, EVIDENCE
 
 __all__ = ["Decoder", "Devices", "InputShape", "Prediction", "Traffic", "predict", "traffic"]
 
+BUCKET_BYTES = 2**26  # of the tensors that are reduced at a time: what a pass needs beside its statistics, twice
+EVIDENCE = 4  # rows of a refresh's evidence: cosines, overlaps, ratios, gains
 OVERSAMPLING, PERIOD = DEFAULT_OVERSAMPLING["subspace"], REFRESH_PERIOD["subspace"]  # of the default criterion
 
 

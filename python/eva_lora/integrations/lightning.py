@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..report import EvaReport
+from ..reporting import EvaReport
 from .trackers import log_tensorboard, log_wandb
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from .. import plots
-from ..report import EvaReport
+from ..reporting import EvaReport
 
 __all__ = ["log_tensorboard", "log_wandb", "scalars"]
 
@@ -32,10 +31,10 @@ def scalars(report: EvaReport) -> dict[str, float]:
 
 def _figures(report: EvaReport) -> dict[str, Any]:
     return {
-        "ranks": plots.plot_ranks(report),
-        "spectra": plots.plot_spectra(report),
-        "convergence": plots.plot_convergence(report),
-        "budget": plots.plot_budget(report),
+        "ranks": report.plot_ranks(),
+        "spectra": report.plot_spectra(),
+        "convergence": report.plot_convergence(),
+        "budget": report.plot_budget(),
     }
 
 
@@ -72,7 +71,7 @@ def log_wandb(report: EvaReport, run: Any) -> None:
     """
     import wandb
 
-    from ..page import render
+    from ..reporting import render
 
     run.summary.update({f"eva/{name}": value for name, value in scalars(report).items()})
     columns = ["layer", "rank", "configured", "captured", "converged"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..report import EvaReport
+from ..reporting import EvaReport
 from .trackers import log_tensorboard, log_wandb
 
 __all__ = ["EvaReportCallback"]

@@ -144,9 +144,9 @@ def test_a_failing_apply_restores_nested_layers(monkeypatch, make):
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, **targets))
     eva_plan = plan(collect(model, data, EvaConfig(max_batches=2), progress=False), budget=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    from eva_lora.adapters.peft import PeftAdapter
+    from eva_lora.adapters.peft_writing import PlanWriter
 
-    original, calls = PeftAdapter._remove, []
+    original, calls = PlanWriter._remove, []
 
     def sometimes(self, *args):
         calls.append(args)
@@ -154,7 +154,7 @@ def test_a_failing_apply_restores_nested_layers(monkeypatch, make):
         if len(calls) == list(eva_plan.ranks.values()).count(0):  # the last one
             raise MemoryError
 
-    monkeypatch.setattr(PeftAdapter, "_remove", sometimes)
+    monkeypatch.setattr(PlanWriter, "_remove", sometimes)
     with pytest.raises(MemoryError):
         apply(model, eva_plan)
     after = model.state_dict()

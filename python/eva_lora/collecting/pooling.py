@@ -9,7 +9,7 @@ the whole at any time.
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +17,16 @@ from torch import Tensor
 
 from eva_kernels.streaming_svd import GramStatistic, Refreshed, Sketch, finish_, refresh_
 
-from ..capture import Input, Portion
-from .ranks import Ranks
+from ..distributed import BUCKET_BYTES, EVIDENCE, Ranks
+from .inputs import BatchShare, DistinctInput
+from .local import LocalStatistics
+from .run import Run
 from .tensor_parallel import TensorParallel
 
-if TYPE_CHECKING:
-    from ..running import Run
-
-__all__ = ["Pool"]
-
-BUCKET_BYTES = 2**26  # of the tensors that are reduced at a time: what a pass needs beside its statistics, twice
-EVIDENCE = 4  # rows of a refresh's evidence: cosines, overlaps, ratios, gains
+__all__ = ["PooledStatistics"]
 
 
-class Pool:
+class PooledStatistics(LocalStatistics):
     """The statistics of a run, shared by ranks.
 
     Args:
@@ -39,16 +35,16 @@ class Pool:
         parallel: Those among them that run each batch together with this one, if there are any.
     """
 
-    def __init__(self, run: "Run", ranks: Ranks, parallel: TensorParallel | None = None) -> None:
-        self._run: Run = weakref.proxy(run)  # which holds the pool
-        self.ranks = ranks
+    def __init__(self, run: Run, ranks: Ranks, parallel: TensorParallel | None = None) -> None:
+        self._run: Run = weakref.proxy(run)  # which holds this
+        self.ranks, self.rank, self.size = ranks, ranks.rank, ranks.size
         #: For each rank, the one among those of its batches that counts their rows.
         self.leaders = ranks.gather(ranks.rank if parallel is None else ranks.rank_of(parallel.leader))
-        run.capture.portion = Portion(0, 1)
+        run.capture.batch_share = BatchShare(0, 1)
         self._known: list[list[int]] = []  # the streams of each input, as all ranks know them
 
     @property
-    def _inputs(self) -> list[Input]:
+    def _inputs(self) -> list[DistinctInput]:
         return self._run.capture.inputs
 
     def count(self, has_batch: bool, num_rows: int) -> tuple[int, int, bool, list[int]]:
@@ -58,7 +54,7 @@ class Pool:
         rows = [0] * len(self._run.capture.site_of)
         for entry in self._inputs:
             rows[min(entry.streams)] = entry.statistic.num_rows - entry.known_rows
-        mine = num_rows if self.leaders[self.ranks.rank] == self.ranks.rank else 0
+        mine = num_rows if self.leaders[self.rank] == self.rank else 0
         had, all_rows, any_changed, *per_stream = self.ranks.agree([has_batch, mine, changed, *rows])
         return had, all_rows, bool(any_changed), per_stream
 
@@ -78,9 +74,9 @@ class Pool:
         Layers share an input where they do so on every rank that has run a batch.
         """
         own = [(e.streams, e.statistic.kind, e.statistic.num_components, e.reason) for e in self._inputs]
-        everyone = self.ranks.exchange((own, self._run.gram_bytes))
+        everyone = self.ranks.exchange((own, self._run.maker.gram_bytes))
         structures = [structure for structure, _ in everyone if structure]
-        self._run.gram_bytes = max(num_bytes for _, num_bytes in everyone)
+        self._run.maker.gram_bytes = max(num_bytes for _, num_bytes in everyone)
         homes = [{s: i for i, (streams, *_) in enumerate(of_rank) for s in streams} for of_rank in structures]
         together: dict[tuple[int | None, ...], list[int]] = {}
         for stream in sorted({stream for home in homes for stream in home}):
@@ -101,10 +97,10 @@ class Pool:
         for entry in self._inputs:
             entry.known_rows = entry.statistic.num_rows
             self._leave_to_owner(entry, entry.statistic.summands())
-        if self.ranks.rank:
-            self._run.skipped_rows = {}
+        if self.rank:
+            self._run.row_rules.skipped = {}
 
-    def refresh_(self, inputs: Sequence[Input]) -> list[Refreshed]:
+    def refresh_(self, inputs: Sequence[DistinctInput]) -> list[Refreshed]:
         """Refresh the statistics of some inputs from the rows of all ranks: what they become is the same everywhere."""
         results: list[Refreshed] = []
         for bucket in _buckets(inputs):
@@ -116,9 +112,9 @@ class Pool:
             results += self._from_owners(bucket, solved)
         return results
 
-    def finish_(self, inputs: Sequence[Input]) -> None:
+    def finish_(self, inputs: Sequence[DistinctInput]) -> None:
         """Final bases on every rank, and totals of all rows; the exact eigensolve of each Gram on its owner."""
-        mine = [entry for entry in inputs if entry.owner == self.ranks.rank]
+        mine = [entry for entry in inputs if entry.owner == self.rank]
         for entry in inputs:
             if isinstance(entry.statistic, GramStatistic):
                 self._reduce_gram_(entry, entry.statistic)
@@ -143,23 +139,23 @@ class Pool:
             state, summands = entry.statistic.state(), entry.statistic.summands()
             sums = {name: tensor.clone() for name, tensor in summands.items()}
             self.ranks.all_reduce_(list(sums.values()))
-            if entry.owner == self.ranks.rank:
+            if entry.owner == self.rank:
                 entry.statistic.hold_({name: tensor.clone() for name, tensor in sums.items()})
             self._leave_to_owner(entry, summands)
-            states.append({**state, **sums} if self.ranks.rank == 0 else {})
+            states.append({**state, **sums} if self.rank == 0 else {})
         return states
 
     def gather_facts(self, *, final: bool) -> None:
         """Bring together what each rank found out about its layers' rows; counts, but the last time, on rank 0."""
-        run = self._run
-        everyone = self.ranks.exchange((run.rules, run.sides, run.skipped_rows))
-        run.skipped_rows = {}
+        own = self._run.row_rules
+        everyone = self.ranks.exchange((own.rules, own.sides, own.skipped))
+        own.skipped = {}
         for rules, sides, skipped in everyone:
             for name, of_rank in rules.items():
-                run.rules.setdefault(name, set()).update(of_rank)
-            run.sides.update({name: side for name, side in sides.items() if name not in run.sides})
-            for name, count in skipped.items() if final or self.ranks.rank == 0 else ():
-                run.skipped_rows[name] = run.skipped_rows.get(name, 0) + count
+                own.rules.setdefault(name, set()).update(of_rank)
+            own.sides.update({name: side for name, side in sides.items() if name not in own.sides})
+            for name, count in skipped.items() if final or self.rank == 0 else ():
+                own.skipped[name] = own.skipped.get(name, 0) + count
 
     def _structure(self) -> list[list[int]]:
         return sorted(sorted(entry.streams) for entry in self._inputs)
@@ -169,8 +165,8 @@ class Pool:
         run, capture = self._run, self._run.capture
         entry = capture.input_of[streams[0]]
         if entry is None:
-            statistic = run.new_statistic(streams[0], kind, columns)
-            entry = Input(statistic, reason, list(streams), [], dict.fromkeys(streams, 0), is_new=False)
+            statistic = run.maker.empty(streams[0], kind, columns)
+            entry = DistinctInput(statistic, reason, list(streams), [], dict.fromkeys(streams, 0), is_new=False)
             capture.inputs.append(entry)
             for stream in streams:
                 capture.input_of[stream] = entry
@@ -180,11 +176,11 @@ class Pool:
             kind,
             columns,
         ):
-            entry.statistic, entry.reason, entry.sketch = run.new_statistic(streams[0], kind, columns), reason, None
+            entry.statistic, entry.reason, entry.sketch = run.maker.empty(streams[0], kind, columns), reason, None
 
     def _assign(self) -> None:
         """Give every input without an owner the rank that has least to do; in one order, so the same everywhere."""
-        load = [0.0] * self.ranks.size
+        load = [0.0] * self.size
         for entry in self._inputs:
             if entry.owner >= 0:
                 load[entry.owner] += _cost(entry)
@@ -212,13 +208,13 @@ class Pool:
                     started += entry.streams
         return started
 
-    def _leave_to_owner(self, entry: Input, summands: dict[str, Tensor]) -> None:
-        if entry.owner != self.ranks.rank:
+    def _leave_to_owner(self, entry: DistinctInput, summands: dict[str, Tensor]) -> None:
+        if entry.owner != self.rank:
             for tensor in summands.values():
                 tensor.zero_()
 
     def _to_owners(
-        self, inputs: Sequence[Input], summands: Sequence[dict[str, Tensor]]
+        self, inputs: Sequence[DistinctInput], summands: Sequence[dict[str, Tensor]]
     ) -> dict[int, dict[str, Tensor]]:
         """The sums over all ranks of each input's summands, by its index, of the inputs that this rank owns."""
         result: dict[int, dict[str, Tensor]] = {}
@@ -226,19 +222,19 @@ class Pool:
             places = [
                 (i, name) for i, own in enumerate(summands) for name, tensor in own.items() if tensor.dtype == dtype
             ]
-            rows: list[list[Tensor]] = [[] for _ in range(self.ranks.size)]
+            rows: list[list[Tensor]] = [[] for _ in range(self.size)]
             for i, name in places:
                 rows[inputs[i].owner].append(summands[i][name].reshape(-1).to(self.ranks.device))
             nothing = torch.empty(0, dtype=dtype, device=self.ranks.device)
             reduced = self.ranks.sum_up([torch.cat([nothing, *pieces]) for pieces in rows])
             for i, name in places:
-                if inputs[i].owner == self.ranks.rank:
+                if inputs[i].owner == self.rank:
                     like = summands[i][name]
                     mine, reduced = reduced[: like.numel()], reduced[like.numel() :]
                     result.setdefault(i, {})[name] = mine.view(like.shape).to(like.device, copy=True)
         return result
 
-    def _solve(self, inputs: Sequence[Input], sums: dict[int, dict[str, Tensor]]) -> dict[int, Refreshed]:
+    def _solve(self, inputs: Sequence[DistinctInput], sums: dict[int, dict[str, Tensor]]) -> dict[int, Refreshed]:
         for i, own in sums.items():
             inputs[i].statistic.hold_(own)
         refreshed = refresh_([inputs[i].statistic for i in sums])
@@ -246,7 +242,7 @@ class Pool:
             inputs[i].statistic.basis = inputs[i].statistic.basis.contiguous()
         return dict(zip(sums, refreshed, strict=True))
 
-    def _from_owners(self, inputs: Sequence[Input], solved: dict[int, Refreshed]) -> list[Refreshed]:
+    def _from_owners(self, inputs: Sequence[DistinctInput], solved: dict[int, Refreshed]) -> list[Refreshed]:
         """Every input's refresh, and its new basis in its statistic."""
         like: list[list[Tensor]] = []
         sent: list[list[Tensor] | None] = []
@@ -272,26 +268,26 @@ class Pool:
         return results
 
     def _gathered(
-        self, inputs: Sequence[Input], sent: Sequence[list[Tensor] | None], like: Sequence[list[Tensor]]
+        self, inputs: Sequence[DistinctInput], sent: Sequence[list[Tensor] | None], like: Sequence[list[Tensor]]
     ) -> list[list[Tensor]]:
         """On every rank, the tensors that each input's owner sends; ``like`` has their shapes, dtypes and devices."""
-        rows: list[list[Tensor]] = [[] for _ in range(self.ranks.size)]
+        rows: list[list[Tensor]] = [[] for _ in range(self.size)]
         for i, entry in enumerate(inputs):
             tensors = sent[i] if sent[i] is not None else like[i]
             assert tensors is not None
-            mine = entry.owner == self.ranks.rank
+            mine = entry.owner == self.rank
             for tensor in tensors:
                 raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
                 rows[entry.owner].append(raw.to(self.ranks.device) if mine else raw.new_empty(0))
-        lengths = [0] * self.ranks.size
+        lengths = [0] * self.size
         for entry, tensors in zip(inputs, like, strict=True):
             lengths[entry.owner] += sum(tensor.nbytes for tensor in tensors)
         own = torch.zeros(max(lengths), dtype=torch.uint8, device=self.ranks.device)
-        if rows[self.ranks.rank]:
-            packed = torch.cat(rows[self.ranks.rank])
+        if rows[self.rank]:
+            packed = torch.cat(rows[self.rank])
             own[: len(packed)] = packed
         everyone = self.ranks.all_gather(own)
-        starts, result = [0] * self.ranks.size, []
+        starts, result = [0] * self.size, []
         for entry, tensors in zip(inputs, like, strict=True):
             received = []
             for tensor in tensors:
@@ -302,25 +298,25 @@ class Pool:
             result.append(received)
         return result
 
-    def _reduce_gram_(self, entry: Input, statistic: GramStatistic) -> None:
+    def _reduce_gram_(self, entry: DistinctInput, statistic: GramStatistic) -> None:
         """Add up a Gram matrix on its owner: one triangle of it, once."""
         upper = torch.ones_like(statistic.gram, dtype=torch.bool).triu_()
         triangle = self.ranks.reduce(statistic.gram[upper], entry.owner)
-        if entry.owner == self.ranks.rank:
+        if entry.owner == self.rank:
             statistic.gram.zero_()
             statistic.gram[upper] = triangle.to(statistic.gram.device)
             statistic.gram += statistic.gram.triu(1).mT
 
 
-def _cost(entry: Input) -> float:
+def _cost(entry: DistinctInput) -> float:
     """Of an input's algebra, relatively: products with d × q, and the d × d eigensolve of a Gram at the end."""
     d, q = entry.statistic.num_features, entry.statistic.num_components
     return float(d * q * q + (d**3 if entry.statistic.kind == "gram" else 0))
 
 
-def _buckets(inputs: Sequence[Input]) -> Iterator[list[Input]]:
+def _buckets(inputs: Sequence[DistinctInput]) -> Iterator[list[DistinctInput]]:
     """The inputs in order, so many at a time as ``BUCKET_BYTES`` of their bases hold."""
-    bucket: list[Input] = []
+    bucket: list[DistinctInput] = []
     size = 0
     for entry in inputs:
         if bucket and size + entry.statistic.basis.nbytes > BUCKET_BYTES:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import EvaConfig
 from . import storage
-from .config import EvaConfig
-from .measurements import Trace
+from .trace import Trace
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class EvaStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaStatistics":
-        """Read what :meth:`save` wrote; raises as :func:`eva_lora.storage.load` does."""
+        """Read what :meth:`save` wrote; raises as :func:`eva_lora.planning.storage.load` does."""
         tensors, facts = storage.load(path, "statistics")
         try:
             inputs = [

@@ -1,19 +1,14 @@
 """What a pass borrows of the model and of the process, and gives back however the pass ends."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from .preflight import wrapped
-from .survey import Survey
+from ..adapters import ModelOutline, same_generators, wrapped
 
-__all__ = ["borrowed", "same_generators", "without_autocast"]
+__all__ = ["borrowed", "without_autocast"]
 
 _FLAGS = ("training", "gradient_checkpointing", "use_nested_tensor")  # the second is transformers' switch
 _HOOK_TABLES = [name for name in vars(nn.Module()) if "_hooks" in name and ("_forward" in name or "_backward" in name)]
@@ -21,7 +16,7 @@ _ABSENT = object()
 
 
 @contextmanager
-def borrowed(survey: Survey) -> Iterator[None]:
+def borrowed(outline: ModelOutline) -> Iterator[None]:
     """Within it the model is in eval mode, without gradients and without gradient checkpointing.
 
     Afterwards, also after an exception or Ctrl-C, these are what they were, whatever the loader or a ``forward_fn``
@@ -29,14 +24,14 @@ def borrowed(survey: Survey) -> Iterator[None]:
     wrapped) hooks; the grad and autocast modes; the global random generators, torch's (also of the model's GPUs),
     Python's and NumPy's.
     """
-    devices = {parameter.device for parameter in survey.parameters}
+    devices = {parameter.device for parameter in outline.parameters}
     with ExitStack() as stack:
-        for keep in (_modes, _generators):
-            stack.callback(keep(devices))
-        stack.callback(_module_flags(survey.modules))
-        if wrapped(survey) is None:  # wrappers hang hooks of their own on modules, some of them in the first forward
-            stack.callback(_hooks(survey.modules))
-        for module in survey.modules:
+        stack.callback(_modes(devices))
+        stack.enter_context(same_generators(devices))
+        stack.callback(_module_flags(outline.modules))
+        if wrapped(outline) is None:  # wrappers hang hooks of their own on modules, some of them in the first forward
+            stack.callback(_hooks(outline.modules))
+        for module in outline.modules:
             if module.training:
                 module.training = False  # not eval(), which some libraries override to merge weights
             # In eval mode the last would pack padded batches into nested tensors, which have no common shape.
@@ -45,16 +40,6 @@ def borrowed(survey: Survey) -> Iterator[None]:
                     vars(module)[name] = False
         torch.set_grad_enabled(False)
         yield
-
-
-@contextmanager
-def same_generators(devices: set[torch.device]) -> Iterator[None]:
-    """Within it anything may draw; afterwards the global generators, and these devices', are where they were."""
-    restore = _generators(devices)
-    try:
-        yield
-    finally:
-        restore()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -119,28 +104,3 @@ def _modes(devices: set[torch.device]) -> Callable[[], None]:
         torch.set_autocast_cache_enabled(cache)
 
     return restore
-
-
-def _generators(devices: set[torch.device]) -> Callable[[], None]:
-    states: list[tuple[Callable[[Any], object], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-        (np.random.set_state, np.random.get_state()),  # noqa: NPY002 - the global one is what users draw from
-        *(pair for device in devices if (pair := _generator_of(device)) is not None),
-    ]
-
-    def restore() -> None:
-        for set_state, state in states:
-            set_state(state)
-
-    return restore
-
-
-def _generator_of(device: torch.device) -> tuple[Callable[[Any], object], Any] | None:
-    """What sets the state of a device's own generator, and that state; None where there is none that PyTorch names."""
-    if device.type in ("cuda", "xpu"):
-        module = getattr(torch, device.type)
-        return partial(module.set_rng_state, device=device), module.get_rng_state(device)
-    if device.type == "mps":
-        return torch.mps.set_rng_state, torch.mps.get_rng_state()
-    return None

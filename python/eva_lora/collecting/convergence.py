@@ -10,17 +10,18 @@ from eva_kernels.allocation import candidate_components
 from eva_kernels.convergence import ConvergenceTracker, Decision
 from eva_kernels.streaming_svd import Refreshed
 
-from .adapters import LoraSite
-from .capture import Capture, Input
-from .config import EvaConfig
+from ..adapters import LoraSite
+from ..config import EvaConfig
+from .capture import Capture
+from .inputs import DistinctInput
 from .measurements import agreement
 
-__all__ = ["Following"]
+__all__ = ["LayerConvergence"]
 
 Evidence = NDArray[np.float64]
 
 
-class Following:
+class LayerConvergence:
     """The layers that the tracker follows, the latest refresh of each of their streams, and its last decision.
 
     Args:
@@ -32,7 +33,7 @@ class Following:
         candidates: (sites,) components that each site may be given.
         latest: Per stream, the evidence of its last refresh, (4, q) float64: cosines, overlaps, ratios, gains.
         standing: Per site, how far its components agree with those before and whether it has converged, as
-            :class:`~eva_lora.measurements.Trace` keeps them.
+            :class:`~eva_lora.planning.Trace` keeps them.
 
     Raises:
         ValueError: no allocation of ranks to these sites meets the config's bounds.
@@ -60,7 +61,7 @@ class Following:
     def all_done(self) -> bool:
         return self.decision is not None and bool(self.decision.all_done)
 
-    def decide(self, capture: Capture, inputs: list[Input], refreshed: Sequence[Refreshed]) -> set[int]:
+    def decide(self, capture: Capture, inputs: list[DistinctInput], refreshed: Sequence[Refreshed]) -> set[int]:
         """Take in a refresh of some inputs; returns the sites that have converged."""
         for entry, result in zip(inputs, refreshed, strict=True):
             evidence = np.stack([result.cosines, result.overlaps, result.explained_variance_ratio, result.gains])

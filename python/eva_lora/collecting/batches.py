@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .config import EvaConfig
+from ..config import EvaConfig
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 RowMaskFn = Callable[[Any], Tensor | None]

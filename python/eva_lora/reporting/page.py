@@ -3,29 +3,27 @@
 from collections import defaultdict
 from dataclasses import fields
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from ..config import EvaConfig
 from .charts import Line, line_chart, sparkline
-from .config import EvaConfig
+from .facts import ReportFacts
 from .layout import Grid, short_names, split_name
-
-if TYPE_CHECKING:
-    from .report import EvaReport
 
 __all__ = ["render", "render_fragment"]
 
 PALETTE = 8  # colours the page's style sheet defines
 
 
-def render(report: "EvaReport") -> str:
+def render(report: ReportFacts) -> str:
     """The page; every name in it is escaped."""
     return _environment().get_template("report.html").render(_content(report))
 
 
-def render_fragment(report: "EvaReport") -> str:
+def render_fragment(report: ReportFacts) -> str:
     """Summary, warnings and the picture of the network, to stand inside another page."""
     content = {"facts": report.facts(), "warnings": report.warnings(), "network": _network(report)}
     return _environment().get_template("fragment.html").render(content)
@@ -33,12 +31,12 @@ def render_fragment(report: "EvaReport") -> str:
 
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("eva_lora"), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("eva_lora.reporting"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
 
 
-def _content(report: "EvaReport") -> dict[str, Any]:
+def _content(report: ReportFacts) -> dict[str, Any]:
     layers = list(report.ranks)
     index = {name: i for i, name in enumerate(layers)}
     return {
@@ -60,7 +58,7 @@ def _content(report: "EvaReport") -> dict[str, Any]:
     }
 
 
-def _network(report: "EvaReport") -> dict[str, Any]:
+def _network(report: ReportFacts) -> dict[str, Any]:
     """The grid of ranks as rows of cells: link target, rank, share of the largest rank, description."""
     grid = Grid.of(report.ranks)
     names = {split_name(name): (i, name) for i, name in enumerate(report.ranks)}
@@ -90,12 +88,12 @@ def _short_block(block: str) -> str:
     return block.rpartition(".")[2] if block else "outside"
 
 
-def _color_of(report: "EvaReport") -> dict[str, int]:
+def _color_of(report: ReportFacts) -> dict[str, int]:
     columns = Grid.of(report.ranks).columns
     return {name: columns.index(split_name(name)[1]) % PALETTE for name in report.ranks}
 
 
-def _legend(report: "EvaReport") -> list[tuple[int, str]]:
+def _legend(report: ReportFacts) -> list[tuple[int, str]]:
     """Of the curves, which are drawn once for all layers that share an input: colour, kinds of layer."""
     columns = Grid.of(report.ranks).columns
     short = dict(zip(columns, short_names(columns), strict=True))
@@ -106,7 +104,7 @@ def _legend(report: "EvaReport") -> list[tuple[int, str]]:
     return [(color, ", ".join(kinds[color])) for color in sorted(kinds)]
 
 
-def _budget(report: "EvaReport", part: int) -> list[dict[str, Any]]:
+def _budget(report: ReportFacts, part: int) -> list[dict[str, Any]]:
     """Configured and given ranks summed by block (part 0) or by kind of layer (part 1)."""
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, rank in report.ranks.items():
@@ -122,7 +120,7 @@ def _budget(report: "EvaReport", part: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _charts(report: "EvaReport", index: dict[str, int]) -> dict[str, Markup | None]:
+def _charts(report: ReportFacts, index: dict[str, int]) -> dict[str, Markup | None]:
     colors = _color_of(report)
     spectra, cumulative = [], []
     for names in report.inputs():
@@ -157,7 +155,7 @@ def _charts(report: "EvaReport", index: dict[str, int]) -> dict[str, Markup | No
     }  # fmt: skip
 
 
-def _agreement_chart(report: "EvaReport", colors: dict[str, int], index: dict[str, int]) -> Markup | None:
+def _agreement_chart(report: ReportFacts, colors: dict[str, int], index: dict[str, int]) -> Markup | None:
     lines = []
     for names in report.inputs():
         site = index[names[0]]
@@ -182,7 +180,7 @@ def _key(names: list[str], index: dict[str, int]) -> str:
     return " ".join(str(index[name]) for name in names)
 
 
-def _row(report: "EvaReport", name: str) -> dict[str, Any]:
+def _row(report: ReportFacts, name: str) -> dict[str, Any]:
     ratios, captured = report.explained_variance_ratio[name], report.captured(name)
     return {
         "name": name,
@@ -202,7 +200,7 @@ def _row(report: "EvaReport", name: str) -> dict[str, Any]:
     }
 
 
-def _converged_at(report: "EvaReport", name: str) -> int | None:
+def _converged_at(report: ReportFacts, name: str) -> int | None:
     """The batch from which on the layer stayed converged."""
     site, batch = list(report.ranks).index(name), None
     for at, converged in zip(report.trace.batch, report.trace.converged, strict=True):
@@ -210,7 +208,7 @@ def _converged_at(report: "EvaReport", name: str) -> int | None:
     return batch
 
 
-def _costs(report: "EvaReport") -> list[dict[str, Any]]:
+def _costs(report: ReportFacts) -> list[dict[str, Any]]:
     """Parts of the wall time, which together are all of it."""
     seconds = report.seconds
     statistics = seconds.get("statistics", 0.0)
@@ -224,7 +222,7 @@ def _costs(report: "EvaReport") -> list[dict[str, Any]]:
     return [{"name": name, "seconds": value, "share": value / total} for name, value in parts]
 
 
-def _memory(report: "EvaReport") -> list[tuple[str, int]]:
+def _memory(report: ReportFacts) -> list[tuple[str, int]]:
     states = sum(report.statistic[names[0]].get("nbytes", 0) for names in report.inputs())
     peaks = [
         ("peak of the process" if device == "cpu" else f"peak of PyTorch on {device}", nbytes)
@@ -233,7 +231,7 @@ def _memory(report: "EvaReport") -> list[tuple[str, int]]:
     return [("statistics", states), *peaks]
 
 
-def _call(report: "EvaReport") -> str:
+def _call(report: ReportFacts) -> str:
     """The library call, with the options that differ from their defaults."""
     defaults = {f.name: f.default for f in fields(EvaConfig)}
     changed = [f"{k}={v!r}" for k, v in report.config.items() if k not in defaults or defaults[k] != v]

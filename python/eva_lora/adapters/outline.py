@@ -2,10 +2,10 @@
 
 from torch import nn
 
-__all__ = ["Survey"]
+__all__ = ["ModelOutline"]
 
 
-class Survey:
+class ModelOutline:
     """What a model is made of as it stands. Not kept beyond what it was made for: a model may change.
 
     Attributes:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eva_kernels._double import double
 
-from .planning import EvaPlan
+from ..planning import EvaPlan
 
 __all__ = ["Comparison", "compare", "load_directions"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eva_kernels.allocation import allocate_ranks, candidate_components
 
+from ..config import EvaConfig
 from . import storage
-from .config import EvaConfig
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
 __all__ = ["EvaPlan", "PlannedSite", "plan"]
@@ -76,7 +76,7 @@ class EvaPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaPlan":
-        """Read what :meth:`save` wrote; raises as :func:`eva_lora.storage.load` does."""
+        """Read what :meth:`save` wrote; raises as :func:`eva_lora.planning.storage.load` does."""
         lora_a, facts = storage.load(path, "plan")
         try:
             entries = [storage.checked(PlannedSite, entry) for entry in facts.pop("sites")]

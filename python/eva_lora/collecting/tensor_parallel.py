@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from eva_kernels._double import double
 
-from ..adapters import LoraSite
-from ..batches import RowMask
-from ..preflight import is_lora
-from ..survey import Survey
+from ..adapters import LoraSite, ModelOutline, is_lora
+from .batches import RowMask
 
 __all__ = ["Part", "TensorParallel"]
 
@@ -56,13 +54,13 @@ class TensorParallel:
         self._kinds: dict[str, str] = {}  # of the inputs that come as ordinary tensors, by layer
 
     @classmethod
-    def of(cls, survey: Survey, sites: Sequence[LoraSite]) -> "TensorParallel | None":
+    def of(cls, outline: ModelOutline, sites: Sequence[LoraSite]) -> "TensorParallel | None":
         """Of a model as it is sharded; None where no layer is split over ranks.
 
         Raises:
             ValueError: layers are split over different ranks.
         """
-        fully_sharded = "FSDPModule" in survey.class_names
+        fully_sharded = "FSDPModule" in outline.class_names
         groups = [group for site in sites if (group := _group_of(site.module, fully_sharded)) is not None]
         if not groups:
             return None

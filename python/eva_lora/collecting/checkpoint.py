@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,12 @@ from torch import Tensor, nn
 
 from eva_kernels._build import use_core
 
-from . import storage
-from .capture import Input
-from .following import Following
-from .measurements import Trace
-from .preflight import is_lora
-from .report import versions
-from .streams import DIGEST_BYTES, Position
-
-if TYPE_CHECKING:
-    from .running import Run
+from ..adapters import is_lora
+from ..planning import Trace, storage, versions
+from .convergence import LayerConvergence
+from .inputs import DistinctInput
+from .reader import DIGEST_BYTES, Position
+from .run import Run
 
 __all__ = ["DEFAULT_CHECKPOINT_EVERY", "Checkpoint"]
 
@@ -35,7 +31,7 @@ SHOWN_DIFFERENCES = 5
 
 @dataclass(frozen=True)
 class SavedInput:
-    """One distinct input: an :class:`~eva_lora.capture.Input` between two batches, but for its tensors."""
+    """One :class:`~eva_lora.collecting.inputs.DistinctInput` between two batches, but for its tensors."""
 
     kind: str
     reason: str
@@ -92,7 +88,7 @@ class Checkpoint:
             raise PermissionError(f"checkpoint: expected a folder that can be written to, got {self.path.parent}")
         storage.remove_leftovers(self.path)
 
-    def save(self, run: "Run", positions: list[Position], states: list[dict[str, Any]] | None = None) -> None:
+    def save(self, run: Run, positions: list[Position], states: list[dict[str, Any]] | None = None) -> None:
         """Write the run as it stands between two batches.
 
         Args:
@@ -123,12 +119,12 @@ class Checkpoint:
             history=run.history,
             seconds={**run.seconds, "statistics": run.capture.seconds, "total": time.perf_counter() - run.started},
             stop_reason=run.stop_reason,
-            gram_bytes=run.gram_bytes,
+            gram_bytes=run.maker.gram_bytes,
             wanted=sorted(run.capture.wanted),
-            expected=run.capture._expected,
-            rules={name: sorted(rules) for name, rules in run.rules.items()},
-            sides=run.sides,
-            skipped_rows=run.skipped_rows,
+            expected=run.capture.end.expected,
+            rules={name: sorted(rules) for name, rules in run.row_rules.rules.items()},
+            sides=run.row_rules.sides,
+            skipped_rows=run.row_rules.skipped,
             trace=asdict(run.trace),
         )
         for rank, position in enumerate(positions):
@@ -139,12 +135,12 @@ class Checkpoint:
             "progress": asdict(progress),
             "inputs": [asdict(entry) for entry in inputs],
             "transposed": transposed,
-            "following": _packed(run.following.state(), tensors, "following"),
+            "following": _packed(run.convergence.state(), tensors, "following"),
             "loaders": [_packed(p.loader_state, tensors, f"loader.{rank}") for rank, p in enumerate(positions)],
         }
         storage.save(self.path, "checkpoint", tensors, facts)
 
-    def load_into(self, run: "Run") -> Position | None:
+    def load_into(self, run: Run) -> Position | None:
         """Bring a fresh run to where the file left off.
 
         Returns where this rank's loader has to stand; None without a file, and where another number of ranks wrote it:
@@ -157,7 +153,7 @@ class Checkpoint:
             return None
         tensors, facts = storage.load(self.path, "checkpoint")
         differences = list(_differences(facts.get("identity"), self._identity))
-        if differences and (run.pool is None or run.pool.ranks.rank == 0):  # which wrote it; others hold other shards
+        if differences and run.statistics.is_speaker:  # which wrote it; others hold other shards
             more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
             raise ValueError(
                 f"checkpoint: {self.path} is of another run: {'; '.join(differences[:SHOWN_DIFFERENCES])}{more}. Run "
@@ -169,7 +165,7 @@ class Checkpoint:
             raise ValueError(f"checkpoint: {self.path} is no complete checkpoint: {error}") from error
 
 
-def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> Position | None:
+def _restore(run: Run, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Position | None:
     progress = storage.checked(Progress, facts["progress"])
     saved = [storage.checked(SavedInput, entry) for entry in facts["inputs"]]
     _check(progress, saved, run)
@@ -181,17 +177,18 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
         if kind == "input":
             index, _, attribute = rest.partition(".")
             state[int(index)][attribute] = tensor.mT if name in layouts else tensor
-    following = Following(run.sites, run.config)
-    following.load_state_(_unpacked(facts["following"], tensors))
-    if not set(following.latest) <= {stream for entry in saved for stream in entry.streams}:
-        raise ValueError(f"expected evidence of the layers that have inputs, got some of {sorted(following.latest)}")
+    convergence = LayerConvergence(run.sites, run.config)
+    convergence.load_state_(_unpacked(facts["following"], tensors))
+    if not set(convergence.latest) <= {stream for entry in saved for stream in entry.streams}:
+        raise ValueError(f"expected evidence of the layers that have inputs, got some of {sorted(convergence.latest)}")
     entries = []
     for i, entry in enumerate(saved):
-        statistic = run.new_statistic(entry.streams[0], entry.kind, entry.columns)
+        statistic = run.maker.empty(entry.streams[0], entry.kind, entry.columns)
         statistic.load_state_(state[i])
-        taken = dict.fromkeys(entry.streams, 0)
         pending = entry.pending_batches
-        entries.append(Input(statistic, entry.reason, entry.streams, [], taken, is_new=False, pending_batches=pending))
+        restored = DistinctInput(statistic, entry.reason, entry.streams, is_new=False, pending_batches=pending)
+        restored.calls_made = dict.fromkeys(entry.streams, 0)
+        entries.append(restored)
     positions = []
     for rank, loader_state in enumerate(facts["loaders"]):
         digests = tensors[f"digests.{rank}"]
@@ -206,21 +203,19 @@ def _restore(run: "Run", tensors: dict[str, Tensor], facts: dict[str, Any]) -> P
     for recovered in entries:
         for stream in recovered.streams:
             run.capture.input_of[stream] = recovered
-    run.capture.wanted, run.capture._expected = set(progress.wanted), progress.expected
-    run.following = following
+    run.capture.wanted, run.capture.end.expected = set(progress.wanted), progress.expected
+    run.convergence = convergence
     run.num_batches, run.num_rows, run.history = progress.num_batches, progress.num_rows, progress.history
     run.seconds, run.started = progress.seconds, time.perf_counter() - progress.seconds["total"]
     run.trace, run.capture.seconds = trace, progress.seconds["statistics"]
-    run.stop_reason, run.gram_bytes = progress.stop_reason, progress.gram_bytes
-    run.rules = {name: set(rules) for name, rules in progress.rules.items()}
-    run.sides, run.skipped_rows = progress.sides, progress.skipped_rows
-    rank, size = (0, 1) if run.pool is None else (run.pool.ranks.rank, run.pool.ranks.size)
-    if run.pool is not None:
-        run.pool.share_out()
-    return positions[rank] if len(positions) == size else None
+    run.stop_reason, run.maker.gram_bytes = progress.stop_reason, progress.gram_bytes
+    run.row_rules.rules = {name: set(rules) for name, rules in progress.rules.items()}
+    run.row_rules.sides, run.row_rules.skipped = progress.sides, progress.skipped_rows
+    run.statistics.share_out()
+    return positions[run.statistics.rank] if len(positions) == run.statistics.size else None
 
 
-def _check(progress: Progress, saved: list[SavedInput], run: "Run") -> None:
+def _check(progress: Progress, saved: list[SavedInput], run: Run) -> None:
     """Raise ValueError where a checkpoint's numbers are out of range or do not fit the run's layers."""
     sites, site_of = range(len(run.sites)), run.capture.site_of
     used = [stream for entry in saved for stream in entry.streams]
@@ -228,7 +223,7 @@ def _check(progress: Progress, saved: list[SavedInput], run: "Run") -> None:
         raise ValueError("expected every layer in one input at most")
     for entry in saved:
         widths = {run.sites[site_of[stream]].in_features for stream in entry.streams}
-        if len(widths) > 1 or entry.columns not in run.columns or entry.columns > min(widths):
+        if len(widths) > 1 or entry.columns not in run.maker.columns or entry.columns > min(widths):
             raise ValueError(f"an input of widths {sorted(widths)} cannot have {entry.columns} columns")
     counts = [progress.num_batches, progress.num_rows, progress.gram_bytes, *progress.skipped_rows.values()]
     if min(counts) < 0 or any(entry.pending_batches < 0 for entry in saved):
@@ -241,7 +236,7 @@ def _check(progress: Progress, saved: list[SavedInput], run: "Run") -> None:
         raise ValueError(f"expected a history of {progress.num_batches} batches")
 
 
-def identity(model: nn.Module, run: "Run", device: torch.device, **callables: Any) -> dict[str, Any]:
+def identity(model: nn.Module, run: Run, device: torch.device, **callables: Any) -> dict[str, Any]:
     """What a run's result depends on besides the loader, as plain values with names that say what differs."""
     autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     known = {

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import EvaConfig
-from .initialize import eva_initialize
+from ..config import EvaConfig
+from ..initialize import eva_initialize
 from .pretrained import dtype_keyword
 
 __all__ = ["load_smollm2", "packed_text", "run"]

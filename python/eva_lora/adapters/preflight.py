@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .survey import Survey
+from .outline import ModelOutline
 
 __all__ = ["require_changeable", "require_loaded", "waits_for_others"]
 
@@ -30,19 +30,19 @@ def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
     Raises:
         ValueError: it is compiled or wrapped and ranks change, or an optimizer holds its LoRA parameters.
     """
-    _require_no_copies(Survey(model), ranks_change=ranks_change)
+    _require_no_copies(ModelOutline(model), ranks_change=ranks_change)
     require_no_optimizer([(name, parameter) for name, parameter in model.named_parameters() if is_lora(name)])
 
 
-def _require_no_copies(survey: Survey, *, ranks_change: bool) -> None:
-    state = wrapped(survey) if ranks_change else None
+def _require_no_copies(outline: ModelOutline, *, ranks_change: bool) -> None:
+    state = wrapped(outline) if ranks_change else None
     if state is not None:
         raise ValueError(
             f"model: it is {state}, and a new rank means new parameters that the wrapper would not see. Initialise "
             "before wrapping; or collect, plan, build the model with those ranks (eva_lora.peft.planned_config), and "
             "apply; or keep every rank with rho=1"
         )
-    if any(hasattr(parameter, "_z3_optimizer") for parameter in survey.parameters):
+    if any(hasattr(parameter, "_z3_optimizer") for parameter in outline.parameters):
         raise ValueError(
             "model: DeepSpeed's optimizer already holds a copy of its weights, and would go on training that. "
             "Initialise before deepspeed.initialize makes an optimizer"
@@ -64,11 +64,11 @@ def require_no_optimizer(named: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
-def require_loaded(survey: Survey) -> None:
+def require_loaded(outline: ModelOutline) -> None:
     """Raise ValueError if a weight of the base model is on the meta device and nothing will load it."""
     on_meta = [
         f"{prefix}.{name}" if prefix else name
-        for prefix, module in survey.named_modules
+        for prefix, module in outline.named_modules
         if "_hf_hook" not in vars(module)  # accelerate's: loads the weights when the module runs
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.device.type == "meta" and not is_lora(f"{prefix}.{name}")
@@ -79,26 +79,26 @@ def require_loaded(survey: Survey) -> None:
         )
 
 
-def wrapped(survey: Survey) -> str | None:
+def wrapped(outline: ModelOutline) -> str | None:
     """How the model or a part of it is compiled or wrapped, or None."""
-    wrapper = wrapper_of(survey)
+    wrapper = wrapper_of(outline)
     if wrapper is not None:
         return _WRAPPERS[wrapper]
-    if any(module._compiled_call_impl is not None for module in survey.modules):
+    if any(module._compiled_call_impl is not None for module in outline.modules):
         return "compiled by module.compile()"
-    return "partitioned by DeepSpeed ZeRO-3" if any(map(is_partitioned, survey.parameters)) else None
+    return "partitioned by DeepSpeed ZeRO-3" if any(map(is_partitioned, outline.parameters)) else None
 
 
-def wrapper_of(survey: Survey) -> str | None:
+def wrapper_of(outline: ModelOutline) -> str | None:
     """The class that compiles or wraps the model or a part of it, or None."""
-    return next((name for name in survey.class_names if name in _WRAPPERS), None)
+    return next((name for name in outline.class_names if name in _WRAPPERS), None)
 
 
-def waits_for_others(survey: Survey) -> bool:
+def waits_for_others(outline: ModelOutline) -> bool:
     """Whether a forward waits for those of other processes: weights are gathered, or activations exchanged, in it."""
     wrappers = _WRAPPERS.keys() - {"OptimizedModule"}
-    sharded = any(hasattr(p, "device_mesh") or is_partitioned(p) for p in survey.parameters)
-    return sharded or not wrappers.isdisjoint(survey.class_names)
+    sharded = any(hasattr(p, "device_mesh") or is_partitioned(p) for p in outline.parameters)
+    return sharded or not wrappers.isdisjoint(outline.class_names)
 
 
 def is_partitioned(parameter: Tensor) -> bool:

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eva_kernels.streaming_svd import Statistic
 
-from .adapters import find_adapter
+from ..adapters import find_adapter
+from ..config import DEFAULT_MAX_BATCHES, EvaConfig
 from .batches import RowMask, default_forward, to_device
-from .config import DEFAULT_MAX_BATCHES, EvaConfig
-from .running import Run
+from .making import StatisticMaker
+from .run import Run
 
 __all__ = ["Estimate", "estimate", "matmul_rate"]
 
@@ -52,11 +53,11 @@ class Estimate:
         return (self.forward_flops + self.statistics_flops) / rate
 
 
-class _Rehearsal(Run):
-    """A pass whose statistics have their size, but take in nothing."""
+class _SizesOnly(StatisticMaker):
+    """Makes statistics that have their size, but take in nothing."""
 
-    def _make_statistic(self, stream: int) -> tuple[Statistic, str]:
-        statistic, reason = super()._make_statistic(stream)
+    def make(self, stream: int) -> tuple[Statistic, str]:
+        statistic, reason = super().make(stream)
         vars(statistic)["accumulate_"] = lambda *_, **__: None
         return statistic, reason
 
@@ -80,18 +81,18 @@ def estimate(model: nn.Module, batch: Any, config: Any = None) -> Estimate:
     real = [name for name, parameter in model.named_parameters() if parameter.device.type != "meta"]
     if real:
         raise ValueError(f"model: expected every parameter on the meta device, {real[0]} is not")
-    run = _Rehearsal(adapter, config)
+    run = Run(adapter, config, maker=_SizesOnly)
     counter = FlopCounterMode(display=False)
     model.eval()
     with FakeTensorMode(allow_non_fake_inputs=True), run.capture.hooks(), adapter.disabled(), torch.no_grad():
         shapes = to_device(batch, torch.device("meta"))
         try:
-            with counter, run.capture.batch(RowMask(None, None), early_stop=False):
+            with counter, run.capture.batch(RowMask(None, None)):
                 default_forward(model, shapes)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"model: its forward cannot be rehearsed without values: {reason}") from error
-    run._check_called()
+    run.require_called()
     entries = run.capture.inputs
     rows = run.capture.rows_in_batch
     return Estimate(

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .storage import raw_bytes
+from ..planning import raw_bytes
 
-__all__ = ["DIGEST_BYTES", "END", "Position", "Stream", "fingerprint"]
+__all__ = ["DIGEST_BYTES", "END", "BatchReader", "Position", "fingerprint"]
 
 DIGEST_BYTES = 8
 END = object()  # in the place of a batch, where a round through the loader is over
@@ -31,7 +31,7 @@ class Position:
     loader_state: Any | None
 
 
-class Stream:
+class BatchReader:
     """All batches of a loader, which is started again at its end for as long as it can start again.
 
     Args:

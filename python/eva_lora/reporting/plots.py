@@ -4,21 +4,18 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from .config import EvaConfig
+from ..config import EvaConfig
+from .facts import ReportFacts
 from .layout import Grid, short_names, split_name
-
-if TYPE_CHECKING:
-    from .report import EvaReport
 
 __all__ = ["plot_budget", "plot_convergence", "plot_ranks", "plot_spectra", "save_all"]
 
 
-def plot_ranks(report: "EvaReport") -> Figure:
+def plot_ranks(report: ReportFacts) -> Figure:
     """Rank per layer as a picture of the network: one row a block, one column a layer of the block."""
     grid = Grid.of(report.ranks)
     values = [[grid.cells.get((row, column), float("nan")) for column in grid.columns] for row in grid.rows]
@@ -40,7 +37,7 @@ def plot_ranks(report: "EvaReport") -> Figure:
     return figure
 
 
-def plot_spectra(report: "EvaReport") -> Figure:
+def plot_spectra(report: ReportFacts) -> Figure:
     """Explained variance of each layer's candidate components: each one's, and cumulative."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     single, cumulative = figure.subplots(1, 2)
@@ -63,7 +60,7 @@ def plot_spectra(report: "EvaReport") -> Figure:
     return figure
 
 
-def plot_convergence(report: "EvaReport") -> Figure:
+def plot_convergence(report: ReportFacts) -> Figure:
     """Layers converged after each batch, and how far each layer was from the threshold."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     count, change = figure.subplots(1, 2)
@@ -85,7 +82,7 @@ def plot_convergence(report: "EvaReport") -> Figure:
     return figure
 
 
-def plot_budget(report: "EvaReport") -> Figure:
+def plot_budget(report: ReportFacts) -> Figure:
     """Ranks given and taken against the configured ones, by kind of layer and by block."""
     blocks = Grid.of(report.ranks)
     size = max(len(blocks.rows), len(blocks.columns))
@@ -104,7 +101,7 @@ def plot_budget(report: "EvaReport") -> Figure:
     return figure
 
 
-def save_all(report: "EvaReport", folder: Path, formats: Iterable[str]) -> list[Path]:
+def save_all(report: ReportFacts, folder: Path, formats: Iterable[str]) -> list[Path]:
     """Every figure in every format, as ``ranks.svg`` and so on; returns the paths."""
     figures = {"ranks": plot_ranks, "spectra": plot_spectra, "convergence": plot_convergence, "budget": plot_budget}
     paths = []

@@ -1,13 +1,8 @@
-"""What a pass records of itself as it goes: the way to convergence, and the memory it took."""
+"""The way to convergence, as a pass records it and a report draws it."""
 
-import sys
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-__all__ = ["Trace", "agreement", "peak_memory"]
+__all__ = ["Trace"]
 
 
 @dataclass
@@ -38,34 +33,3 @@ class Trace:
         self.rows.append(rows)
         self.agreement.append([None if value is None else round(value, 6) for value in agreement])
         self.converged.append(converged)
-
-
-def agreement(
-    cosines: NDArray[np.float64],  # (k,)
-    overlaps: NDArray[np.float64],  # (k,)
-    rank: int,
-    criterion: str,
-) -> float:
-    """How far the leading ``rank`` components agree with those before, in [0, 1]: see :class:`Trace`."""
-    if rank == 0:
-        return 1.0
-    if criterion == "component":
-        return float(cosines[:rank].min())
-    return min(1.0, float(overlaps[rank - 1]) / rank)
-
-
-def peak_memory() -> dict[str, int]:
-    """Most bytes in use at once so far, by device: this process's on the CPU ("cpu"; absent where the
-    platform does not tell), PyTorch's allocations on each GPU."""
-    peaks = {}
-    try:
-        import resource
-    except ImportError:  # Windows
-        pass
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peaks["cpu"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
-    return peaks

@@ -1,25 +1,30 @@
 """The pass of several ranks: in step from batch to batch, each with its own, or with none."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from ..batches import RowMask, named_fields
-from ..capture import Portion
-from ..checkpoint import Checkpoint
-from ..progress import Progress
-from ..streams import END, Stream
-from .ranks import Ranks
-
-if TYPE_CHECKING:
-    from ..collecting import Forwards
-    from ..running import Run
+from ..distributed import Ranks
+from .batches import RowMask, named_fields
+from .checkpoint import Checkpoint
+from .forwards import Forwards
+from .inputs import BatchShare
+from .pooling import PooledStatistics
+from .progress import Progress
+from .reader import END, BatchReader
+from .run import Run
 
 __all__ = ["run_together"]
 
 
 def run_together(
-    run: "Run", stream: Stream, forwards: "Forwards", ranks: Ranks, *, saving: Checkpoint | None, bar: Progress
+    run: Run,
+    pooled: PooledStatistics,
+    reader: BatchReader,
+    forwards: Forwards,
+    *,
+    saving: Checkpoint | None,
+    bar: Progress,
 ) -> None:
     """Run batches until the run says stop, on all ranks at once.
 
@@ -30,48 +35,49 @@ def run_together(
     Raises:
         ValueError: no rank has a batch. What one rank fails with, all raise.
     """
-    pool = run.pool
-    assert pool is not None
+    ranks = pooled.ranks
     begins_round = True
     while not run.stop_reason:
-        batch = ranks.attempt(stream.take, default=END)
+        batch = ranks.attempt(reader.take, default=END)
         has_batch, sizes = batch is not END, [0]
         if forwards.in_step or None in run.capture.input_of:
             sizes = ranks.gather(_num_samples(batch) if has_batch else 0)
-            leader = pool.leaders[ranks.rank]
-            run.capture.portion = Portion(sum(sizes[r] for r in sorted({*pool.leaders}) if r < leader), sizes[leader])
+            leader = pooled.leaders[ranks.rank]
+            run.capture.batch_share = BatchShare(
+                sum(sizes[r] for r in sorted({*pooled.leaders}) if r < leader), sizes[leader]
+            )
         idle = _stand_in(batch, sizes, ranks) if forwards.in_step else END
         mask = _run(forwards, ranks, batch, idle)
         num_rows = run.capture.rows_in_batch if has_batch else 0
-        had, all_rows, changed, rows = pool.count(has_batch, num_rows)
+        had, all_rows, changed, rows = pooled.count(has_batch, num_rows)
         if had == 0:
             if begins_round:
                 if run.num_batches == 0:
                     raise ValueError("loader: expected at least one batch, it is empty on every rank")
                 run.stop_reason = "end of the data"
-                _save(run, stream, ranks, saving)
+                _save(run, pooled, reader, saving)
             else:
-                ranks.attempt(stream.again)
+                ranks.attempt(reader.again)
                 begins_round = True
             continue
         begins_round = False
         if changed:
-            started = pool.unify()
+            started = pooled.unify()
             if started:
                 _run(forwards, ranks, batch, idle, only=started)
                 num_rows = max(num_rows, run.capture.rows_in_batch) if has_batch else 0
-            had, all_rows, changed, rows = pool.count(has_batch, num_rows)
+            had, all_rows, changed, rows = pooled.count(has_batch, num_rows)
         if not has_batch:
-            stream.pass_over()
-        pool.record(rows)
+            reader.pass_over()
+        pooled.record(rows)
         run.capture.rows_in_batch = all_rows
         run.finish_batch(mask)
         bar.update(run.num_batches, run.num_rows, run.history[-1], run.trace)
         if saving is not None and (run.stop_reason or run.num_batches % saving.every == 0):
-            _save(run, stream, ranks, saving)
+            _save(run, pooled, reader, saving)
 
 
-def _run(forwards: "Forwards", ranks: Ranks, batch: Any, idle: Any, only: Any = None) -> RowMask:
+def _run(forwards: Forwards, ranks: Ranks, batch: Any, idle: Any, only: Any = None) -> RowMask:
     nothing = RowMask(None, 0)
     if batch is not END:
         return ranks.attempt(lambda: forwards.fold(batch, only=only), default=nothing)
@@ -89,11 +95,12 @@ def _stand_in(batch: Any, sizes: list[int], ranks: Ranks) -> Any:
     return END if batch is not END else received
 
 
-def _save(run: "Run", stream: Stream, ranks: Ranks, saving: Checkpoint | None) -> None:
-    if saving is None or run.pool is None:
+def _save(run: Run, pooled: PooledStatistics, reader: BatchReader, saving: Checkpoint | None) -> None:
+    if saving is None:
         return
-    run.pool.gather_facts(final=False)
-    states, positions = run.pool.states(), ranks.exchange(stream.position())
+    ranks = pooled.ranks
+    pooled.gather_facts(final=False)
+    states, positions = pooled.states(), ranks.exchange(reader.position())
     if ranks.rank == 0:
         ranks.attempt(lambda: saving.save(run, positions, states))
     ranks.agree()

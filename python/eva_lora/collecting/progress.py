@@ -9,8 +9,8 @@ from types import TracebackType
 import torch.distributed
 from tqdm.auto import tqdm
 
-from .config import DEFAULT_MAX_BATCHES, EvaConfig
-from .measurements import Trace
+from ..config import DEFAULT_MAX_BATCHES, EvaConfig
+from ..planning import Trace
 
 __all__ = ["Progress", "is_main_process", "predict_batches"]
 

@@ -1,0 +1,47 @@
+"""The global random generators, and giving them back as they were."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["same_generators"]
+
+
+@contextmanager
+def same_generators(devices: set[torch.device]) -> Iterator[None]:
+    """Within it anything may draw; afterwards the global generators, and these devices', are where they were."""
+    restore = _generators(devices)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _generators(devices: set[torch.device]) -> Callable[[], None]:
+    states: list[tuple[Callable[[Any], object], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),  # noqa: NPY002 - the global one is what users draw from
+        *(pair for device in devices if (pair := _generator_of(device)) is not None),
+    ]
+
+    def restore() -> None:
+        for set_state, state in states:
+            set_state(state)
+
+    return restore
+
+
+def _generator_of(device: torch.device) -> tuple[Callable[[Any], object], Any] | None:
+    """What sets the state of a device's own generator, and that state; None where there is none that PyTorch names."""
+    if device.type in ("cuda", "xpu"):
+        module = getattr(torch, device.type)
+        return partial(module.set_rng_state, device=device), module.get_rng_state(device)
+    if device.type == "mps":
+        return torch.mps.set_rng_state, torch.mps.get_rng_state()
+    return None

@@ -1,0 +1,12 @@
+"""The pass: forwards of the frozen model over batches, until every layer's statistic says enough.
+
+Knows models, batches, hooks and statistics; does not know what becomes of them. One activation's way through it:
+:mod:`.capture` (a hook takes it, once for all layers that share it) → :mod:`.batches` (which of its rows count) → its
+statistic → :mod:`.run` (refresh, after the forward) → :mod:`.convergence` (converged?) → :mod:`.closing` (the result).
+"""
+
+from .batches import ForwardFn, RowMaskFn
+from .estimating import Estimate, estimate, matmul_rate
+from .passing import collect, collect_with
+
+__all__ = ["Estimate", "ForwardFn", "RowMaskFn", "collect", "collect_with", "estimate", "matmul_rate"]

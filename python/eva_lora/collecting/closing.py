@@ -1,0 +1,51 @@
+"""What comes of a run: the statistics that planning needs, and what a report says of the pass."""
+
+from ..planning import EvaStatistics, InputStatistics, SiteStatistics
+from .inputs import DistinctInput
+from .measurements import peak_memory
+from .run import Run
+
+__all__ = ["statistics_of"]
+
+
+def statistics_of(run: Run) -> EvaStatistics:
+    """The statistics of a run that is finished."""
+    decision = run.convergence.decision
+    assert decision is not None
+    done = dict(zip(run.convergence.members, decision.done, strict=True))
+    converged = dict(zip(run.convergence.members, decision.components_converged, strict=True))
+    return EvaStatistics(
+        sites=[
+            SiteStatistics(
+                name=site.name, inputs=_inputs_of(run, i), rank=site.rank, in_features=site.in_features,
+                converged=bool(done.get(i, False)), components_converged=int(converged.get(i, 0)),
+                rank_multiple=site.rank_multiple, removable=site.removable, rows=run.row_rules.said_of(site.name),
+            )
+            for i, site in enumerate(run.sites)
+        ],
+        inputs=[_input_statistics(run, entry) for entry in run.capture.inputs],
+        config=run.config, num_batches=run.num_batches, num_rows=run.num_rows, seconds=run.seconds,
+        history=run.history, stop_reason=run.stop_reason, notes=_notes(run), trace=run.trace,
+        peak_memory=peak_memory(),
+    )  # fmt: skip
+
+
+def _inputs_of(run: Run, site: int) -> tuple[int, ...]:
+    index = {id(entry): i for i, entry in enumerate(run.capture.inputs)}
+    entries = [run.capture.input_of[stream] for stream in run.capture.streams_of[site]]
+    return tuple(-1 if entry is None else index[id(entry)] for entry in entries)
+
+
+def _notes(run: Run) -> tuple[str, ...]:
+    left_alone = [f"{name} is not initialised by EVA: {reason}" for name, reason in run.left_alone.items()]
+    return (*left_alone, *(f"{name} saw no input: it keeps its rank and its initial A" for name in run.silent()))
+
+
+def _input_statistics(run: Run, entry: DistinctInput) -> InputStatistics:
+    statistic = entry.statistic
+    return InputStatistics(
+        kind=statistic.kind, num_rows=statistic.num_rows, total_scatter=float(statistic.total_scatter()),
+        nbytes=statistic.nbytes(), reason=entry.reason,
+        skipped_rows=sum(run.row_rules.skipped.get(name, 0) for name in run.names(entry)),
+        eigenvalues=statistic.eigenvalues.cpu(), components=statistic.basis.T.float().cpu().contiguous(),
+    )  # fmt: skip

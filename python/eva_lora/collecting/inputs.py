@@ -1,0 +1,58 @@
+"""Plain records of a pass: its distinct inputs, what a forward calls them with, and what of a batch is run here."""
+
+import weakref
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from eva_kernels.streaming_svd import Sketch, Statistic
+
+from ..adapters import LayerInput
+
+__all__ = ["BatchShare", "Call", "DistinctInput", "version_of"]
+
+
+def version_of(x: Tensor) -> int | None:
+    """Which edit of a tensor this is; None of inference tensors, which keep no version and so are never shared."""
+    return None if x.is_inference() else x._version
+
+
+@dataclass
+class Call:
+    """One tensor that an input was called with in the current forward."""
+
+    tensor: "weakref.ref[Tensor]"
+    version: int | None
+    held: LayerInput | None  # kept alive only until every layer that shares the input has been called with it
+
+    def is_same(self, x: Tensor) -> bool:
+        return self.tensor() is x and self.version is not None and self.version == version_of(x)
+
+
+@dataclass
+class DistinctInput:
+    """One distinct layer input: the streams it feeds, their shared statistic, and this forward's calls."""
+
+    statistic: Statistic
+    reason: str
+    streams: list[int]
+    calls: list[Call] = field(default_factory=list)
+    calls_made: dict[int, int] = field(default_factory=dict)  # stream -> how many of the calls
+    is_new: bool = True  # made in the current batch: others may still join it
+    pending_batches: int = 0  # batches folded in since the last refresh
+    # Of a pass that several ranks make together:
+    owner: int = -1  # the rank that does its algebra
+    known_rows: int = 0  # of all ranks, at the end of the last batch
+    sketch: Sketch | None = None  # of this rank's first rows, until all have started from the sketch of everybody's
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """What of a batch that several ranks share is run here: so many samples, after those of the ranks before."""
+
+    before: int
+    own: int
+
+    def first_row(self, num_rows: int) -> int:
+        """How many rows come before these, where every sample has as many."""
+        return num_rows * self.before // max(1, self.own)

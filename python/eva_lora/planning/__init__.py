@@ -1,0 +1,26 @@
+"""From statistics to ranks and A, and the files that hold both. No model, no data, no forward pass.
+
+Knows numbers and names of layers; what a pass leaves behind (:class:`EvaStatistics`) and what is to be written
+(:class:`EvaPlan`) are its records, which every other room reads.
+"""
+
+from . import storage
+from .eva_plan import EvaPlan, PlannedSite, plan
+from .provenance import command_line, versions
+from .statistics import EvaStatistics, InputStatistics, SiteStatistics
+from .storage import raw_bytes
+from .trace import Trace
+
+__all__ = [
+    "EvaPlan",
+    "EvaStatistics",
+    "InputStatistics",
+    "PlannedSite",
+    "SiteStatistics",
+    "Trace",
+    "command_line",
+    "plan",
+    "raw_bytes",
+    "storage",
+    "versions",
+]
