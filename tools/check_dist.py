@@ -14,10 +14,12 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ABOUT_THE_REPOSITORY = (".ci/", ".github/", ".gitignore")
+ABOUT_THE_REPOSITORY = (".ci/", ".github/", ".gitignore", ".editorconfig", ".pre-commit-config.yaml")
 MADE_BY_SDIST = {"PKG-INFO", "setup.cfg"}
 METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
-IN_WHEEL = re.compile(r"(.*\.(py|pyi|typed)|eva_kernels/.*/README\.md|eva_lora/(templates/[^/]+|[^/]+\.json))")
+IN_WHEEL = re.compile(
+    r"(.*\.(py|pyi|typed)|eva_kernels/.*/README\.md|eva_lora/reporting/(templates/[^/]+|[^/]+\.json))"
+)
 BUILT = re.compile(r"eva_kernels/(_core\.[\w.-]+\.(so|pyd)|_build_record\.json)|eva_kernels\.libs/.*")
 
 
