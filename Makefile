@@ -67,7 +67,7 @@ $(VENV)/.data: examples/domains/data.py | $(VENV)/.dev
 	$(BIN)/python -m examples.domains.data >/dev/null && touch $@
 
 test: $(VENV)/.data
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
 	$(BIN)/python -m venv $(VENV)/libraries

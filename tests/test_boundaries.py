@@ -192,3 +192,9 @@ def test_a_forbidden_import_is_seen():
     }
     with pytest.raises(AssertionError, match=r"in a circle: .*eva_lora\.collecting\.run"):
         require_no_circle(graph_of(closed))
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports a test file under its bare name: of two, the second would fail to be collected."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
