@@ -142,7 +142,7 @@ class EvaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Field → value, as JSON can hold it."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EvaConfig":

@@ -831,3 +831,44 @@ def test_a_sentence_encoder_masks_its_tokens():
     assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
     masks = [batch["attention_mask"].bool() for batch in batches]
     require_directions_of(model, calls, lambda name, number, x: masks[number] if x.ndim == 3 else None)
+
+
+@needs("transformers>=4.56")  # has it first
+def test_florence_2_masks_its_two_sides_and_counts_all_of_its_images():
+    from transformers import Florence2Config, Florence2ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = Florence2Config(
+        text_config={"model_type": "bart", "vocab_size": 60, "max_position_embeddings": 32, **SIZES},
+        vision_config={
+            "embed_dim": (8, 8), "num_heads": (2, 2), "num_groups": (2, 2), "depths": (1, 1), "patch_size": (7, 3),
+            "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True), "window_size": 2,
+            "projection_dim": 16, "max_temporal_embeddings": 4, "max_position_embeddings": 8,
+        },
+        image_token_id=59,
+    )  # fmt: skip
+    base = Florence2ForConditionalGeneration(config)
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "qkv"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
+    generator, batches = torch.Generator().manual_seed(0), []
+    for prompt, answer in ((9, 6), (7, 7), (8, 5)):
+        ids = torch.randint(3, 58, (3, prompt), generator=generator)
+        ids[:, :5] = 59
+        keep = torch.arange(prompt) < torch.tensor([prompt, 6, 7])[:, None]
+        labels = torch.randint(3, 58, (3, answer), generator=generator)
+        labels[1, 2:] = -100
+        pixels = torch.randn(3, 3, 16, 16, generator=generator)
+        batch = {"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels}
+        batches.append({**batch, "labels": labels, "decoder_input_ids": labels.clamp(min=0)})
+    calls = recorded(model, batches)
+    with pytest.warns(UserWarning, match=r"have rows that fit no mask of the batch"):
+        report = initialised(model, batches)
+
+    def kept(name, number, x):
+        if "language_model" not in name:
+            assert report.statistic[name]["rows"] == FITS_NO_MASK
+            return None
+        of_prompt = ".encoder." in name or "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
+        return batches[number]["attention_mask"].bool() if of_prompt else batches[number]["labels"] != -100
+
+    require_directions_of(model, calls, kept)
