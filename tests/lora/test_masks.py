@@ -212,6 +212,12 @@ def test_labels_of_a_name_of_ones_own():
         EvaConfig(label_names=[3])
 
 
+def test_labels_of_no_tokens_that_the_batch_tells_of_leave_nothing_out_and_are_named():
+    found = row_mask({"x": torch.randn(2, 3, 4), "labels": torch.tensor([[1, -100, 2]] * 2)}, CONFIG, None)
+    assert (found.mask, found.rule) == (None, "all rows: there is no mask beside labels")
+    assert row_mask({"x": torch.randn(2, 4), "labels": torch.tensor([0, 1])}, CONFIG, None).rule == "all rows"
+
+
 @pytest.mark.parametrize("name", ["token_type_ids", "mm_token_type_ids", "special_tokens_mask"])
 def test_token_types_leave_nothing_out(name):
     tokens = token_batches(1)[0]

@@ -466,6 +466,9 @@ class _Reader:
             if called_mask and of_tokens and name not in OTHER_MASKS:
                 return f"{UNKNOWN} {name}"
         beside = next((name for name in (*CUMULATIVE_LENGTHS, *POSITIONS) if self.fields.get(name) is not None), None)
+        label_name, labels = self._labels()
+        if beside is None and shape is None and labels is not None and labels.ndim > 1:  # per token, of which tokens?
+            beside = label_name
         return ALL_ROWS if prefix or beside is None else f"{NO_MASK} {beside}"
 
     def _tokens_that_attend(self, mask: Any, name: str, shape: tuple[int, ...] | None) -> Tensor:
