@@ -15,7 +15,7 @@ from end_to_end import load_model
 from eva_kernels import Statistic
 from eva_lora import EvaConfig
 from eva_lora.adapters import find_adapter
-from eva_lora.collecting.batches import row_mask
+from eva_lora.collecting.masks import row_mask
 from eva_lora.collecting.run import Run
 from harness.paired import Candidate, Case
 from until_converged import load, with_lora

@@ -29,6 +29,7 @@ class EvaConfig:
             seen, ≤ 1 − tau three times in a row. It projects every row once more, on both bases.
         use_label_mask: Leave out rows whose label is ``label_mask_value``, where labels are per token.
         label_mask_value: The label that marks a row to leave out.
+        label_names: Fields of a batch that may hold labels; the first that is there does.
         whiten: Divide each row of A by the square root of its singular value. Paper, appendix on vision.
         adjust_scaling_factors: Change alpha with the rank so that the LoRA scaling stays what it was.
         max_batches: Stop after this many batches. None: ``DEFAULT_MAX_BATCHES``, so that every run ends.
@@ -68,6 +69,7 @@ class EvaConfig:
     convergence: Convergence = "subspace"
     use_label_mask: bool = True
     label_mask_value: int = -100
+    label_names: tuple[str, ...] = ("labels", "label_ids", "lm_labels", "target_ids", "targets")
     whiten: bool = False
     adjust_scaling_factors: bool = True
     max_batches: int | None = None
@@ -97,6 +99,7 @@ class EvaConfig:
             self._integer(name, 1, optional=True)
         self._integer("seed", 0)
         self._integer("label_mask_value", None)
+        self._names("label_names")
         for name in (
             "use_label_mask",
             "whiten",
@@ -139,7 +142,7 @@ class EvaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Field → value, as JSON can hold it."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EvaConfig":
@@ -155,6 +158,13 @@ class EvaConfig:
         if unknown:
             raise ValueError(f"config: unknown fields {unknown}; written by a newer version?")
         return cls(**values)
+
+    def _names(self, field: str) -> None:
+        names = getattr(self, field)
+        names = (names,) if isinstance(names, str) else names
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{field}: expected a list of names, got {names!r}")
+        object.__setattr__(self, field, tuple(names))
 
     def _choice(self, name: str, known: tuple[str, ...]) -> None:
         value = getattr(self, name)

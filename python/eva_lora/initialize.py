@@ -43,7 +43,8 @@ def eva_initialize(
             else the defaults.
         forward_fn: Called as ``forward_fn(model, batch)`` in place of the model itself.
         row_mask_fn: Called as ``row_mask_fn(batch)``; returns which rows count, a bool tensor
-            (batch, tokens), or None for all. In place of attention_mask and labels.
+            (batch, tokens), or None for all; for an encoder-decoder one of each, ``{"encoder": …, "decoder": …}``.
+            In place of attention_mask and labels.
         sites: The LoRA layers, where they are not to be looked for: :class:`eva_lora.ParameterSite` for layers that
             keep A and B as parameters. None: those of the model's adapter.
         progress: Show a progress bar (on standard error).

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -143,8 +143,9 @@ def get_eva_state_dict(
         row_mask_fn = _no_mask
     else:
         dataloader = _Mappings(dataloader)
+    config = replace(EvaConfig.of(peft_config.eva_config), label_names=("labels",))  # as PEFT's function has it
     statistics = collect_with(
-        adapter, model, dataloader, EvaConfig.of(peft_config.eva_config), row_mask_fn=row_mask_fn,
+        adapter, model, dataloader, config, row_mask_fn=row_mask_fn,
         forward_fn=None if forward_fn is forward_fn_dict else forward_fn, progress=show_progress_bar, ranks=ranks,
     )  # fmt: skip
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -370,6 +371,7 @@ class _BareModel:
             config = _maybe_include_all_linear_layers(config, model)
         self.left_alone: dict[str, str] = {}
         self.eva_config = None
+        self.invocation = getattr(peft_config, "alora_invocation_tokens", None)
         self.sites = []
         for name, module in model.named_modules():
             if not isinstance(module, (nn.Linear, Conv1D)):

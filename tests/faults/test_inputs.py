@@ -3,28 +3,18 @@
 import collections
 from dataclasses import dataclass
 
-import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from transformers import (
     BatchEncoding,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
-from eva_lora import EvaConfig, collect, eva_initialize
-from eva_lora.collecting.batches import FITS_NO_MASK, RowMask, row_mask, to_device
+from eva_lora import EvaConfig, collect
+from eva_lora.collecting.batches import to_device
 from eva_lora.collecting.reader import BatchReader, fingerprint
-from support.models import token_batches
 from support.tiny import tiny_batches, tiny_model
-from support.versions import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
@@ -157,172 +147,3 @@ def test_a_stream_takes_no_batch_before_it_is_asked():
     stream = BatchReader(taken.append(i) or i for i in range(5))
     assert taken == [0]  # the first, to know that there is one
     assert (next(stream), taken) == (0, [0])
-
-
-# --- masks
-
-
-def test_masks_of_every_layout_mean_the_same():
-    keep = torch.arange(24).expand(4, 24) < torch.tensor([24, 11, 5, 16])[:, None]
-    causal = torch.ones(24, 24).tril().bool() & keep[:, None, None, :]
-    additive = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
-    layouts = [keep, keep.long(), keep.float(), keep.long() * 3, causal, causal.int(), additive, causal[:, 0],
-               {"full_attention": causal, "sliding_attention": None}, causal.expand(4, 2, 24, 24)]  # fmt: skip
-    for mask in layouts:
-        found = row_mask({**token_batches(1)[0], "attention_mask": mask}, CONFIG, None)
-        assert torch.equal(found.mask, keep)
-        assert (found.num_rows, found.rule) == (int(keep.sum()), "attention_mask")
-
-
-def test_a_mask_for_all_sequences_and_keys_of_earlier_tokens():
-    tokens = token_batches(1, (3, 5))[0]
-    found = row_mask(
-        {**tokens, "attention_mask": torch.tensor([1, 1, 1, 0, 0]).diag()[None, None].bool()}, CONFIG, None
-    )
-    assert found.mask.tolist() == [[True, True, True, False, False]] * 3
-    cached = torch.ones(3, 1, 5, 9, dtype=torch.bool)
-    assert row_mask({**tokens, "attention_mask": cached}, CONFIG, None).mask is None
-
-
-def test_packed_sequences_with_position_ids_count_whole():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3, 4]])
-    found = row_mask({"input_ids": torch.ones_like(positions), "position_ids": positions}, CONFIG, None)
-    assert (found.mask, found.rule) == (None, "all rows")
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.ones(4, 24, 3, 2), r"^attention_mask: expected shape"),
-        (torch.ones(4, 1, 24, 24), r"^attention_mask: expected an additive mask, .* values above 0"),
-        ("all", r"^attention_mask: .* got str"),
-    ],
-)
-def test_masks_that_mean_nothing_are_refused(mask, message):
-    with pytest.raises(ValueError, match=message):
-        row_mask({"attention_mask": mask}, CONFIG, None)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.integers(1, 4), st.integers(1, 5), st.data(),
-    st.sampled_from(["tokens", "flat", "transposed", "heads", "sequences", "other"]),
-)  # fmt: skip
-def test_an_input_of_any_shape_gets_the_mask_of_its_rows(batch, tokens, data, layout):
-    bits = data.draw(st.lists(st.booleans(), min_size=batch * tokens, max_size=batch * tokens))
-    mask = torch.tensor(bits).reshape(batch, tokens)
-    labelled = torch.arange(batch * tokens).reshape(batch, tokens)  # every row holds the number of its token
-    shapes = {
-        "tokens": labelled,
-        "flat": labelled.reshape(-1),
-        "transposed": labelled.T,
-        "heads": labelled[:, :, None].expand(batch, tokens, 3),
-        "sequences": labelled[:, 0],
-        "other": torch.zeros(batch + 6, 2, tokens + 7),
-    }
-    x = shapes[layout][..., None].float()
-    own = RowMask(mask, int(mask.sum()), "given")
-    got, count = own.of(x, "layer")
-    kept = (x[..., 0] if got is None else x[..., 0][got]).flatten()
-    assert count == kept.numel()
-    if layout == "other":
-        assert own.rules == {"layer": FITS_NO_MASK}
-        assert got is None
-    elif layout == "sequences":
-        if tokens > 1:  # else a row is as well a token's
-            assert set(kept.tolist()) == set(labelled[mask.any(1), 0].tolist())
-    elif batch != tokens or layout != "transposed":  # a square one cannot be told from the mask itself
-        assert sorted(kept.tolist()) == sorted(labelled[mask].repeat_interleave(3 if layout == "heads" else 1).tolist())
-
-
-def test_layers_whose_rows_fit_no_mask_count_whole_and_are_named():
-    class Seeing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vision, self.text = nn.Linear(5, 6), nn.Linear(6, 6)
-
-        def forward(self, pixels, tokens, attention_mask):
-            return self.text(tokens) + self.vision(pixels).mean(1, keepdim=True)
-
-    model = peft.get_peft_model(Seeing(), peft.LoraConfig(r=2, target_modules=["vision", "text"]))
-    generator = torch.Generator().manual_seed(0)
-    keep = torch.arange(8).expand(2, 8) < torch.tensor([8, 3])[:, None]
-    loader = [
-        {"pixels": torch.randn(2, 11, 5, generator=generator), "tokens": torch.randn(2, 8, 6, generator=generator),
-         "attention_mask": keep} for _ in range(4)
-    ]  # fmt: skip
-    with pytest.warns(UserWarning, match=r"^the inputs of 1 layers, the first is vision, have rows that fit no mask"):
-        report = eva_initialize(model, loader, CONFIG, progress=False)
-    assert report.statistic["vision"]["rows"] == "all rows: they fit no mask of the batch"
-    assert report.statistic["text"]["rows"] == "attention_mask"
-    assert "all rows: they fit no mask of the batch; attention_mask" in str(report)
-
-
-@needs("transformers>=4.52")  # its parts have other names before
-def test_a_vision_language_model_masks_its_text_and_names_its_images():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes), image_token_id=59,
-        text_config=LlamaConfig(vocab_size=60, num_key_value_heads=2, **sizes),
-        vision_feature_layer=-1, vision_feature_select_strategy="default",
-    )  # fmt: skip
-    model = peft.get_peft_model(
-        LlavaForConditionalGeneration(config), peft.LoraConfig(r=2, target_modules="all-linear")
-    )
-    generator, loader = torch.Generator().manual_seed(0), []
-    for _ in range(4):
-        ids = torch.randint(0, 58, (3, 12), generator=generator)
-        ids[:, 1:5] = 59
-        keep = torch.arange(12).expand(3, 12) < torch.tensor([12, 9, 7])[:, None]
-        pixels = torch.randn(3, 3, 16, 16, generator=generator)
-        loader.append({"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels})
-    with pytest.warns(UserWarning, match=r"^the inputs of 14 layers, the first is model\.vision_tower\."):
-        statistics = run(loader, model)
-    for site in statistics.sites:
-        rows = statistics.inputs[site.input].num_rows
-        if site.name.startswith("model.language_model"):
-            assert (site.rows, rows) == ("attention_mask", 4 * (12 + 9 + 7))
-        else:
-            assert site.rows == FITS_NO_MASK
-            assert rows == 4 * 3 * (4 if "projector" in site.name else 5)  # patches, and a class token in the tower
-
-
-def t5():
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
-    )
-    targets = ["q", "k", "v", "o", "wi", "wo"]
-    return peft.get_peft_model(T5ForConditionalGeneration(config), peft.LoraConfig(r=2, target_modules=targets))
-
-
-def seq2seq_batches(lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for encoder, decoder in lengths:
-        ids = torch.randint(1, 50, (3, encoder), generator=generator)
-        mask = torch.arange(encoder).expand(3, encoder) < torch.tensor([encoder, 2, 4])[:, None]
-        labels = torch.randint(1, 50, (3, decoder), generator=generator)
-        labels[1, 2:] = -100
-        batches.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
-    return batches
-
-
-def test_encoder_and_decoder_rows_have_masks_of_their_own():
-    model, loader = t5(), seq2seq_batches([(7, 5), (6, 6), (5, 7)])  # the second batch alone could be read either way
-    config = EvaConfig(max_batches=3, tau=1.0, statistic="gram")
-    statistics = run(loader, model, config)
-    rows = {site.name: statistics.inputs[site.input].num_rows for site in statistics.sites}
-    encoder = sum(int(batch["attention_mask"].sum()) for batch in loader)
-    decoder = sum(int((batch["labels"] != -100).sum()) for batch in loader)
-    for name, count in rows.items():
-        reads_encoder = name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
-        assert count == (encoder if reads_encoder else decoder), name
-    assert {site.rows for site in statistics.sites} == {"attention_mask", "labels"}
-    assert statistics.num_rows == encoder
-
-
-def test_encoder_and_decoder_that_cannot_be_told_apart_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"^layer encoder\.block\.0\..*q: its input has rows \(3, 6\), and so have"):
-        run(seq2seq_batches([(6, 6)]), t5())

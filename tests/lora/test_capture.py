@@ -6,9 +6,9 @@ from torch import nn
 
 from eva_kernels import GramStatistic
 from eva_lora.adapters import LoraSite
-from eva_lora.collecting.batches import RowMask
 from eva_lora.collecting.capture import Capture
 from eva_lora.collecting.ending import ForwardEnd
+from eva_lora.collecting.masks import RowMask
 from support.bounds import gamma
 
 D = 4

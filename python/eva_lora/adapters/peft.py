@@ -85,6 +85,11 @@ class PeftAdapter:
         """PEFT's ``EvaConfig`` where the ``LoraConfig`` carries one, else None."""
         return getattr(self.config, "eva_config", None)
 
+    @property
+    def invocation(self) -> list[int] | None:
+        """Of an activated LoRA the tokens from whose last occurrence in a sequence on it acts, else None."""
+        return getattr(self.config, "alora_invocation_tokens", None)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         from peft.tuners.tuners_utils import BaseTunerLayer

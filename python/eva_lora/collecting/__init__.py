@@ -5,8 +5,9 @@ Knows models, batches, hooks and statistics; does not know what becomes of them.
 statistic → :mod:`.run` (refresh, after the forward) → :mod:`.convergence` (converged?) → :mod:`.closing` (the result).
 """
 
-from .batches import ForwardFn, RowMaskFn
+from .batches import ForwardFn
 from .estimating import Estimate, estimate, matmul_rate
+from .masks import RowMaskFn
 from .passing import collect, collect_with
 
 __all__ = ["Estimate", "ForwardFn", "RowMaskFn", "collect", "collect_with", "estimate", "matmul_rate"]

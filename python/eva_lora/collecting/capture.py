@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from eva_kernels.streaming_svd import Statistic, SubspaceStatistic
 
 from ..adapters import LayerInput, LoraSite, Rows
-from .batches import RowMask
 from .ending import ForwardComplete, ForwardEnd
 from .inputs import BatchShare, Call, DistinctInput, version_of
+from .masks import RowMask, rows_of
 from .restoring import without_autocast
 from .tensor_parallel import TensorParallel
 
@@ -180,6 +180,9 @@ class Capture:
         x, rows = given.tensor, site.rows
         if x.requires_grad:
             x = x.detach()
+        nested = x.is_nested
+        if nested:
+            x = rows_of(x, site.name)
         if self.parallel is not None:
             x, kind = self.parallel.part(site, x) if rows is None and given.tokens is None else (x, "replica")
             if kind == "block" and (self._mask.skip_nonfinite or not isinstance(entry.statistic, SubspaceStatistic)):
@@ -193,7 +196,7 @@ class Capture:
         if width != site.in_features and kind != "block":
             raise ValueError(f"layer {site.name}: expected an input of width {site.in_features}, got shape {shape}")
         layout = given.batch or (shape[:-1] if rows is None else rows.shape(x))
-        mask, num_rows = rows_mask.of_rows(layout, x.device, site.name)
+        mask, num_rows = rows_mask.of_rows(layout, x.device, site.name, nested=nested)
         if self._mask.num_rows is None:
             self.rows_in_batch = max(self.rows_in_batch, num_rows)
         tick = time.perf_counter()

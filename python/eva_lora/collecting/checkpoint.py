@@ -19,6 +19,7 @@ from ..adapters import is_lora
 from ..planning import Trace, storage, versions
 from .convergence import LayerConvergence
 from .inputs import DistinctInput
+from .masks import RowMemory
 from .reader import DIGEST_BYTES, Position
 from .run import Run
 
@@ -54,7 +55,7 @@ class Progress:
     wanted: list[int]
     expected: list[int] | None
     rules: dict[str, list[str]]
-    sides: dict[str, str]
+    row_memory: dict[str, dict[str, str]]
     skipped_rows: dict[str, int]
     trace: dict[str, Any]
 
@@ -123,7 +124,7 @@ class Checkpoint:
             wanted=sorted(run.capture.wanted),
             expected=run.capture.end.expected,
             rules={name: sorted(rules) for name, rules in run.row_rules.rules.items()},
-            sides=run.row_rules.sides,
+            row_memory=asdict(run.row_rules.memory),
             skipped_rows=run.row_rules.skipped,
             trace=asdict(run.trace),
         )
@@ -169,7 +170,7 @@ def _restore(run: Run, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Pos
     progress = storage.checked(Progress, facts["progress"])
     saved = [storage.checked(SavedInput, entry) for entry in facts["inputs"]]
     _check(progress, saved, run)
-    trace = storage.checked(Trace, progress.trace)
+    trace, memory = storage.checked(Trace, progress.trace), storage.checked(RowMemory, progress.row_memory)
     layouts = set(facts["transposed"])
     state: dict[int, dict[str, Any]] = {i: dict(entry.numbers) for i, entry in enumerate(saved)}
     for name, tensor in tensors.items():
@@ -210,7 +211,7 @@ def _restore(run: Run, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Pos
     run.trace, run.capture.seconds = trace, progress.seconds["statistics"]
     run.stop_reason, run.maker.gram_bytes = progress.stop_reason, progress.gram_bytes
     run.row_rules.rules = {name: set(rules) for name, rules in progress.rules.items()}
-    run.row_rules.sides, run.row_rules.skipped = progress.sides, progress.skipped_rows
+    run.row_rules.memory, run.row_rules.skipped = memory, progress.skipped_rows
     run.statistics.share_out()
     return positions[run.statistics.rank] if len(positions) == run.statistics.size else None
 

@@ -13,8 +13,9 @@ from eva_kernels.streaming_svd import Statistic
 
 from ..adapters import find_adapter
 from ..config import DEFAULT_MAX_BATCHES, EvaConfig
-from .batches import RowMask, default_forward, to_device
+from .batches import default_forward, to_device
 from .making import StatisticMaker
+from .masks import RowMask
 from .run import Run
 
 __all__ = ["Estimate", "estimate", "matmul_rate"]

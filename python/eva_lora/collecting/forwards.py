@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..adapters import ModelOutline, waits_for_others
-from .batches import ForwardFn, RowMask, RowMaskFn, default_forward, is_encoder_decoder, row_mask, to_device
+from .batches import ForwardFn, default_forward, to_device
 from .making import device_of
+from .masks import INSIDE, RowMask, RowMaskFn, row_mask, sides_of
 from .run import Run
 
 __all__ = ["Forwards"]
@@ -34,7 +35,8 @@ class Forwards:
     ) -> None:
         self._model, self._run, self._row_mask_fn = model, run, row_mask_fn
         self._forward = forward_fn or default_forward
-        self._two_sided = is_encoder_decoder(model)
+        self._two_sided, inside = sides_of(outline.modules, run.sites)
+        run.row_rules.memory.sides.update(dict.fromkeys(inside, INSIDE))
         self.device, self.in_step = _input_device(outline), waits_for_others(outline)
 
     def fold(self, batch: Any, *, only: Collection[int] | None = None) -> RowMask:
@@ -45,8 +47,10 @@ class Forwards:
         """
         run = self._run
         # The mask first: counted where the loader left it, no device has to be waited for.
-        mask = row_mask(batch, run.config, self._row_mask_fn, encoder_decoder=self._two_sided).to(self.device)
-        mask.sides = run.row_rules.sides
+        mask = row_mask(
+            batch, run.config, self._row_mask_fn, encoder_decoder=self._two_sided, invocation=run.invocation,
+            memory=run.row_rules.memory,
+        ).to(self.device)  # fmt: skip
         if mask.num_rows == 0:
             if self.in_step:
                 self.idle(batch)

@@ -13,11 +13,12 @@ from ..adapters import LoraAdapter, LoraSite, ModelOutline, find_adapter, requir
 from ..config import EvaConfig
 from ..distributed import ProcessGroup, Ranks, joined, together
 from ..planning import EvaStatistics
-from .batches import ForwardFn, RowMaskFn
+from .batches import ForwardFn
 from .checkpoint import Checkpoint, identity
 from .closing import statistics_of
 from .ending import ForwardEnd
 from .forwards import Forwards
+from .masks import RowMaskFn
 from .pooling import PooledStatistics
 from .progress import Progress
 from .reader import END, BatchReader

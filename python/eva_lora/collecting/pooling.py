@@ -148,12 +148,12 @@ class PooledStatistics(LocalStatistics):
     def gather_facts(self, *, final: bool) -> None:
         """Bring together what each rank found out about its layers' rows; counts, but the last time, on rank 0."""
         own = self._run.row_rules
-        everyone = self.ranks.exchange((own.rules, own.sides, own.skipped))
+        everyone = self.ranks.exchange((own.rules, own.memory, own.skipped))
         own.skipped = {}
-        for rules, sides, skipped in everyone:
+        for rules, memory, skipped in everyone:
             for name, of_rank in rules.items():
                 own.rules.setdefault(name, set()).update(of_rank)
-            own.sides.update({name: side for name, side in sides.items() if name not in own.sides})
+            own.memory.join(memory)
             for name, count in skipped.items() if final or self.rank == 0 else ():
                 own.skipped[name] = own.skipped.get(name, 0) + count
 

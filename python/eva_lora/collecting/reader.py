@@ -160,7 +160,10 @@ def fingerprint(batch: Any) -> bytes:
 
 
 def _pieces(value: Any) -> Iterator[bytes | memoryview]:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.is_nested:
+        yield f"nested {value.dim()};".encode()
+        yield from _pieces(list(value.unbind()))
+    elif isinstance(value, Tensor):
         if value.is_quantized or value.layout.__repr__() != "torch.strided":
             value = value.dequantize() if value.is_quantized else value.to_dense()
         yield f"tensor {value.dtype} {tuple(value.shape)};".encode()

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable
 
-from .batches import ALL_ROWS, FITS_NO_MASK, RowMask
+from .masks import ALL_ROWS, ASSUMED, FITS_NO_MASK, SQUARE, UNKNOWN, RowMask, RowMemory
 
 __all__ = ["RowRules"]
 
@@ -13,13 +13,13 @@ class RowRules:
 
     Attributes:
         rules: Layer → what its rows were chosen by.
-        sides: Layer of an encoder–decoder model → which side its rows are of.
+        memory: What batches told of rows and masks, for later ones.
         skipped: Layer → rows left out for NaN or Inf; layers that share an input: the first of them.
     """
 
     def __init__(self) -> None:
         self.rules: dict[str, set[str]] = {}
-        self.sides: dict[str, str] = {}
+        self.memory = RowMemory()
         self.skipped: dict[str, int] = {}
 
     def take(self, mask: RowMask, inputs: Iterable[list[str]]) -> None:
@@ -32,23 +32,38 @@ class RowRules:
             # What the first layer fed by an input found out holds for the others.
             rules = set[str]().union(*(self.rules.get(name, ()) for name in names))
             self.rules.update({name: set(rules) for name in names})
-            side = next((self.sides[name] for name in names if name in self.sides), None)
-            if side is not None:
-                self.sides.update(dict.fromkeys(names, side))
+            self.memory.hand_on(names)
         for name, count in mask.skipped.items():
             self.skipped[name] = self.skipped.get(name, 0) + count
 
     def said_of(self, name: str) -> str:
         """The rules that chose a layer's rows, as text."""
         rules = self.rules.get(name, set())
+        if self.memory.layouts.get(name) != SQUARE:  # a later batch has shown that it was right
+            rules = {rule.removesuffix(ASSUMED) for rule in rules}
         return "; ".join(sorted(rules - {ALL_ROWS} or rules))
 
     def warn(self, stacklevel: int) -> None:
-        """Say it where rows fit no mask of their batch and all of them counted."""
+        """Say it where rows were counted, or left out, of which no batch said for certain that they should be."""
         astray = [name for name, rules in self.rules.items() if FITS_NO_MASK in rules]
         if astray:
             warnings.warn(
                 f"the inputs of {len(astray)} layers, the first is {astray[0]}, have rows that fit no mask of the "
                 "batch; all of their rows counted, padding included; see report.statistic[name]['rows']",
+                stacklevel=stacklevel + 1,
+            )
+        unknown = sorted({rule for rules in self.rules.values() for rule in rules if rule.startswith(UNKNOWN)})
+        if unknown:
+            warnings.warn(
+                f"all rows counted, padding included: it is not known what is meant by "
+                f"{', '.join(rule.removeprefix(UNKNOWN).strip() for rule in unknown)}; name it attention_mask, or pass "
+                "row_mask_fn",
+                stacklevel=stacklevel + 1,
+            )
+        square = [name for name in self.rules if self.memory.layouts.get(name) == SQUARE]
+        if square:
+            warnings.warn(
+                f"the masks of {len(square)} layers, the first is {square[0]}, were read as (batch, tokens), but every "
+                "batch had as many sequences as tokens, where (tokens, batch) looks the same; let them differ in one",
                 stacklevel=stacklevel + 1,
             )

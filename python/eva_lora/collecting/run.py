@@ -11,13 +11,13 @@ from eva_kernels.streaming_svd import bring_home_
 from ..adapters import LoraAdapter
 from ..config import DEFAULT_MAX_BATCHES, REFRESH_PERIOD, EvaConfig
 from ..planning import Trace
-from .batches import RowMask
 from .capture import Capture
 from .convergence import LayerConvergence
 from .ending import ForwardEnd
 from .inputs import DistinctInput
 from .local import LocalStatistics
 from .making import StatisticMaker
+from .masks import RowMask
 from .restoring import without_autocast
 from .row_rules import RowRules
 from .tensor_parallel import TensorParallel
@@ -50,6 +50,7 @@ class Run:
         maker: type[StatisticMaker] = StatisticMaker,
     ) -> None:
         self.config, self.left_alone = config, dict(adapter.left_alone)
+        self.invocation: list[int] | None = getattr(adapter, "invocation", None)
         self.sites = [site if parallel is None else parallel.divided(site) for site in adapter.sites]
         self.convergence = LayerConvergence(self.sites, config)
         self.maker = maker(self.sites, self.convergence.candidates.tolist(), config)

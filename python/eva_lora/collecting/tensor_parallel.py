@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eva_kernels._double import double
 
 from ..adapters import LoraSite, ModelOutline, is_lora
-from .batches import RowMask
+from .masks import RowMask
 
 __all__ = ["Part", "TensorParallel"]
 
@@ -112,10 +112,7 @@ class TensorParallel:
 
     def tokens(self, mask: RowMask) -> RowMask:
         """The mask of the tokens that are here, of a sequence that is split."""
-        if mask.mask is None:
-            return replace(mask, num_rows=None)
-        mine = mask.mask.tensor_split(self.size, 1)[self.rank]
-        return replace(mask, mask=mine, num_rows=int(mine.sum()))
+        return mask.split(self.size, self.rank)
 
     def _of_dtensor(self, x: Any) -> Part:
         from torch.distributed.tensor import Partial, Replicate

@@ -5,10 +5,11 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed import Ranks
-from .batches import RowMask, named_fields
+from .batches import named_fields
 from .checkpoint import Checkpoint
 from .forwards import Forwards
 from .inputs import BatchShare
+from .masks import RowMask
 from .pooling import PooledStatistics
 from .progress import Progress
 from .reader import END, BatchReader

@@ -1,0 +1,880 @@
+"""Which rows count, for every way in which a batch, a model or a caller may say so: read right, or refused by name."""
+
+import math
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from eva_lora import EvaConfig, collect, eva_initialize
+from eva_lora.collecting.masks import FITS_NO_MASK, RowMask, RowMemory, row_mask, sides_of
+from eva_lora.collecting.reader import fingerprint
+from support.models import captured_share, lora, scatter, tiny_llama, token_batches
+from support.versions import needs
+
+pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
+
+CONFIG = EvaConfig(max_batches=4, tau=1.0)
+EXACT = EvaConfig(max_batches=3, tau=1.0, rho=1.0, statistic="gram")
+ENOUGH = 0.999  # of the variance that any subspace of the rank can hold
+
+
+def run(loader, model, config=CONFIG, **options):
+    return collect(model, loader, config, progress=False, **options)
+
+
+def recorded(model, batches, call=lambda model, batch: model(**batch)):
+    """Layer → what plain calls bring it, one (batch's number, input) for each of its calls."""
+    calls, handles, now = {}, [], [0]
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    for name, layer in layers.items():
+        calls[name] = []
+        handles.append(
+            layer.register_forward_pre_hook(lambda _, args, name=name: calls[name].append((now[0], args[0].clone())))
+        )
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        for now[0], batch in enumerate(batches):
+            call(model, batch)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def require_directions_of(model, calls, kept=lambda name, number, x: None):
+    """Each A holds the leading directions of the rows that ``kept`` keeps (None: all) of a layer's recorded calls."""
+    layers = dict(model.get_base_model().named_modules())
+    for name, inputs in calls.items():
+        rows = []
+        for number, x in inputs:
+            keep = kept(name, number, x)
+            rows.append((x if keep is None else x[keep]).reshape(-1, x.shape[-1]).double())
+        share = captured_share(layers[name].lora_A["default"].weight.detach(), scatter(torch.cat(rows)))
+        assert share >= ENOUGH, f"{name} holds {share:.4f}"
+
+
+def initialised(model, batches, **options):
+    """EVA on each batch once, and its report."""
+    batches = [*batches]
+    config = replace(EXACT, max_batches=len(batches))
+    return eva_initialize(model, batches, config, progress=False, **options)
+
+
+# --- what the values of a mask say
+
+KEEP = torch.arange(24).expand(4, 24) < torch.tensor([24, 11, 5, 16])[:, None]
+CAUSAL = torch.ones(24, 24).tril().bool() & KEEP[:, None, None, :]
+
+
+def additive(kept, dtype=torch.float32, low=None):
+    return torch.zeros(kept.shape, dtype=dtype).masked_fill(~kept, torch.finfo(dtype).min if low is None else low)
+
+
+FORMS = {
+    "bool": KEEP,
+    "integers": KEEP.long(),
+    "bytes": KEEP.to(torch.uint8),
+    "numbers of packed sequences": KEEP.long() * torch.arange(1, 25),
+    "floats": KEEP.float(),
+    "float numbers of packed sequences": KEEP.half() * 3,
+    "additive": additive(KEEP),
+    "additive bfloat16": additive(KEEP, torch.bfloat16),
+    "additive with -1e4": additive(KEEP, low=-1e4),
+    "additive with infinity": additive(KEEP, low=-math.inf),
+    "keys, bool": KEEP[:, None, None, :],
+    "keys, additive": additive(KEEP[:, None, None, :]),
+    "keys without heads, additive": additive(KEEP[:, None, :]),
+    "queries and keys, bool": CAUSAL[:, 0],
+    "queries and keys, integers": CAUSAL[:, 0].int(),
+    "queries and keys, additive": additive(CAUSAL[:, 0]),
+    "heads, bool": CAUSAL,
+    "heads, integers": CAUSAL.int(),
+    "heads, additive": additive(CAUSAL),
+    "heads, additive float16 with infinity": additive(CAUSAL, torch.float16, -math.inf),
+    "several heads": CAUSAL.expand(4, 2, 24, 24),
+    "with earlier keys": torch.cat([torch.ones(4, 1, 24, 6, dtype=torch.bool), CAUSAL], -1),
+    "by kind of attention": {"full_attention": CAUSAL, "sliding_attention": None},
+}
+
+
+@pytest.mark.parametrize("mask", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("tokens", ["input_ids", "inputs_embeds", "x"])
+def test_masks_of_every_form_mean_the_same(mask, tokens):
+    batch = {tokens: token_batches(1)[0]["input_ids"] if tokens == "input_ids" else torch.randn(4, 24, 3)}
+    found = row_mask({**batch, "attention_mask": mask}, CONFIG, None)
+    assert torch.equal(found.mask, KEEP)
+    assert (found.num_rows, found.rule) == (int(KEEP.sum()), "attention_mask")
+
+
+@pytest.mark.parametrize("form", ["bool", "integers", "floats", "additive", "heads, bool", "heads, additive"])
+def test_a_mask_that_keeps_all_keeps_all(form):
+    kept = torch.ones_like(KEEP)
+    mask = CAUSAL | torch.eye(24, dtype=torch.bool) if "heads" in form else kept
+    mask = additive(mask) if "additive" in form else mask.to(
+        {"integers": torch.int64, "floats": torch.float32}.get(form, torch.bool)
+    )  # fmt: skip
+    found = row_mask({**token_batches(1)[0], "attention_mask": mask}, CONFIG, None)
+    assert (found.mask, found.num_rows, found.shape) == (None, kept.numel(), (4, 24))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 24, 3, 2), r"^attention_mask: expected shape"),
+        (torch.ones(24), r"^attention_mask: expected shape"),
+        ("all", r"^attention_mask: .* got str"),
+        (torch.ones(4, 1, 24, 24), r"^attention_mask: expected an additive mask, "),
+        (KEEP.float() - 1, r"^attention_mask: expected 0 and 1, or an additive mask"),  # a mask, or a bias of −1?
+        (KEEP.float() / 2, r"^attention_mask: expected 0 and 1, or an additive mask"),
+        (torch.where(KEEP, 1.0, -1e4), r"^attention_mask: expected 0 and 1, or an additive mask"),
+        (torch.where(KEEP, 1.0, torch.nan), r"^attention_mask: expected 0 and 1, or an additive mask"),
+        (additive(KEEP).masked_fill(~KEEP, -100.0)[:, None, None, :], r"^attention_mask: expected an additive mask"),
+        (additive(KEEP, low=-1e4).long(), r"^attention_mask: expected integers of at least 0"),
+    ],
+)
+def test_masks_whose_meaning_is_not_certain_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        row_mask({**token_batches(1)[0], "attention_mask": mask}, CONFIG, None)
+
+
+def test_floats_that_are_all_zero_say_what_those_of_earlier_batches_said():
+    zeros, memory = {"attention_mask": torch.zeros(4, 24)}, RowMemory()
+    assert row_mask({"attention_mask": additive(KEEP)}, CONFIG, None, memory=memory).num_rows == int(KEEP.sum())
+    assert row_mask(zeros, CONFIG, None, memory=memory).num_rows == 4 * 24
+    memory = RowMemory()
+    row_mask({"attention_mask": KEEP.float()}, CONFIG, None, memory=memory)
+    assert row_mask(zeros, CONFIG, None, memory=memory).num_rows == 0
+    memory = RowMemory()
+    assert row_mask(zeros, CONFIG, None, memory=memory).num_rows == 4 * 24  # what an additive mask without padding is
+    with pytest.raises(ValueError, match=r"^attention_mask: expected masks of one kind, this batch's is plain, an ear"):
+        row_mask({"attention_mask": KEEP.float()}, CONFIG, None, memory=memory)
+
+
+def test_a_mask_for_all_sequences_and_keys_of_earlier_tokens():
+    tokens = token_batches(1, (3, 5))[0]
+    found = row_mask(
+        {**tokens, "attention_mask": torch.tensor([1, 1, 1, 0, 0]).diag()[None, None].bool()}, CONFIG, None
+    )
+    assert found.mask.tolist() == [[True, True, True, False, False]] * 3
+    cached = torch.ones(3, 1, 5, 9, dtype=torch.bool)
+    assert row_mask({**tokens, "attention_mask": cached}, CONFIG, None).mask is None
+
+
+def test_masks_of_several_choices_are_those_of_so_many_sequences():
+    mask = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    found = row_mask({"input_ids": torch.ones(2, 3, 7).long(), "attention_mask": mask.long()}, CONFIG, None)
+    assert torch.equal(found.mask, mask.reshape(6, 7))
+
+
+# --- labels, and other fields
+
+
+@pytest.mark.parametrize("name", EvaConfig().label_names)
+def test_labels_have_several_names(name):
+    labels = torch.arange(12).reshape(2, 6).masked_fill(torch.arange(12).reshape(2, 6) % 3 == 0, -100)
+    found = row_mask({"input_ids": torch.ones_like(labels), name: labels}, CONFIG, None)
+    assert torch.equal(found.mask, labels != -100)
+    assert found.rule == name
+    assert row_mask({"input_ids": torch.ones_like(labels), name: labels[:, 0]}, CONFIG, None).mask is None
+
+
+def test_labels_of_a_name_of_ones_own():
+    labels = torch.tensor([[1, -100, 3]])
+    batch = {"inputs_embeds": torch.randn(1, 3, 2), "wanted": labels}
+    assert row_mask(batch, CONFIG, None).mask is None
+    for names in ("wanted", ["wanted"]):
+        assert row_mask(batch, EvaConfig(label_names=names), None).mask.tolist() == [[True, False, True]]
+    assert EvaConfig.from_dict(EvaConfig(label_names=["wanted"]).to_dict()) == EvaConfig(label_names=("wanted",))
+    with pytest.raises(TypeError, match=r"^label_names: expected a list of names, got \[3\]"):
+        EvaConfig(label_names=[3])
+
+
+def test_labels_of_no_tokens_that_the_batch_tells_of_leave_nothing_out_and_are_named():
+    found = row_mask({"x": torch.randn(2, 3, 4), "labels": torch.tensor([[1, -100, 2]] * 2)}, CONFIG, None)
+    assert (found.mask, found.rule) == (None, "all rows: there is no mask beside labels")
+    assert row_mask({"x": torch.randn(2, 4), "labels": torch.tensor([0, 1])}, CONFIG, None).rule == "all rows"
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "mm_token_type_ids", "special_tokens_mask"])
+def test_token_types_leave_nothing_out(name):
+    tokens = token_batches(1)[0]
+    found = row_mask({**tokens, name: torch.zeros_like(tokens["input_ids"])}, CONFIG, None)
+    assert (found.mask, found.rule) == (None, "all rows")
+
+
+@pytest.mark.parametrize("name", ["padding_mask", "src_key_padding_mask", "loss_mask"])
+def test_a_mask_of_an_unknown_name_is_named(name):
+    class Rowwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x, **masks):
+            return self.a(x)
+
+    model = peft.get_peft_model(Rowwise(), peft.LoraConfig(r=2, target_modules=["a"]))
+    with pytest.warns(UserWarning, match=rf"^all rows counted, padding included: .* meant by {name};"):
+        report = eva_initialize(model, [{"x": torch.randn(4, 24, 6), name: ~KEEP}] * 2, CONFIG, progress=False)
+    assert report.statistic["a"]["rows"] == f"all rows: it is not known what is meant by {name}"
+    assert report.num_rows == report.num_batches * 4 * 24
+
+
+# --- sequences without padding
+
+
+@pytest.mark.parametrize("name", ["position_ids", "seq_idx"])
+def test_packed_sequences_without_a_mask_count_whole(name):
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3, 4]])
+    found = row_mask({"input_ids": torch.ones_like(positions), name: positions}, CONFIG, None)
+    assert (found.mask, found.rule) == (None, f"all rows: there is no mask beside {name}")
+    labels = torch.where(positions > 0, 1, -100)  # as transformers' collator for packing has them
+    found = row_mask({"input_ids": torch.ones_like(positions), name: positions, "labels": labels}, CONFIG, None)
+    assert (found.mask.tolist(), found.rule) == ((positions > 0).tolist(), "labels")
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seqlens"])
+@pytest.mark.parametrize("shape", [(1, 10), (10,)])
+def test_cumulative_lengths_say_where_the_last_packed_sequence_ends(name, shape):
+    tokens = {"input_ids": torch.ones(shape, dtype=torch.int64)}
+    found = row_mask({**tokens, name: torch.tensor([0, 3, 10])}, CONFIG, None)
+    assert (found.mask, found.num_rows, found.rule) == (None, 10, name)
+    found = row_mask({**tokens, name: torch.tensor([0, 3, 8])}, CONFIG, None)
+    assert found.mask.reshape(-1).tolist() == [True] * 8 + [False] * 2
+    with pytest.raises(ValueError, match=rf"^{name}: expected cumulative lengths of at most the batch's 10 tokens"):
+        row_mask({**tokens, name: torch.tensor([0, 11])}, CONFIG, None)
+
+
+class Net(nn.Module):
+    """Rows to rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x, **_):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def net():
+    return peft.get_peft_model(Net(), peft.LoraConfig(r=3, target_modules=["a", "b"]))
+
+
+def ragged(count, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(3, 0.2, width)
+    return [[torch.randn(n, width, generator=generator) * spread for n in (5, 1 + i, 7)] for i in range(count)]
+
+
+def padding_free(layout):
+    return [torch.nested.nested_tensor(pieces, layout=layout) for pieces in ragged(4)]
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=["jagged", "strided"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_nested_tensors_bring_the_rows_of_their_sequences(layout):
+    batches, model = padding_free(layout), net()
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"all rows: nested tensors hold no padding"}
+    rows = [torch.cat(pieces) for pieces in ragged(4)]
+    require_directions_of(model, recorded(model, rows, lambda model, batch: model(batch)))
+    assert len({fingerprint(batch) for batch in batches}) == 4
+
+
+def test_nested_labels_leave_rows_out_of_nested_tensors():
+    model, pieces = net(), ragged(4)
+    labels = [[torch.arange(len(piece)) for piece in batch] for batch in pieces]
+    labels = [[torch.where(row % 2 == 0, -100, row) for row in batch] for batch in labels]
+    nested = lambda batch: torch.nested.nested_tensor(batch, layout=torch.jagged)  # noqa: E731
+    ones = [[torch.ones_like(row) for row in batch] for batch in labels]
+    batches = [
+        {"x": nested(x), "attention_mask": nested(mask), "labels": nested(y)}
+        for x, mask, y in zip(pieces, ones, labels, strict=True)
+    ]
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask and labels"}
+    flat = [torch.cat(batch) for batch in pieces]
+    keep = [torch.cat(batch) != -100 for batch in labels]
+    calls = recorded(model, flat, lambda model, batch: model(batch))
+    require_directions_of(model, calls, lambda name, number, x: keep[number])
+
+
+def test_a_mask_of_padded_rows_fits_no_nested_tensor():
+    mask = RowMask(KEEP, int(KEEP.sum()), "attention_mask")
+    for count in (int(KEEP.sum()), KEEP.numel(), len(KEEP)):
+        assert mask.of_rows((count,), torch.device("cpu"), "layer", nested=True) == (None, count)
+        assert mask.rules == {"layer": FITS_NO_MASK}
+
+
+def test_a_nested_tensor_of_widths_that_vary_is_refused_by_name():
+    batch = torch.nested.nested_tensor([torch.randn(8, n) for n in (3, 5)], layout=torch.jagged)
+
+    class Odd(Net):
+        def forward(self, x):
+            return self.a(x)
+
+    model = peft.get_peft_model(Odd(), peft.LoraConfig(r=3, target_modules=["a"]))
+    with pytest.raises(ValueError, match=r"^layer a: expected a nested tensor whose rows have one width"):
+        run([batch], model)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda p: p, lambda p: (p,), lambda p: {"packed": p}], ids=["alone", "tuple", "field"]
+)
+def test_a_packed_sequence_is_one_argument(wrap):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.lstm, self.b = nn.Linear(8, 6), nn.LSTM(6, 6), nn.Linear(6, 8)
+
+        def forward(self, packed):
+            hidden, _ = self.lstm(PackedSequence(torch.tanh(self.a(packed.data)), *packed[1:]))
+            return self.b(hidden.data)
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Tagger(), peft.LoraConfig(r=3, target_modules=["a", "b"]))
+    packed = [pack_sequence(pieces, enforce_sorted=False) for pieces in ragged(4)]
+    report = initialised(model, map(wrap, packed))
+    require_directions_of(model, recorded(model, packed, lambda model, batch: model(batch)))
+    if wrap(packed[0]) is packed[0]:
+        assert report.statistic["a"]["rows"] == "all rows: a PackedSequence holds no padding"
+
+
+# --- how rows lie
+
+
+class TimeMajor(nn.Module):
+    """Layers that see (tokens, batch, d), and one that sees (batch, tokens, d)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, attention_mask):
+        x = torch.tanh(self.before(x)).transpose(0, 1)
+        return self.b(torch.tanh(self.a(x))[:, :, None].expand(-1, -1, 2, -1))
+
+
+def time_major(shapes, seed=0):
+    """Batches whose padding is unlike their tokens, so that what is taken for what shows."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for count, length in shapes:
+        keep = torch.arange(length) < torch.randint(1, length, (count, 1), generator=generator)
+        x = torch.randn(count, length, 8, generator=generator) * torch.linspace(3, 0.1, 8)
+        x[~keep] = torch.randn(int((~keep).sum()), 8, generator=generator) * torch.linspace(0.1, 9, 8)
+        batches.append({"x": x, "attention_mask": keep})
+    model = peft.get_peft_model(TimeMajor(), peft.LoraConfig(r=3, target_modules=["before", "a", "b"]))
+    return model, batches
+
+
+def rows_kept(batches):
+    def kept(name, number, x):
+        mask = batches[number]["attention_mask"]
+        return mask if name == "before" else mask.T
+
+    return kept
+
+
+def test_a_square_batch_is_read_as_earlier_ones_were():
+    model, batches = time_major([(3, 7), (6, 6), (6, 6), (6, 6), (5, 5)])
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
+    require_directions_of(model, recorded(model, batches), rows_kept(batches))
+
+
+def test_a_pass_that_goes_on_from_a_file_remembers_how_rows_lie(tmp_path):
+    model, batches = time_major([(3, 7), (6, 6), (5, 5)])
+    options = {"checkpoint": tmp_path / "pass.safetensors", "checkpoint_every": 1, "progress": False}
+
+    def cut_off(model, batch):
+        if len(batch["x"]) == 6:
+            raise KeyboardInterrupt
+        model(**batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        eva_initialize(model, batches, EXACT, forward_fn=cut_off, **options)
+    eva_initialize(model, batches, EXACT, forward_fn=lambda model, batch: model(**batch), **options)
+    require_directions_of(model, recorded(model, batches), rows_kept(batches))
+
+
+def test_a_batch_that_was_read_the_wrong_way_round_is_not_passed_over():
+    model, batches = time_major([(6, 6), (3, 7)])
+    with pytest.raises(ValueError, match=r"^layer a: its rows \(7, 3\) lie \(tokens, batch\), those of earlier"):
+        initialised(model, batches)
+    model, batches = time_major([(6, 6), (5, 5)])
+    with pytest.warns(
+        UserWarning, match=r"^the masks of 3 layers, the first is before, were read as \(batch, tokens\)"
+    ):
+        report = initialised(model, batches)
+    assert all("as many sequences as tokens" in state["rows"] for state in report.statistic.values())
+
+
+@pytest.mark.filterwarnings("error:the masks of")
+def test_a_square_first_batch_whose_reading_proves_right_is_not_remarked_on():
+    batches = time_major([(6, 6), (3, 7)])[1]
+    model = net()
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
+    require_directions_of(model, recorded(model, batches), lambda name, number, x: batches[number]["attention_mask"])
+
+
+def test_rows_that_are_no_tokens_are_not_taken_for_them_once_they_are_as_many():
+    memory, cpu = RowMemory(), torch.device("cpu")
+    first = RowMask(torch.tensor([[True, True, False]] * 2), 4, "attention_mask", memory=memory)
+    assert first.of_rows((2, 5), cpu, "patches") == (None, 10)
+    later = RowMask(torch.tensor([[True] * 4 + [False]] * 2), 8, "attention_mask", memory=memory)
+    assert later.of_rows((2, 5), cpu, "patches") == (None, 10)
+    assert later.of_rows((2, 5), cpu, "patches") == (None, 10)
+    assert later.rules == {"patches": FITS_NO_MASK}
+    assert later.of_rows((2, 5), cpu, "tokens")[1] == 8
+
+
+def test_a_layer_that_sees_tokens_and_others_masks_its_tokens():
+    memory, cpu = RowMemory(), torch.device("cpu")
+    for _ in range(2):
+        mask = RowMask(torch.tensor([[True, True, False]] * 2), 4, "attention_mask", memory=memory)
+        assert mask.of_rows((2, 5), cpu, "both") == (None, 10)
+        assert mask.of_rows((2, 3), cpu, "both")[1] == 4
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 5), st.data(),
+    st.sampled_from(["tokens", "flat", "transposed", "heads", "sequences", "other"]),
+)  # fmt: skip
+def test_an_input_of_any_shape_gets_the_mask_of_its_rows(batch, tokens, data, layout):
+    bits = data.draw(st.lists(st.booleans(), min_size=batch * tokens, max_size=batch * tokens))
+    mask = torch.tensor(bits).reshape(batch, tokens)
+    labelled = torch.arange(batch * tokens).reshape(batch, tokens)  # every row holds the number of its token
+    shapes = {
+        "tokens": labelled,
+        "flat": labelled.reshape(-1),
+        "transposed": labelled.T,
+        "heads": labelled[:, :, None].expand(batch, tokens, 3),
+        "sequences": labelled[:, 0],
+        "other": torch.zeros(batch + 6, 2, tokens + 7),
+    }
+    x = shapes[layout][..., None].float()
+    own = RowMask(mask, int(mask.sum()), "given")
+    got, count = own.of(x, "layer")
+    kept = (x[..., 0] if got is None else x[..., 0][got]).flatten()
+    assert count == kept.numel()
+    if layout == "other":
+        assert own.rules == {"layer": FITS_NO_MASK}
+        assert got is None
+    elif layout == "sequences":
+        if tokens > 1:  # else a row is as well a token's
+            assert set(kept.tolist()) == set(labelled[mask.any(1), 0].tolist())
+    elif batch != tokens or layout != "transposed":  # a square one cannot be told from the mask itself
+        assert sorted(kept.tolist()) == sorted(labelled[mask].repeat_interleave(3 if layout == "heads" else 1).tolist())
+
+
+def test_layers_whose_rows_fit_no_mask_count_whole_and_are_named():
+    class Seeing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision, self.text = nn.Linear(5, 6), nn.Linear(6, 6)
+
+        def forward(self, pixels, tokens, attention_mask):
+            return self.text(tokens) + self.vision(pixels).mean(1, keepdim=True)
+
+    model = peft.get_peft_model(Seeing(), peft.LoraConfig(r=2, target_modules=["vision", "text"]))
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.arange(8).expand(2, 8) < torch.tensor([8, 3])[:, None]
+    loader = [
+        {"pixels": torch.randn(2, 11, 5, generator=generator), "tokens": torch.randn(2, 8, 6, generator=generator),
+         "attention_mask": keep} for _ in range(4)
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match=r"^the inputs of 1 layers, the first is vision, have rows that fit no mask"):
+        report = eva_initialize(model, loader, CONFIG, progress=False)
+    assert report.statistic["vision"]["rows"] == "all rows: they fit no mask of the batch"
+    assert report.statistic["text"]["rows"] == "attention_mask"
+    assert "all rows: they fit no mask of the batch; attention_mask" in str(report)
+
+
+@needs("transformers>=4.52")  # its parts have other names before
+def test_a_vision_language_model_masks_its_text_and_names_its_images():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes), image_token_id=59,
+        text_config=LlamaConfig(vocab_size=60, num_key_value_heads=2, **sizes),
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    model = peft.get_peft_model(
+        LlavaForConditionalGeneration(config), peft.LoraConfig(r=2, target_modules="all-linear")
+    )
+    generator, loader = torch.Generator().manual_seed(0), []
+    for _ in range(4):
+        ids = torch.randint(0, 58, (3, 12), generator=generator)
+        ids[:, 1:5] = 59
+        keep = torch.arange(12).expand(3, 12) < torch.tensor([12, 9, 7])[:, None]
+        pixels = torch.randn(3, 3, 16, 16, generator=generator)
+        loader.append({"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels})
+    with pytest.warns(UserWarning, match=r"^the inputs of 14 layers, the first is model\.vision_tower\."):
+        statistics = run(loader, model)
+    for site in statistics.sites:
+        rows = statistics.inputs[site.input].num_rows
+        if site.name.startswith("model.language_model"):
+            assert (site.rows, rows) == ("attention_mask", 4 * (12 + 9 + 7))
+        else:
+            assert site.rows == FITS_NO_MASK
+            assert rows == 4 * 3 * (4 if "projector" in site.name else 5)  # patches, and a class token in the tower
+
+
+# --- an encoder and a decoder
+
+
+T5 = T5Config(
+    vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+)
+SIZES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+         "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
+
+
+def t5():
+    torch.manual_seed(0)
+    targets = ["q", "k", "v", "o", "wi", "wo"]
+    return peft.get_peft_model(T5ForConditionalGeneration(T5), peft.LoraConfig(r=2, target_modules=targets))
+
+
+def seq2seq_batches(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for encoder, decoder in lengths:
+        ids = torch.randint(1, 50, (3, encoder), generator=generator)
+        mask = torch.arange(encoder).expand(3, encoder) < torch.tensor([encoder, 2, 4])[:, None]
+        labels = torch.randint(1, 50, (3, decoder), generator=generator)
+        labels[1, 2:] = -100
+        batches.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+    return batches
+
+
+def test_encoder_and_decoder_rows_have_masks_of_their_own():
+    model, loader = t5(), seq2seq_batches([(7, 5), (6, 6), (5, 7)])  # the second batch alone could be read either way
+    config = EvaConfig(max_batches=3, tau=1.0, statistic="gram")
+    statistics = run(loader, model, config)
+    rows = {site.name: statistics.inputs[site.input].num_rows for site in statistics.sites}
+    encoder = sum(int(batch["attention_mask"].sum()) for batch in loader)
+    decoder = sum(int((batch["labels"] != -100).sum()) for batch in loader)
+    for name, count in rows.items():
+        reads_encoder = name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        assert count == (encoder if reads_encoder else decoder), name
+    assert {site.rows for site in statistics.sites} == {"attention_mask", "labels"}
+    assert statistics.num_rows == encoder
+
+
+def test_encoder_and_decoder_that_cannot_be_told_apart_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"^layer decoder\.block\.0\..*q: its input has rows \(3, 6\), and so have"):
+        run(seq2seq_batches([(6, 6)]), t5())
+
+
+class Wrapper(nn.Module):
+    """What hangs a model one level further down."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.core = nn.ModuleDict({"model": model})
+
+    def forward(self, **batch):
+        return self.core["model"](**batch)
+
+
+def reads_encoder(name):
+    return "encoder." in name.replace("core.model.", "")[:8] or name.endswith(
+        ("EncDecAttention.k", "EncDecAttention.v")
+    )
+
+
+def t5_rows(batches):
+    def kept(name, number, x):
+        batch = batches[number]
+        return batch["attention_mask"].bool() if reads_encoder(name) else batch["labels"] != -100
+
+    return kept
+
+
+def test_an_encoder_decoder_in_a_wrapper_has_two_sides():
+    targets = ["q", "k", "v", "o", "wi", "wo"]
+    model = peft.get_peft_model(Wrapper(T5ForConditionalGeneration(T5)), peft.LoraConfig(r=2, target_modules=targets))
+    batches = seq2seq_batches([(7, 5), (6, 6), (5, 7)])
+    calls = recorded(model, batches)
+    initialised(model, batches)
+    require_directions_of(model, calls, t5_rows(batches))
+
+
+def test_a_row_mask_fn_has_a_mask_for_each_side():
+    batches = seq2seq_batches([(7, 5), (6, 6), (5, 7)])
+
+    def sides(batch):
+        return {"encoder": batch["input_ids"] % 2 == 0, "decoder": batch["labels"] % 2 == 0}
+
+    def kept(name, number, x):
+        return sides(batches[number])["encoder" if reads_encoder(name) else "decoder"]
+
+    model = t5()
+    calls = recorded(model, batches)
+    report = initialised(model, batches, row_mask_fn=sides)
+    assert {state["rows"] for state in report.statistic.values()} == {"row_mask_fn"}
+    require_directions_of(model, calls, kept)
+    whole = t5()
+    initialised(whole, batches, row_mask_fn=lambda batch: {**sides(batch), "decoder": None})
+    require_directions_of(whole, calls, lambda *call: kept(*call) if reads_encoder(call[0]) else None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"encoder": KEEP, "decoders": KEEP}, r"^row_mask_fn: expected masks of 'encoder' and 'decoder', got"),
+        ({}, r"^row_mask_fn: expected masks of 'encoder' and 'decoder', got"),
+        (KEEP, r"^row_mask_fn: expected a mask for each side of an encoder-decoder"),
+    ],
+)
+def test_what_a_row_mask_fn_returns_for_two_sides_is_checked(returned, message):
+    with pytest.raises(ValueError, match=message):
+        run(seq2seq_batches([(7, 5)]), t5(), row_mask_fn=lambda batch: returned)
+
+
+def test_an_encoder_alone_has_one_side():
+    torch.manual_seed(0)
+    whole = BartModel(BartConfig(vocab_size=30, **SIZES))
+    assert sides_of(whole.modules(), []).two
+    assert sides_of(Wrapper(whole).modules(), []).two
+    assert not sides_of(Wrapper(whole.encoder).modules(), []).two
+    assert not sides_of(net().modules(), []).two
+
+
+def test_fields_of_a_decoder_show_that_there_is_one():
+    mask = torch.ones(2, 5).bool()
+    found = row_mask({"x": torch.zeros(2, 7), "decoder_attention_mask": mask.tril()}, CONFIG, None)
+    assert torch.equal(found.decoder.mask, mask.tril())
+    assert found.mask is None
+
+
+# --- activated LoRA
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=7, max_size=7), min_size=1, max_size=4), st.integers(1, 3))
+def test_rows_of_an_activated_lora_are_those_that_it_acts_on(tokens, length):
+    ids, invocation = torch.tensor(tokens), [1, 2, 1][:length]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=invocation)
+    offsets = peft.tuners.lora.variants.calculate_alora_offsets({"default": config}, "default", ids)
+    expected = torch.arange(7) >= 7 - torch.tensor([offset or 0 for offset in offsets])[:, None]
+    found = row_mask({"input_ids": ids}, CONFIG, None, invocation=invocation)
+    assert torch.equal(torch.ones(ids.shape).bool() if found.mask is None else found.mask, expected)
+    assert found.rule == "alora_invocation_tokens"
+
+
+def activated():
+    model = lora(tiny_llama(), alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM", target_modules=["q_proj"])
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        ids = torch.randint(40, 97, (4, 24), generator=generator)
+        ids[:, 14:16] = torch.tensor([5, 6])
+        ids[:, 16:] = torch.randint(10, 20, (4, 8), generator=generator)
+        keep = torch.arange(24) < torch.tensor([24, 20, 18, 22])[:, None]
+        batches.append({"input_ids": ids, "attention_mask": keep.long()})
+    return model, batches
+
+
+def test_an_activated_lora_gets_the_directions_of_the_rows_that_it_acts_on():
+    model, batches = activated()
+    calls = recorded(model, batches)
+    report = initialised(model, batches)
+    rule = "attention_mask and alora_invocation_tokens"
+    assert {state["rows"] for state in report.statistic.values()} == {rule}
+    after = torch.arange(24) >= 14
+    require_directions_of(model, calls, lambda name, number, x: batches[number]["attention_mask"].bool() & after)
+
+
+def test_an_activated_lora_without_tokens_to_look_at_is_refused():
+    model, batches = activated()
+    embeddings = model.get_input_embeddings()
+    embedded = [
+        {"inputs_embeds": embeddings(batch["input_ids"]).detach(), "attention_mask": batch["attention_mask"]}
+        for batch in batches
+    ]
+    with pytest.raises(ValueError, match=r"^alora_invocation_tokens: expected input_ids"):
+        initialised(model, embedded)
+    report = initialised(model, embedded, row_mask_fn=lambda batch: batch["attention_mask"].bool())
+    assert {state["rows"] for state in report.statistic.values()} == {"row_mask_fn"}
+    with pytest.raises(ValueError, match=r"^model: expected a decoder alone with alora_invocation_tokens"):
+        row_mask(batches[0], CONFIG, None, encoder_decoder=True, invocation=[5, 6])
+
+
+# --- families, each with rows of its own
+
+
+def whisper(lengths):
+    """The encoder has 10 rows; transcripts are as long as ``lengths`` says."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=40, num_mel_bins=6, max_source_positions=10, max_target_positions=12, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=3, **SIZES,
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    base = WhisperForConditionalGeneration(config)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
+    generator, batches = torch.Generator().manual_seed(0), []
+    for length in lengths:
+        labels = torch.randint(4, 40, (3, length), generator=generator)
+        labels[1, 3:] = -100
+        batches.append({"input_features": torch.randn(3, 6, 20, generator=generator), "labels": labels})
+    return model, batches
+
+
+def test_whisper_masks_its_transcripts_and_counts_all_of_its_sound():
+    model, batches = whisper([6, 10, 7])  # the second as long as the sound
+    calls = recorded(model, batches)
+    initialised(model, batches)
+
+    def kept(name, number, x):
+        of_sound = ".encoder." in name or "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
+        return None if of_sound else batches[number]["labels"] != -100
+
+    require_directions_of(model, calls, kept)
+
+
+def test_whisper_whose_first_transcripts_are_as_long_as_its_sound_is_refused():
+    model, batches = whisper([10, 6])
+    with pytest.raises(ValueError, match=r"^layer model\.decoder\..*: its input has rows \(3, 10\), and so have"):
+        initialised(model, batches)
+
+
+def test_wav2vec2_whose_mask_is_of_samples_counts_all_of_its_frames_and_says_so():
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, feat_extract_norm="layer", mask_time_prob=0.0,
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"]
+    model = peft.get_peft_model(Wav2Vec2ForCTC(config), peft.LoraConfig(r=2, target_modules=targets))
+    generator, batches = torch.Generator().manual_seed(0), []
+    for samples in (200, 240, 160):
+        mask = torch.arange(samples) < torch.tensor([samples, 120, 90])[:, None]
+        labels = torch.randint(1, 20, (3, 4), generator=generator)
+        labels[2, 2:] = -100
+        values = torch.randn(3, samples, generator=generator) * mask
+        batches.append({"input_values": values, "attention_mask": mask.long(), "labels": labels})
+    calls = recorded(model, batches)
+    with pytest.warns(UserWarning, match=r"^the inputs of 12 layers, the first is .*, have rows that fit no mask"):
+        report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {FITS_NO_MASK}
+    require_directions_of(model, calls)
+
+
+@needs("transformers>=4.52")  # its parts have other names before
+def test_clip_masks_its_texts_and_counts_all_of_its_images():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={"vocab_size": 60, "max_position_embeddings": 16, "eos_token_id": 2, **sizes},
+        vision_config={"image_size": 16, "patch_size": 8, **sizes}, projection_dim=8,
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    model = peft.get_peft_model(CLIPModel(config), peft.LoraConfig(r=2, target_modules=targets))
+    generator, batches = torch.Generator().manual_seed(0), []
+    for length in (8, 5, 6):  # the second as long as an image: four patches and the class token
+        ids = torch.randint(3, 58, (3, length), generator=generator)
+        keep = torch.arange(length) < torch.tensor([length, 4, 3])[:, None]
+        pixels = torch.randn(3, 3, 16, 16, generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels})
+    calls = recorded(model, batches)
+    with pytest.warns(UserWarning, match=r"^the inputs of 6 layers, the first is vision_model"):
+        initialised(model, batches)
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    require_directions_of(model, calls, lambda name, number, x: masks[number] if "text" in name else None)
+
+
+def test_a_sentence_encoder_masks_its_tokens():
+    class Sentences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+            self.bert, self.head = BertModel(BertConfig(vocab_size=60, **sizes), False), nn.Linear(16, 16)
+
+        def forward(self, attention_mask, **tokens):
+            hidden = self.bert(attention_mask=attention_mask, **tokens).last_hidden_state
+            weights = attention_mask[..., None] / attention_mask.sum(1)[:, None, None]
+            return self.head((hidden * weights).sum(1))
+
+    targets = ["query", "key", "value", "dense", "head"]
+    model = peft.get_peft_model(Sentences(), peft.LoraConfig(r=2, target_modules=targets))
+    generator, batches = torch.Generator().manual_seed(0), []
+    for length in (9, 6, 7):  # the second has as many sequences as tokens
+        ids = torch.randint(0, 60, (6, length), generator=generator)
+        keep = torch.arange(length) < torch.randint(1, length + 1, (6, 1), generator=generator)
+        batches.append({"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": keep.long()})
+    calls = recorded(model, batches)
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    require_directions_of(model, calls, lambda name, number, x: masks[number] if x.ndim == 3 else None)
+
+
+@needs("transformers>=4.56")  # has it first
+def test_florence_2_masks_its_two_sides_and_counts_all_of_its_images():
+    from transformers import Florence2Config, Florence2ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = Florence2Config(
+        text_config={"model_type": "bart", "vocab_size": 60, "max_position_embeddings": 32, **SIZES},
+        vision_config={
+            "embed_dim": (8, 8), "num_heads": (2, 2), "num_groups": (2, 2), "depths": (1, 1), "patch_size": (7, 3),
+            "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True), "window_size": 2,
+            "projection_dim": 16, "max_temporal_embeddings": 4, "max_position_embeddings": 8,
+        },
+        image_token_id=59,
+    )  # fmt: skip
+    base = Florence2ForConditionalGeneration(config)
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "qkv"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
+    generator, batches = torch.Generator().manual_seed(0), []
+    for prompt, answer in ((9, 6), (7, 7), (8, 5)):
+        ids = torch.randint(3, 58, (3, prompt), generator=generator)
+        ids[:, :5] = 59
+        keep = torch.arange(prompt) < torch.tensor([prompt, 6, 7])[:, None]
+        labels = torch.randint(3, 58, (3, answer), generator=generator)
+        labels[1, 2:] = -100
+        pixels = torch.randn(3, 3, 16, 16, generator=generator)
+        batch = {"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels}
+        batches.append({**batch, "labels": labels, "decoder_input_ids": labels.clamp(min=0)})
+    calls = recorded(model, batches)
+    with pytest.warns(UserWarning, match=r"have rows that fit no mask of the batch"):
+        report = initialised(model, batches)
+
+    def kept(name, number, x):
+        if "language_model" not in name:
+            assert report.statistic[name]["rows"] == FITS_NO_MASK
+            return None
+        of_prompt = ".encoder." in name or "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
+        return batches[number]["attention_mask"].bool() if of_prompt else batches[number]["labels"] != -100
+
+    require_directions_of(model, calls, kept)
