@@ -77,7 +77,9 @@ def _fail(context: click.Context, message: str, code: int, as_json: bool) -> NoR
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the error is no bug: its innermost frame is a ``raise`` of ours, or the operating system refused."""
+    """Whether the error is no bug: its innermost frame is a ``raise`` of ours, or the machine refuses."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
     if isinstance(error, OSError) and error.errno is not None:
         return True  # the operating system's word, which names the file
     frames = list(traceback.walk_tb(error.__traceback__))
