@@ -189,3 +189,5 @@ class EvaConfig:
             raise TypeError(f"{name}: expected an integer, got {value!r}")
         if low is not None and value < low:
             raise ValueError(f"{name}: expected an integer of at least {low}, got {value}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")

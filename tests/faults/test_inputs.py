@@ -142,6 +142,22 @@ def test_a_loader_that_runs_dry_in_a_later_round_ends_the_pass():
     assert run(Drying()).stop_reason == "end of the data"
 
 
+@pytest.mark.parametrize("loader", [list, iter], ids=["list", "stream"])
+@pytest.mark.parametrize("place", [1, 3])
+def test_none_in_the_place_of_a_batch_is_named(loader, place, tmp_path):
+    batches = tiny_batches(6)
+    batches.insert(place - 1, None)
+    for more in ({}, {"checkpoint": tmp_path / "pass.safetensors"}):
+        with pytest.raises(ValueError, match=rf"^loader: expected batches, batch {place} is None; "):
+            run(loader(batches), **more)
+
+
+def test_none_is_a_batch_to_a_forward_of_ones_own():
+    made = tiny_batches(4)
+    statistics = run([None] * 4, forward_fn=lambda model, _: model(**made[0]))
+    assert statistics.num_batches == 4
+
+
 def test_a_stream_takes_no_batch_before_it_is_asked():
     taken = []
     stream = BatchReader(taken.append(i) or i for i in range(5))

@@ -160,6 +160,21 @@ def test_only_errors_raised_on_purpose_are_refusals():
     assert not is_refusal(caught(lambda: int("x")))
 
 
+def test_what_the_machine_refuses_is_no_bug(tmp_path, monkeypatch):
+    def too_much(path):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")
+
+    monkeypatch.setattr(EvaReport, "load", too_much)
+    done = invoke("report", tmp_path)
+    assert done.exit_code == 1
+    assert "error: CUDA out of memory. Tried to allocate 2 TiB" in done.output
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    done = invoke("plan", tmp_path / "file" / "below")
+    assert done.exit_code == 1
+    assert str(tmp_path / "file" / "below") in done.output
+
+
 def test_a_reader_that_has_enough_is_no_bug(run_folder):
     folder, _ = run_folder
     script = f"{EVA_LORA} report {folder} | true"

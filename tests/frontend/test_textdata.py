@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from eva_lora.cli.textdata import TextBatches, describe_files, read_records
+from eva_lora.cli.datafiles import describe_files, read_records
+from eva_lora.cli.textdata import TextBatches
 from support.files import paragraphs, write_jsonl
 
 TEXTS = paragraphs(7)
@@ -60,7 +61,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"^data: expected files of one format .*, got .*image.png"):
         read_records([tmp_path / "image.png"])
     (tmp_path / "broken.jsonl").write_text('{"text": ')
-    with pytest.raises(ValueError, match=r"broken.jsonl cannot be read as json"):
+    with pytest.raises(ValueError, match=r"broken.jsonl, line 1: expected a JSON object, got \{\"text\":$"):
         read_records([tmp_path / "broken.jsonl"])
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"empty.txt (holds no records|cannot be read)"):
@@ -113,12 +114,12 @@ def test_chats_are_rendered_by_the_template(tokenizer):
 
 
 def test_records_that_fit_no_rule_are_named(tokenizer, files):
-    with pytest.raises(ValueError, match=r"^data: expected a field 'text'.*Fields: \['body', 'title'\]"):
+    with pytest.raises(ValueError, match=r"^data: record 1: expected a field 'text'.*Fields: body, title"):
         TextBatches([{"title": "a", "body": "b"}], tokenizer)
     assert TextBatches([{"title": "a", "body": "b"}], tokenizer, text_field="body").kind == "text"
-    with pytest.raises(ValueError, match=r"^text_field: expected a field of text, 'title' is none"):
-        TextBatches([{"title": 3}], tokenizer, text_field="title")
-    with pytest.raises(ValueError, match=r"^data: expected messages with 'role' and 'content'"):
+    with pytest.raises(ValueError, match=r"^text_field: expected a field of text, 'body' is none; fields: title$"):
+        TextBatches([{"title": 3}], tokenizer, text_field="body")
+    with pytest.raises(ValueError, match=r"^data: record 1: expected 'role' and 'content' in message 1"):
         TextBatches([{"messages": [{"from": "human", "value": "hello"}]}], tokenizer)
     plain = AutoTokenizer.from_pretrained(files / "base")
     plain.chat_template = None

@@ -5,21 +5,25 @@ from typing import Any
 
 import click
 
-from ..config import EvaConfig
+from ..config import DEFAULT_MAX_BATCHES, EvaConfig
 from .options import config_options, lora_options, model_options, take_config, take_pretrained
 from .running import (
     EXIT_NOT_CONVERGED,
     Command,
     duration,
+    is_refusal,
     json_option,
     launched,
     print_facts,
     print_json,
     print_table,
     quiet_progress_bars,
+    reason,
+    require_new_folder,
     size,
 )
 
+MAX_LENGTH = 512
 PREDICTION_BATCHES = 100  # the paper needs about 90
 
 
@@ -42,7 +46,7 @@ PREDICTION_BATCHES = 100  # the paper needs about 90
 @click.option("--chat-template", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Jinja file to render chats with.  [default: the tokenizer's own]")  # fmt: skip
 @click.option("--assistant-only", is_flag=True, help="Count only the assistant's tokens of a chat.")
-@click.option("--max-length", type=click.IntRange(1), default=512, show_default=True, help="Tokens per record.")
+@click.option("--max-length", type=click.IntRange(1), help="Tokens per record.  [default: 512, or the model's context]")
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Records per batch.")
 @click.option("--shuffle/--no-shuffle", default=True, show_default=True, help="Shuffle records by --seed.")
 @click.option("--plots", multiple=True, type=click.Choice(["png", "svg", "pdf"]), help="Save the figures, too.")
@@ -65,8 +69,8 @@ def init(context: click.Context, /, model: str, output: Path | None, **params: A
     dry_run = params["dry_run"]
     if output is None and not dry_run:
         raise click.UsageError("--output is needed, except with --dry-run")
-    if output is not None and output.exists() and any(output.iterdir()):
-        raise click.UsageError(f"--output: {output} is not empty")
+    if output is not None:
+        require_new_folder(output)
     with launched() as (rank, ranks):
         _run(context, model, output, config, params, rank, ranks)
 
@@ -81,7 +85,7 @@ def _run(
     ranks: int,
 ) -> None:
     quiet_progress_bars()
-    from .textdata import describe_files
+    from .datafiles import describe_files
 
     pretrained = take_pretrained(model, params)
     batches, num_records = _batches(pretrained, config, params, (rank, ranks))
@@ -95,7 +99,7 @@ def _run(
         "computed in": f"{str(pretrained.dtype).removeprefix('torch.')} on {pretrained.device}",
         "LoRA": _describe_lora(pretrained.lora_config),
         "data": describe_files(params["data"], num_records),
-        "batches": f"{len(batches)} of up to {params['batch_size']} x {params['max_length']} tokens, as {batches.kind}"
+        "batches": f"{len(batches)} of up to {params['batch_size']} x {batches.max_length} tokens, as {batches.kind}"
         + (f", on each of {ranks} ranks" if ranks > 1 else ""),
     }
     report = _initialize(pretrained, batches, config, output, run, params, writes=rank == 0)
@@ -111,19 +115,35 @@ def _run(
 
 
 def _batches(pretrained: Any, config: EvaConfig, params: dict[str, Any], shard: tuple[int, int]) -> tuple[Any, int]:
-    from .textdata import TextBatches, read_records
+    from .datafiles import read_records
+    from .textdata import TextBatches
 
     records = read_records(params["data"], split=params["split"], limit=params["limit"])
-    tokenizer = pretrained.tokenizer()
+    tokenizer, limits = pretrained.tokenizer(), pretrained.limits()
     if params["chat_template"]:
-        tokenizer.chat_template = params["chat_template"].read_text(encoding="utf-8")
+        tokenizer.chat_template = _read_template(params["chat_template"])
+    max_length = _max_length(params["max_length"], limits.context)
     batches = TextBatches(
-        records, tokenizer, batch_size=params["batch_size"], max_length=params["max_length"],
+        records, tokenizer, batch_size=params["batch_size"], max_length=max_length,
         text_field=params["text_field"], assistant_only=params["assistant_only"], with_labels=pretrained.takes_labels,
         label_mask_value=config.label_mask_value, seed=config.seed if params["shuffle"] else None,
-        shard=shard,
+        shard=shard, vocabulary=limits.vocabulary, paths=params["data"],
+        checked_batches=config.max_batches or DEFAULT_MAX_BATCHES,
     )  # fmt: skip
     return batches, len(records)
+
+
+def _max_length(asked: int | None, context: int | None) -> int:
+    if asked is not None and context is not None and asked > context:
+        raise ValueError(f"max_length: expected at most {context}, the positions that the model has, got {asked}")
+    return asked or min(MAX_LENGTH, context or MAX_LENGTH)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template: {path} is no text in UTF-8") from error
 
 
 def _initialize(
@@ -140,10 +160,15 @@ def _initialize(
     from ..planning import command_line
 
     model = pretrained.load()
-    statistics = collect(
-        model, batches, config, progress=not (params["quiet"] or params["as_json"]), checkpoint=params["checkpoint"],
-        checkpoint_every=params["checkpoint_every"],
-    )  # fmt: skip
+    try:
+        statistics = collect(
+            model, batches, config, progress=not (params["quiet"] or params["as_json"]),
+            checkpoint=params["checkpoint"], checkpoint_every=params["checkpoint_every"],
+        )  # fmt: skip
+    except Exception as error:
+        if not is_refusal(error):
+            _require_forward(model, batches, pretrained)
+        raise
     eva_plan = plan(statistics)
     apply(model, eva_plan)
     report = EvaReport.of(statistics, eva_plan, run={"command": command_line(), **run})
@@ -157,6 +182,21 @@ def _initialize(
     return report
 
 
+def _require_forward(model: Any, batches: Any, pretrained: Any) -> None:
+    """Raises ValueError if the model fails on the batch made last without EVA, too: then it is no bug of ours."""
+    import torch
+
+    batch = {name: tensor.to(pretrained.device) for name, tensor in batches.remake().items()}
+    try:
+        with torch.no_grad():
+            model(**batch)
+    except Exception as error:
+        raise ValueError(
+            f"model: {pretrained.base} fails, without EVA too, on the batch of {batches.describe_last()}: "
+            f"{reason(error)}"
+        ) from error
+
+
 def _describe_lora(config: Any) -> str:
     targets = config.target_modules
     named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
@@ -168,7 +208,12 @@ def _dry_run(pretrained: Any, batches: Any, config: Any, as_json: bool) -> None:
     from .. import estimate
     from ..collecting import matmul_rate
 
-    expected = estimate(pretrained.shapes(), batches.example(), config)
+    try:
+        expected = estimate(pretrained.shapes(), batches.example(), config)
+    except Exception as error:
+        if is_refusal(error):
+            raise
+        raise ValueError(f"model: its forward cannot be rehearsed: {reason(error)}") from error
     rate = matmul_rate(pretrained.device, pretrained.dtype)
     seconds = expected.seconds_per_batch(rate)
     if as_json:

@@ -6,7 +6,15 @@ from typing import Any
 import click
 
 from .options import PLANNING_FIELDS, config_options, lora_options, model_options, take_config, take_pretrained
-from .running import Command, json_option, need_libraries, print_facts, print_json, quiet_progress_bars
+from .running import (
+    Command,
+    json_option,
+    need_libraries,
+    print_facts,
+    print_json,
+    quiet_progress_bars,
+    require_new_folder,
+)
 
 
 @click.command(cls=Command, name="plan")
@@ -53,8 +61,7 @@ def apply(plan_file: Path, model: str, output: Path, as_json: bool, **params: An
     from .. import EvaPlan
     from .. import apply as apply_plan
 
-    if output.exists() and any(output.iterdir()):
-        raise click.UsageError(f"--output: {output} is not empty")
+    require_new_folder(output)
     path = plan_file / "plan.safetensors" if plan_file.is_dir() else plan_file
     loaded = EvaPlan.load(path)
     quiet_progress_bars()

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
@@ -116,12 +117,19 @@ def model_options(function: Any) -> Any:
     return function
 
 
+def _positive(context: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise click.BadParameter(f"expected a positive number, got {value}")
+    return value
+
+
 def lora_options(function: Any) -> Any:
     for option in reversed(
         [
             click.option("--rank", type=click.IntRange(1),
                          help="Rank of every layer; their sum is the budget.  [default: 16]"),
-            click.option("--alpha", type=float, help="LoRA alpha.  [default: the rank, a scaling of 1]"),
+            click.option("--alpha", type=float, callback=_positive,
+                         help="LoRA alpha.  [default: the rank, a scaling of 1]"),
             click.option("--target-modules", multiple=True, metavar="NAME",
                          help="Layers to adapt, repeatable or separated by commas.  [default: all-linear]"),
             click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="LoRA dropout.  [default: 0]"),
@@ -138,6 +146,8 @@ def take_pretrained(model: str, params: dict[str, Any]) -> Any:
     from .pretrained import LoraOptions, Pretrained
 
     targets = tuple(name for value in params["target_modules"] for name in value.split(",") if name)
+    if params["target_modules"] and not targets:
+        raise click.UsageError("--target-modules: expected names of modules, got none")
     given = {
         "rank": params["rank"],
         "alpha": params["alpha"],

@@ -1,11 +1,16 @@
 """A pretrained model with the LoRA layers asked for: from a folder or an id, with weights or only their shapes."""
 
+import re
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+
+from .running import is_refusal, reason
 
 __all__ = ["LoraOptions", "Pretrained"]
 
@@ -38,6 +43,19 @@ class LoraOptions:
     use_dora: bool = False
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a model can be fed.
+
+    Attributes:
+        vocabulary: Tokens that it has an embedding for; None: unknown.
+        context: Tokens that it has positions for; None: as many as there are, or unknown.
+    """
+
+    vocabulary: int | None = None
+    context: int | None = None
+
+
 class Pretrained:
     """A model folder or id, or an adapter folder whose base model and ``LoraConfig`` are taken.
 
@@ -50,7 +68,7 @@ class Pretrained:
 
     Raises:
         ValueError: nothing loads from there (the message says why), LoRA options together with an adapter
-            folder, an unknown dtype or device.
+            folder, an unknown dtype or device, target modules that there are not.
         ImportError: transformers or peft is not installed.
     """
 
@@ -68,13 +86,16 @@ class Pretrained:
         self.trust = {"trust_remote_code": trust_remote_code}
         self.device = _device(device)
         self.lora_config: Any = None
+        self._targets_named = lora is not None and lora.target_modules != ("all-linear",)
         self.base = _absolute(source)
         try:
             if transformers.utils.peft_utils.find_adapter_config_file(source) is not None:
                 self._take_adapter(source, lora)
             self.config = transformers.AutoConfig.from_pretrained(self.base, **self.trust)
-        except (OSError, KeyError) as error:
-            raise ValueError(f"model: {source} does not load: {_first_line(error)}") from error
+        except Exception as error:  # transformers and PEFT raise as they please where a file is not as they expect
+            if is_refusal(error):
+                raise
+            self._refuse(error)
         if getattr(self.config, "is_encoder_decoder", False):
             raise ValueError(
                 f"model: {source} is an encoder-decoder; call eva_lora.eva_initialize with a forward_fn and row_mask_fn"
@@ -93,7 +114,24 @@ class Pretrained:
         if not isinstance(self.lora_config, LoraConfig):
             raise ValueError(f"model: expected a LoRA adapter, {source} is {self.lora_config.peft_type}")
         self.lora_config.inference_mode = False
-        self.base = _absolute(self.lora_config.base_model_name_or_path)
+        base = self.lora_config.base_model_name_or_path
+        if not base:
+            raise ValueError(f"model: {source} is an adapter that names no base model in base_model_name_or_path")
+        self.base = _absolute(base)
+
+    def _refuse(self, error: Exception) -> NoReturn:
+        """Raises ValueError for a folder or id that did not load, with what to do about it where that is known."""
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model: {self.base} brings code of its own, which runs only with --trust-remote-code"
+            ) from error
+        folder = Path(self.base)
+        inside = [name for name in ("adapter", "lora") if (folder / name / "adapter_config.json").is_file()]
+        if inside and not (folder / "config.json").exists():
+            raise ValueError(
+                f"model: {folder} is no model, but holds adapters: {', '.join(inside)}; name one of them"
+            ) from error
+        raise ValueError(f"model: {self.base} does not load: {reason(error)}") from error
 
     def _dtype(self, name: str) -> torch.dtype:
         if name == "auto":
@@ -141,31 +179,83 @@ class Pretrained:
 
         try:
             return transformers.AutoTokenizer.from_pretrained(self.base, **self.trust)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"model: {self.base} has no tokenizer that loads: {_first_line(error)}") from error
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                self._refuse(error)
+            raise ValueError(f"model: {self.base} has no tokenizer that loads: {reason(error)}") from error
 
     def load(self) -> nn.Module:
         """The model with its weights, LoRA layers added, on the device."""
         try:
             base = self.model_class.from_pretrained(self.base, **{dtype_keyword(): self.dtype}, **self.trust)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: {self.base} does not load: {_first_line(error)}") from error
-        return self._with_lora(base).to(self.device)
+        except Exception as error:
+            self._refuse(error)
+        return self._with_lora(base, self.lora_config).to(self.device)
 
     def shapes(self) -> nn.Module:
         """The same without weights, on the meta device."""
-        build = getattr(self.model_class, "_from_config", None) or self.model_class.from_config
-        with torch.device("meta"):
-            base = build(self.config, attn_implementation="eager", **{dtype_keyword(): self.dtype})
-        return self._with_lora(base)
+        return self._with_lora(self._bare(), self.lora_config)
 
-    def _with_lora(self, base: nn.Module) -> Any:
+    def limits(self) -> Limits:
+        """What the model can be fed, known before its weights are loaded.
+
+        Raises:
+            ValueError: target modules that there are not.
+        """
+        try:
+            base = self._bare()
+        except ValueError:  # code of its own may want weights; what is wrong then shows in the pass
+            return Limits()
+        text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        declared = getattr(text, "max_position_embeddings", None)
+        try:
+            weight = getattr(base.get_input_embeddings(), "weight", None)
+        except (NotImplementedError, AttributeError):
+            weight = None
+        found = Limits(None if weight is None else len(weight), min(_positions(base, declared), default=None))
+        self._with_lora(base, deepcopy(self.lora_config))
+        return found
+
+    def _bare(self) -> Any:
+        build = getattr(self.model_class, "_from_config", None) or self.model_class.from_config
+        code = self.trust if build.__name__ == "from_config" else {}
+        try:
+            with torch.device("meta"):
+                return build(self.config, attn_implementation="eager", **{dtype_keyword(): self.dtype}, **code)
+        except Exception as error:
+            raise ValueError(f"model: {self.base} cannot be built without its weights: {reason(error)}") from error
+
+    def _with_lora(self, base: nn.Module, config: Any) -> Any:
         from peft import get_peft_model
 
+        if self._targets_named:
+            names = [name for name, _ in base.named_modules()]
+            for target in sorted(config.target_modules):
+                if not any(name == target or name.endswith(f".{target}") for name in names):
+                    kinds = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if not [*m.children()]})
+                    raise ValueError(
+                        f"target_modules: expected names of modules, the model has no {target!r}; it has "
+                        f"{', '.join(kind for kind in kinds if not kind.isdecimal())}"
+                    )
         try:
-            return get_peft_model(base, self.lora_config)
-        except ValueError as error:
-            raise ValueError(f"target_modules: {_first_line(error)}") from error
+            return get_peft_model(base, config)
+        except Exception as error:
+            raise ValueError(f"target_modules: {reason(error)}") from error
+
+
+def _positions(model: nn.Module, declared: int | None) -> Iterator[int]:
+    """How many tokens there are places for in each table of positions as long as the config declares.
+
+    Rotations are computed and have no end; tables of other lengths are those of other towers.
+    """
+    modules = dict(model.named_modules())
+    for name, table in (*model.named_parameters(), *model.named_buffers()):
+        owner, _, last = name.rpartition(".")
+        if table.ndim == 2 and re.search("pos|wpe", owner.rpartition(".")[2] if last == "weight" else last):
+            padding = getattr(modules[owner], "padding_idx", None)  # RoBERTa's positions begin behind it
+            places = len(table) - getattr(modules[owner], "offset", 0 if padding is None else padding + 1)
+            if declared in (len(table), places):
+                yield places
 
 
 def dtype_keyword() -> str:
@@ -186,12 +276,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, dtype=torch.uint8, device=device)
+        torch.zeros((), dtype=torch.uint8, device=device).item()  # fails where there is no device, or no values
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {_first_line(error)}") from error
+        raise ValueError(f"device: {name!r} cannot be used: {reason(error)}") from error
     return device
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

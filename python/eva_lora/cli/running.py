@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -76,21 +77,47 @@ def _fail(context: click.Context, message: str, code: int, as_json: bool) -> NoR
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether this package raised the error on purpose: its innermost frame is a ``raise`` of ours."""
+    """Whether the error is no bug: its innermost frame is a ``raise`` of ours, or the machine refuses."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return True  # the operating system's word, which names the file
     frames = list(traceback.walk_tb(error.__traceback__))
     if not frames or not isinstance(error, (ValueError, TypeError, RuntimeError, OSError, ImportError)):
         return False
     frame, line = frames[-1]
     ours = frame.f_globals.get("__name__", "").partition(".")[0] in ("eva_lora", "eva_kernels")
-    return ours and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    text = linecache.getline(frame.f_code.co_filename, line)
+    compiled = "core." in text and isinstance(
+        error, ValueError
+    )  # what the compiled module raises has no frame of its own
+    return ours and (compiled or text.lstrip().startswith("raise "))
+
+
+def reason(error: BaseException) -> str:
+    """An error of somebody else's in one line, with its type where the text alone may say little."""
+    lines = str(error).strip().splitlines()
+    if lines and isinstance(error, (ValueError, OSError)):
+        return lines[0]
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def require_new_folder(output: Path) -> None:
+    """Raises a usage error where a folder holds anything, or cannot be made: before work, not after it."""
+    if output.exists() and any(output.iterdir()):
+        raise click.UsageError(f"--output: {output} is not empty")
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise click.UsageError(f"--output: {output} cannot be made in {there}")
 
 
 def _quiet_libraries() -> None:
     """Keep the libraries' own chatter off the screen; warnings of ours come as one line."""
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", message="EVA ")
-    for name in ("torchao", "transformers", "datasets", "bitsandbytes"):
+    for name in ("torchao", "transformers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error, it raises too
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         click.echo(f"warning: {message}", err=True)

@@ -129,8 +129,9 @@ def collect_with(
 
         def open_loader() -> BatchReader:
             return BatchReader(
-                loader, fingerprints=saving is not None, position=position, may_be_empty=ranks is not None
-            )
+                loader, fingerprints=saving is not None, position=position, may_be_empty=ranks is not None,
+                may_be_none=forward_fn is not None,
+            )  # fmt: skip
 
         reader = together(ranks, open_loader)
         if pooled is not None:

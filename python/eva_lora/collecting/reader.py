@@ -40,10 +40,12 @@ class BatchReader:
         position: Where to go on. A loader with ``state_dict()`` and ``load_state_dict()`` is set there; another
             is read again from its start, and each batch compared with what was seen.
         may_be_empty: Whether a loader without a single batch will do: other ranks may have some.
+        may_be_none: Whether None may stand for a batch, as for a ``forward_fn`` that makes its own.
 
     Raises:
         TypeError: ``loader`` is not iterable.
-        ValueError: it yields nothing, or does not yield what it did before ``position``.
+        ValueError: it yields nothing, or does not yield what it did before ``position``; from the methods, too:
+            it yields None.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class BatchReader:
         fingerprints: bool = False,
         position: Position | None = None,
         may_be_empty: bool = False,
+        may_be_none: bool = False,
     ) -> None:
-        self._loader, self._fingerprints = loader, fingerprints
+        self._loader, self._fingerprints, self._may_be_none = loader, fingerprints, may_be_none
         self.digests: list[bytes] = []
+        self._num_read = 0
         positioned = position is not None and position.loader_state is not None and _has_position(loader)
         if positioned:
             loader.load_state_dict(position.loader_state)  # type: ignore[union-attr,attr-defined]
@@ -70,6 +74,7 @@ class BatchReader:
                 self._look_ahead()
         elif positioned:
             self.digests, self._empty = list(position.digests), False
+            self._num_read = len(self.digests)
         else:
             self._replay(position.digests)
 
@@ -110,6 +115,12 @@ class BatchReader:
     def _read(self) -> Any:
         for batch in self._current:
             self._empty = False
+            self._num_read += 1
+            if batch is None and not self._may_be_none:
+                raise ValueError(
+                    f"loader: expected batches, batch {self._num_read} is None; a collate function that drops samples "
+                    "may be left with none"
+                )
             return batch
         return END
 
