@@ -13,6 +13,7 @@ from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
 from eva_lora.adapters import find_adapter, pattern_of, whole_weights
 from eva_lora.peft import planned_config
 from support.models import lora_a_of, tiny_llama, token_batches
+from support.other_kinds import OTHER_KINDS
 from support.ranks import on_ranks
 from support.wrappers import CHANGEABLE, FIXED, HandsOn
 
@@ -393,3 +394,11 @@ def test_a_state_dict_of_a_wrapped_model_is_that_of_the_model():
 
     states = [get_eva_state_dict(model, BATCHES, show_progress_bar=False) for model in (adapted(), HandsOn(adapted()))]
     require_equal(*states)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, CHANGEABLE["DataParallel"], FIXED["DeepSpeedEngine"]])
+def test_layers_of_other_libraries_have_their_names_in_wrappers_that_are_known(wrap):
+    kind = OTHER_KINDS[0]
+    kind = getattr(kind, "values", [kind])[0]
+    plain, wrapped = find_adapter(kind.model()), find_adapter(wrap(kind.model()))
+    assert [site.name for site in wrapped.sites] == [site.name for site in plain.sites]
