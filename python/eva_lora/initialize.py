@@ -6,7 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import LoraAdapter, LoraSite, SiteAdapter, find_adapter, require_changeable, whole_weights
+from .adapters import (
+    LoraAdapter,
+    LoraSite,
+    SiteAdapter,
+    TrainedLayers,
+    find_adapter,
+    ordinary_tensors,
+    require_changeable,
+    whole_weights,
+)
 from .collecting import ForwardFn, RowMaskFn, collect_with
 from .config import EvaConfig
 from .distributed import ProcessGroup, joined, together
@@ -28,6 +37,7 @@ def eva_initialize(
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     process_group: ProcessGroup = None,
+    overwrite: bool = False,
 ) -> EvaReport:
     """Initialise a model's LoRA layers with EVA (Paischer et al., arXiv 2410.07170).
 
@@ -54,6 +64,8 @@ def eva_initialize(
         checkpoint_every: Batches between two saves. None: 10.
         process_group: The ranks that make one pass together, each with batches of its own (docs/distributed.md).
             None: torch.distributed's default group, where it has more than one rank. "off": each rank for itself.
+        overwrite: Whether an adapter may be overwritten that was trained already: whose B is not zero. False: that is
+            an error before any batch is taken (docs/resuming.md).
 
     Returns:
         What was done, the same on all ranks. Warns where layers had not converged when a bound or the data's end was
@@ -65,23 +77,17 @@ def eva_initialize(
         RuntimeError: another rank is gone. What one rank fails with, all raise.
     """
 
-    def prepare() -> tuple[LoraAdapter, EvaConfig]:
+    def prepare() -> tuple[LoraAdapter, EvaConfig, TrainedLayers]:
         if checkpoint is None and checkpoint_every is not None:
             raise ValueError("checkpoint_every: expected None without a checkpoint to write")
         with whole_weights(model):
             adapter = find_adapter(model, sites)
             if isinstance(adapter, SiteAdapter):
                 adapter.writable()  # an error now, not after the pass
+            trained = TrainedLayers.of(adapter)
         chosen = EvaConfig.of(adapter.eva_config if config is None else config)
         require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
-        return adapter, chosen
-
-    ranks = joined(process_group)
-    adapter, chosen = together(ranks, prepare)
-    statistics = collect_with(
-        adapter, model, loader, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
-        checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
-    )  # fmt: skip
+        return adapter, chosen, trained
 
     def write() -> EvaReport:
         eva_plan = plan(statistics)
@@ -90,7 +96,16 @@ def eva_initialize(
             adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
         return report
 
-    return together(ranks, write)
+    ranks = joined(process_group)
+    with ordinary_tensors():
+        adapter, chosen, trained = together(ranks, prepare)
+        if not overwrite:
+            together(ranks, trained.require_none)
+        statistics = collect_with(
+            adapter, model, loader, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
+            checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
+        )  # fmt: skip
+        return together(ranks, write)
 
 
 def _run_facts(model: nn.Module) -> dict[str, str]:
@@ -107,7 +122,9 @@ def _run_facts(model: nn.Module) -> dict[str, str]:
     return {label: value for label, value in facts.items() if value}
 
 
-def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | None = None) -> None:
+def apply(
+    model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | None = None, overwrite: bool = False
+) -> None:
     """Write a plan into a model with the same LoRA layers: all of it, or nothing and an error.
 
     Args:
@@ -115,13 +132,14 @@ def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | No
             (:func:`eva_lora.peft.planned_config`), as it has to be where its weights are sharded already.
         eva_plan: From :func:`eva_lora.plan`.
         sites: As in :func:`eva_initialize`; what was given there is given here.
+        overwrite: As in :func:`eva_initialize`.
 
     Raises:
         TypeError: ``model`` is no module, or ``sites`` cannot be written.
         ValueError: the model has no LoRA layers, or others than the plan's; it is compiled or wrapped and a rank
-            changes; or an optimizer holds its LoRA parameters.
+            changes; an optimizer holds its LoRA parameters; or its adapter was trained.
     """
-    with whole_weights(model):
+    with ordinary_tensors(), whole_weights(model):
         adapter = find_adapter(model, sites)
         ranks = {site.name: site.rank for site in adapter.sites}
         changed = any(
@@ -130,4 +148,6 @@ def apply(model: nn.Module, eva_plan: EvaPlan, *, sites: Sequence[LoraSite] | No
             if name in ranks or planned.rank  # a layer of rank 0 may have been left out when the model was built
         )
         require_changeable(model, ranks_change=changed)
+        if not overwrite:
+            TrainedLayers.of(adapter).require_none()
         adapter.apply(eva_plan)

@@ -8,7 +8,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import LayerInput, LoraSite, PeftAdapter, pattern_of
+from .adapters import (
+    LayerInput,
+    LoraSite,
+    PeftAdapter,
+    TrainedLayers,
+    is_targeted,
+    ordinary_tensors,
+    pattern_of,
+    planned_targets,
+    require_ordinary,
+)
 from .collecting import ForwardFn, RowMaskFn, collect_with
 from .config import EvaConfig
 from .distributed import joined
@@ -125,8 +135,6 @@ def get_eva_state_dict(
     if peft_config is None and not peft_model:
         raise ValueError("peft_config: expected a LoraConfig, since the model is no PeftModel; got None")
     ranks = joined(None if gather_distributed_inputs else "off")
-    if ranks is None and isinstance(dataloader, Sized) and len(dataloader) == 0:
-        raise ValueError("dataloader: expected at least one batch, it is empty")
     if peft_model:
         adapter: Any = PeftAdapter(model, adapter_name)
         prefix = _prefix(model)
@@ -141,15 +149,17 @@ def get_eva_state_dict(
         row_mask_fn = prepared.see
     elif prepare_layer_inputs_fn is None:
         row_mask_fn = _no_mask
-    else:
-        dataloader = _Mappings(dataloader)
+    batches = _Batches(
+        dataloader, are_mappings=prepared.is_a_row_mask and row_mask_fn is None, may_be_empty=ranks is not None
+    )
     config = replace(EvaConfig.of(peft_config.eva_config), label_names=("labels",))  # as PEFT's function has it
-    statistics = collect_with(
-        adapter, model, dataloader, config, row_mask_fn=row_mask_fn,
-        forward_fn=None if forward_fn is forward_fn_dict else forward_fn, progress=show_progress_bar, ranks=ranks,
-    )  # fmt: skip
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    return {prefix + name: a.to(device, copy=True) for name, a in plan(statistics).lora_a.items()}
+    with ordinary_tensors():
+        statistics = collect_with(
+            adapter, model, batches, config, row_mask_fn=row_mask_fn,
+            forward_fn=None if forward_fn is forward_fn_dict else forward_fn, progress=show_progress_bar, ranks=ranks,
+        )  # fmt: skip
+        device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        return {prefix + name: a.to(device, copy=True) for name, a in plan(statistics).lora_a.items()}
 
 
 def initialize_lora_eva_weights(
@@ -178,7 +188,8 @@ def initialize_lora_eva_weights(
 
     Raises:
         ValueError: the model is no ``PeftModel``, more than one adapter is active, the adapter was not made for
-            EVA, there is neither data nor a state dict, or the state dict's shapes or names are not the model's.
+            EVA or was trained already, there is neither data nor a state dict, or the state dict's shapes or names are
+            not the model's.
     """
     active = getattr(model, "active_adapters", None)
     if not hasattr(model, "peft_config") or active is None:
@@ -193,6 +204,9 @@ def initialize_lora_eva_weights(
             f"model: expected an adapter made with init_lora_weights='eva', {adapter_name!r} was made with "
             f"{configs[adapter_name].init_lora_weights!r}"
         )
+    adapter = PeftAdapter(model, adapter_name)
+    require_ordinary(model)
+    TrainedLayers.of(adapter).require_none()
     if eva_state_dict is None:
         if dataloader is None:
             raise ValueError("dataloader: expected one where there is no eva_state_dict, got None")
@@ -200,10 +214,10 @@ def initialize_lora_eva_weights(
             model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name,
             gather_distributed_inputs, show_progress_bar,
         )  # fmt: skip
-    adapter = PeftAdapter(model, adapter_name)
     given = {name.removeprefix(_PREFIX): value for name, value in eva_state_dict.items()}
     eva_plan = _plan_of(given, adapter.sites, EvaConfig.of(adapter.config.eva_config))
-    adapter.apply(eva_plan)
+    with ordinary_tensors():
+        adapter.apply(eva_plan)
     missing = [*(site.name for site in adapter.sites if site.name not in given), *adapter.left_alone]
     if missing:
         warnings.warn(
@@ -217,16 +231,23 @@ def planned_config(peft_config: Any, eva_plan: EvaPlan) -> Any:
     """A copy of a ``LoraConfig`` that builds a model with the ranks of a plan, for :func:`eva_lora.apply` to fill.
 
     Alphas go with the ranks as the plan's ``adjust_scaling_factors`` says; layers of rank 0 are left out. For models
-    whose ranks cannot change later, since they are built sharded.
+    whose ranks cannot change later, since they are built sharded. ``init_lora_weights`` becomes True where it is
+    "orthogonal", which PEFT builds with even ranks alone, or False, whose random B would have to be overwritten.
 
     Args:
         peft_config: The ``LoraConfig`` that the statistics' model was made with.
-        eva_plan: From :func:`eva_lora.plan`.
+        eva_plan: From :func:`eva_lora.plan`; of several PEFT models in one, the part of the one that ``peft_config`` is
+            of (:meth:`eva_lora.EvaPlan.part`).
+
+    Raises:
+        ValueError: ``target_parameters`` cannot say which layers are left.
     """
     from peft.utils.other import get_pattern_key
 
     config, names = copy.deepcopy(peft_config), list(eva_plan.sites)
     config.rank_pattern, config.alpha_pattern = {}, {}
+    if config.init_lora_weights in ("orthogonal", False):
+        config.init_lora_weights = True
     for name, site in eva_plan.sites.items():
         key = get_pattern_key(peft_config.alpha_pattern.keys(), name)
         alpha = peft_config.alpha_pattern.get(key, peft_config.lora_alpha)
@@ -241,6 +262,10 @@ def planned_config(peft_config: Any, eva_plan: EvaPlan) -> Any:
         former = config.exclude_modules or []
         patterns = [former] if isinstance(former, str) else [rf"(.*\.)?{re.escape(name)}" for name in former]
         config.exclude_modules = "|".join([*patterns, *map(re.escape, removed)])  # a text is matched whole
+        if config.target_parameters:
+            of_parameters = [name for name in names if is_targeted(name, config.target_parameters)]
+            kept = [name for name in of_parameters if name not in removed]
+            config.target_parameters = planned_targets(config.target_parameters, kept, of_parameters)
     return config
 
 
@@ -269,27 +294,35 @@ def _plan_of(given: Mapping[str, Tensor], sites: list[LoraSite], config: EvaConf
 def _prefix(model: nn.Module) -> str:
     from peft import PeftModel
 
-    return _PREFIX if isinstance(model, PeftModel) else ""
+    return _PREFIX if any(isinstance(module, PeftModel) for module in model.modules()) else ""
 
 
 def _no_mask(batch: Any) -> None:
     return None
 
 
-class _Mappings:
-    """A loader whose batches are checked to be mappings."""
+@dataclass
+class _Batches:
+    """A loader by the name that it has here, checked as it is read: no loader is asked for its length, which streams
+    have none of."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader = loader
+    loader: Iterable[Any]
+    are_mappings: bool
+    may_be_empty: bool
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            if not isinstance(batch, Mapping):
+        if not hasattr(self.loader, "__iter__") and not hasattr(self.loader, "__getitem__"):
+            raise TypeError(f"dataloader: expected an iterable of batches, got {type(self.loader).__name__}")
+        for batch in self.loader:
+            self.may_be_empty = True  # from now on: an iterator that is over is empty when it is asked again
+            if self.are_mappings and not isinstance(batch, Mapping):
                 raise TypeError(
                     f"dataloader: expected batches that are dictionaries, got {type(batch).__name__}; pass "
                     "prepare_model_inputs_fn and prepare_layer_inputs_fn for others"
                 )
             yield batch
+        if not self.may_be_empty:
+            raise ValueError("dataloader: expected at least one batch, it is empty")
 
 
 @dataclass

@@ -80,7 +80,7 @@ def test_a_registered_adapter_is_found(registry, batches):
         return [ParameterSite.of(name, m) for name, m in model.named_modules() if isinstance(m, PlainLora)]
 
     net = Net()
-    report = eva_initialize(net, batches, EvaConfig(max_batches=3, tau=1.0), progress=False)
+    report = eva_initialize(net, batches, EvaConfig(max_batches=3, tau=1.0), overwrite=True, progress=False)
     assert report.shared_inputs == [["first", "second"]]
     assert_initialised(net, batches, report)
     optimizer = torch.optim.SGD([net.first.A, net.first.B, net.third.B], lr=0.1)
@@ -93,7 +93,7 @@ def test_what_was_registered_last_is_asked_first(registry, batches):
     asked = []
     for name in ("one", "two"):
         register_adapter(lambda model, name=name: asked.append(name) or (sites_of(model) if name == "one" else None))
-    eva_initialize(Net(), batches, EvaConfig(max_batches=2), progress=False)
+    eva_initialize(Net(), batches, EvaConfig(max_batches=2), overwrite=True, progress=False)
     assert asked[:2] == ["two", "one"]
 
 
@@ -108,7 +108,9 @@ def test_what_a_registered_function_returns_is_checked(registry, batches):
 def test_sites_can_be_passed(batches):
     net = Net()
     sites = sites_of(net)
-    report = eva_initialize(net, batches, EvaConfig(max_batches=3, tau=1.0), sites=sites, progress=False)
+    report = eva_initialize(
+        net, batches, EvaConfig(max_batches=3, tau=1.0), sites=sites, overwrite=True, progress=False
+    )
     assert_initialised(net, batches, report)
 
 
@@ -116,7 +118,7 @@ def test_three_steps_with_sites(batches, tmp_path):
     net = Net()
     statistics = collect(net, batches, EvaConfig(max_batches=3, tau=1.0), sites=sites_of(net), progress=False)
     eva_plan = plan(type(statistics).load(statistics.save(tmp_path / "statistics")), budget=9)
-    apply(net, eva_plan, sites=sites_of(net))
+    apply(net, eva_plan, sites=sites_of(net), overwrite=True)
     assert {n: m.A.shape[0] for n, m in net.named_modules() if isinstance(m, PlainLora)} == eva_plan.ranks
 
 
@@ -160,7 +162,7 @@ def test_layers_as_factors_and_scalings_in_attributes(batches, adjust):
     ]
     config = EvaConfig(max_batches=3, adjust_scaling_factors=adjust)
     eva_plan = plan(collect(net, batches, config, sites=sites, progress=False), budget=10)
-    apply(net, eva_plan, sites=sites)
+    apply(net, eva_plan, sites=sites, overwrite=True)
     assert len(set(eva_plan.ranks.values())) > 1
     for name, rank in eva_plan.ranks.items():
         layer = net.get_submodule(name)
@@ -186,7 +188,9 @@ def test_transposed_factors_keep_their_dtype_and_what_is_trained(batches):
 def test_ranks_are_multiples_of_the_divisor_of_their_site(batches):
     net = Net()
     sites = [ParameterSite.of(n, m, rank_multiple=k) for (n, m), k in zip(net.named_children(), (3, 1, 2), strict=True)]
-    report = eva_initialize(net, batches, EvaConfig(max_batches=3, tau=1.0), sites=sites, progress=False)
+    report = eva_initialize(
+        net, batches, EvaConfig(max_batches=3, tau=1.0), sites=sites, overwrite=True, progress=False
+    )
     assert report.ranks["first"] % 3 == 0
     assert report.ranks["third"] % 2 == 0
 
@@ -213,7 +217,7 @@ def test_a_failing_write_changes_nothing(batches, monkeypatch):
 
     monkeypatch.setattr(ParameterSite, "write", sometimes)
     with pytest.raises(MemoryError):
-        apply(net, eva_plan, sites=sites_of(net))
+        apply(net, eva_plan, sites=sites_of(net), overwrite=True)
     assert [id(p) for p in net.parameters()] == ids
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

@@ -48,10 +48,10 @@ def lora(base, **options):
     return get_peft_model(base, LoraConfig(**{**defaults, **options}))
 
 
-def initialise(model, batches=None, **options):
+def initialise(model, batches=None, overwrite=False, **options):
     """EVA on six batches, or on those given, and its report."""
-    options = {"max_batches": 6, **options}
-    return eva_initialize(model, batches or token_batches(), EvaConfig(**options), progress=False)
+    config = EvaConfig(**{"max_batches": 6, **options})
+    return eva_initialize(model, batches or token_batches(), config, overwrite=overwrite, progress=False)
 
 
 def token_batches(count=6, shape=(4, 24), vocab=97, seed=1):

@@ -12,22 +12,24 @@ from torch import nn
 from ..planning import EvaPlan
 from . import libraries, peft
 from .export import VLLM_RANKS, export_uniform
-from .generators import same_generators
+from .generators import ordinary_tensors, same_generators
 from .outline import ModelOutline
 from .parameters import ParameterSite, SiteAdapter
 from .peft import PeftAdapter
-from .peft_writing import pattern_of
+from .peft_naming import is_targeted, pattern_of, planned_targets
 from .preflight import (
     is_lora,
     is_partitioned,
     require_changeable,
     require_loaded,
+    require_ordinary,
     waits_for_others,
     wrapped,
     wrapper_of,
 )
 from .sharded import whole_weights
 from .sites import LayerInput, LoraSite, Patches, Rows
+from .training import TrainedLayers
 
 __all__ = [
     "VLLM_RANKS",
@@ -40,14 +42,19 @@ __all__ = [
     "PeftAdapter",
     "Rows",
     "SiteAdapter",
+    "TrainedLayers",
     "export_uniform",
     "find_adapter",
     "is_lora",
     "is_partitioned",
+    "is_targeted",
+    "ordinary_tensors",
     "pattern_of",
+    "planned_targets",
     "register_adapter",
     "require_changeable",
     "require_loaded",
+    "require_ordinary",
     "same_generators",
     "waits_for_others",
     "whole_weights",
@@ -57,7 +64,11 @@ __all__ = [
 
 
 class LoraAdapter(Protocol):
-    """One adapter of a model, whatever library made it. A library is supported by implementing this."""
+    """One adapter of a model, whatever library made it. A library is supported by implementing this.
+
+    One that also has ``zero_before_training()``, a mapping of layers' names to lists of tensors (most often B) that are
+    zero until it is trained, is not overwritten in silence once it was.
+    """
 
     @property
     def sites(self) -> Sequence[LoraSite]:
@@ -74,7 +85,7 @@ class LoraAdapter(Protocol):
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the model computes what its base computes; afterwards all is as before."""
 
-    def apply(self, plan: EvaPlan) -> None:
+    def apply(self, plan: EvaPlan) -> object:
         """Write the plan into the model: all of it, or none of it and an error."""
 
 
@@ -112,7 +123,8 @@ def find_adapter(model: nn.Module, sites: Sequence[LoraSite] | None = None) -> L
         if isinstance(found, Sequence) and found:
             return SiteAdapter(found)
         if found is not None and not isinstance(found, Sequence):
-            if not all(hasattr(found, name) for name in ("sites", "left_alone", "eva_config", "disabled", "apply")):
+            members = ("sites", "left_alone", "eva_config", "disabled", "apply")
+            if find in _registered and not all(hasattr(found, name) for name in members):
                 raise TypeError(
                     f"register_adapter: expected {find!r} to return a list of sites, a LoraAdapter or None, got "
                     f"{type(found).__name__}"

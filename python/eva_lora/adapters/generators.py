@@ -1,4 +1,4 @@
-"""The global random generators, and giving them back as they were."""
+"""Modes of the process that EVA must not depend on: its random generators, and whether tensors are for inference."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["same_generators"]
+__all__ = ["ordinary_tensors", "same_generators"]
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Within it new tensors are ordinary ones, which can be trained, also where the caller is in inference mode."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 @contextmanager

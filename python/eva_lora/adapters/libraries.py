@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from . import layouts, litgpt, loralib, patched, torchtune
+from .outline import plain_modules
 from .parameters import SiteAdapter
 from .sites import LeftAlone, LoraSite
 
@@ -32,7 +33,7 @@ def find(model: nn.Module) -> SiteAdapter | None:
     """
     sites: list[LoraSite] = []
     left_alone: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         try:
             site = next((s for site_of in _SITE_OF if (s := site_of(name, module)) is not None), None)
         except LeftAlone as reason:

@@ -193,6 +193,10 @@ class SiteAdapter:
         self.left_alone: dict[str, str] = dict(left_alone or {})
         self.eva_config = None
 
+    def zero_before_training(self) -> dict[str, list[Tensor]]:
+        """Layer → its B, as far as it is known where that is."""
+        return {site.name: list(site.second) for site in self.sites if isinstance(site, ParameterSite)}
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         second = [factor for site in self.sites if isinstance(site, ParameterSite) for factor in site.second]

@@ -2,30 +2,35 @@
 
 import importlib.metadata
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..planning import EvaPlan
 from .fused import unfused
-from .outline import ModelOutline
-from .peft_layers import parts_of, site_of
+from .outline import ModelOutline, plain_modules
+from .parameters import check_plan
+from .peft_layers import factors, parts_of, site_of
+from .peft_roots import base_models
 from .peft_writing import PlanWriter
-from .sharded import plain_name
 from .sites import LeftAlone, LoraSite
 
-__all__ = ["PeftAdapter", "find"]
+__all__ = ["PeftAdapter", "PeftAdapters", "find"]
 
-#: Initialisations that leave the base weights as they were; B is zeroed whatever it was.
+#: Initialisations that leave the base weights as they were. B begins as zero, but for False, which fills it with random
+#: numbers, and "orthogonal", where B A is zero.
 _NEUTRAL_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 _OLDEST = (0, 20)  # earlier ones save no ranks of parameters, and make layers anew in another way
 
 
-def find(model: nn.Module) -> "PeftAdapter | None":
-    """The active LoRA adapter of a PEFT model, or None if the model has no PEFT LoRA layer.
+def find(model: nn.Module) -> "PeftAdapter | PeftAdapters | None":
+    """The active LoRA adapter of a PEFT model, or those of the several that are in a model; None if it has no PEFT LoRA
+    layer.
 
     Raises:
         ValueError: there is one, but EVA cannot initialise it; the message says why and what to do.
@@ -39,23 +44,33 @@ def find(model: nn.Module) -> "PeftAdapter | None":
     installed = importlib.metadata.version("peft")
     if tuple(int(number) for number in re.findall(r"\d+", installed)[:2]) < _OLDEST:
         raise ValueError(f"model: expected layers of PEFT {_OLDEST[0]}.{_OLDEST[1]} or later, {installed} is installed")
-    return PeftAdapter(model)
+    roots = base_models(model)
+    if len(roots) == 1:
+        return PeftAdapter(model)
+    return PeftAdapters({path: PeftAdapter(model, root=root) for path, root in roots.items()})
 
 
 class PeftAdapter:
     """One LoRA adapter of a PEFT model.
 
     Args:
-        model: A ``PeftModel``, a ``LoraModel``, or a model with adapters injected into it.
+        model: A ``PeftModel``, a ``LoraModel``, a model with adapters injected into it, or what wraps one of these.
         name: The adapter's name. None: the one that is active.
+        root: The base model that it is in, where ``model`` has several.
 
     Raises:
-        ValueError: as :func:`find`.
+        ValueError: as :func:`find`; or there are several PEFT models in ``model``, and no ``root`` says which is meant.
     """
 
-    def __init__(self, model: nn.Module, name: str | None = None) -> None:
+    def __init__(self, model: nn.Module, name: str | None = None, *, root: nn.Module | None = None) -> None:
         self._model = model
-        self._root, self._configs = _root_and_configs(model)
+        if root is None:
+            roots = base_models(model)
+            if len(roots) > 1:
+                raise ValueError(f"model: expected one PEFT model, there are {len(roots)} in it: {list(roots)}")
+            (root,) = roots.values()
+        self._root = root
+        self._configs: dict[str, Any] = vars(root)["peft_config"]
         everything = _lora_layers(self._root)
         self.name = _active_name(everything) if name is None else name
         self._everything = {n: layer for n, layer in everything.items() if self.name in layer.r}
@@ -117,13 +132,27 @@ class PeftAdapter:
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
 
-    def apply(self, plan: EvaPlan) -> None:
+    def apply(self, plan: EvaPlan) -> Callable[[], None]:
         """Write a plan into the layers and the ``LoraConfig``: all of it, or nothing.
+
+        Returns:
+            What undoes it.
 
         Raises:
             ValueError: the plan is for other layers, or for layers of another rank or width.
         """
-        PlanWriter(self.name, self._root, self._configs, self.sites, self._everything).write(plan)
+        return PlanWriter(self.name, self._root, self._configs, self.sites, self._everything).write(plan)
+
+    def zero_before_training(self) -> dict[str, list[Tensor]]:
+        """Layer → its B, with a bias if it has one; where B does not begin as zero but B A does, what shows that."""
+        found = {}
+        for name, layer in self.layers.items():
+            weights, second = factors(layer, self.name)
+            tensors: list[Tensor] = [p for module in second for p in module.parameters()]
+            if self.config.init_lora_weights == "orthogonal" and len(weights) == 1 and weights[0].device.type != "meta":
+                tensors = [_more_than_rounding(tensors[0], weights[0], layer.get_base_layer()), *tensors[1:]]
+            found[name] = tensors
+        return found
 
     def _check_config(self) -> None:
         if self.name not in self._configs:
@@ -135,21 +164,102 @@ class PeftAdapter:
                 f"model: init_lora_weights={init!r} has already changed the base weights or A to suit itself; build "
                 "the adapter with init_lora_weights='eva' (or True) and initialise that"
             )
-        for option in ("kasa_config", "use_qalora", "target_modules_to_tie", "arrow_config"):
+        for option in ("kasa_config", "use_qalora", "arrow_config"):
             if getattr(config, option, None):
                 raise ValueError(f"model: EVA does not work with a LoraConfig that sets {option}")
+        tied = getattr(config, "target_modules_to_tie", None)  # PEFT's own note of what the option came to
+        if tied:
+            raise ValueError(
+                "model: EVA does not work with a LoraConfig that sets ensure_weight_tying and targets tied layers, "
+                f"here {sorted(tied)}: one A would have to serve the inputs of both. Leave out the option or the layers"
+            )
+
+
+class PeftAdapters:
+    """The adapters of several PEFT models in one model (an encoder and a decoder, two towers), as one.
+
+    Layers are named by the path of their PEFT model and the name they have there; ranks move between all of them.
+
+    Args:
+        adapters: Path of each PEFT model → its adapter.
+    """
+
+    def __init__(self, adapters: Mapping[str, PeftAdapter]) -> None:
+        self._adapters = dict(adapters)
+        named = [(path, adapter, site) for path, adapter in adapters.items() for site in adapter.sites]
+        self.sites = [replace(site, name=f"{path}.{site.name}") for path, _, site in named]
+        self.left_alone = {
+            f"{path}.{name}": reason
+            for path, adapter in adapters.items()
+            for name, reason in adapter.left_alone.items()
+        }
+
+    @property
+    def eva_config(self) -> Any:
+        """PEFT's ``EvaConfig`` that all of the ``LoraConfig`` carry, else None.
+
+        Raises:
+            ValueError: they carry different ones.
+        """
+        first, *others = (adapter.eva_config for adapter in self._adapters.values())
+        if any(other != first for other in others):
+            raise ValueError(
+                f"model: the LoraConfigs of its PEFT models {list(self._adapters)} carry different eva_config; pass "
+                "config"
+            )
+        return first
+
+    def disabled(self) -> AbstractContextManager[None]:
+        return next(iter(self._adapters.values())).disabled()  # all adapters of the model at once
+
+    def zero_before_training(self) -> dict[str, list[Tensor]]:
+        """As of each adapter."""
+        return {
+            f"{path}.{name}": tensors
+            for path, adapter in self._adapters.items()
+            for name, tensors in adapter.zero_before_training().items()
+        }
+
+    def apply(self, plan: EvaPlan) -> None:
+        """Write a plan into all of them, or into none.
+
+        Raises:
+            ValueError: as :meth:`PeftAdapter.apply`.
+        """
+        check_plan(plan, self.sites)
+        undo: list[Callable[[], None]] = []
+        try:
+            for path, adapter in self._adapters.items():
+                undo.append(adapter.apply(plan.part(path)))
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+
+
+def _more_than_rounding(b: Tensor, a: Tensor, base: Any) -> Tensor:  # (out, r), (r, d) -> bool, without dimensions
+    """Whether B A is more than the rounding of a B and an A whose exact product is zero.
+
+    PEFT computes both in float32 and rounds them to the base weight's dtype.
+    """
+    dtypes = [t.dtype for t in (b, getattr(base, "weight", b)) if t.dtype.is_floating_point]
+    float32 = torch.finfo(torch.float32).eps
+    rounded = max(torch.finfo(dtype).eps for dtype in dtypes)  # half of it for each factor
+    b, a = b.detach().float(), a.detach().float()
+    # Each of three products, those that made the factors and this one, is off by at most r roundings.
+    return (b @ a).norm() > (rounded + 3 * a.shape[0] * float32) * b.norm() * a.norm()
 
 
 def _lora_layers(root: nn.Module) -> dict[str, Any]:
     """Every LoRA layer by the name it has in the base model; a layer for a parameter is named as that is."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-    layers: dict[str, Any] = {path: m for path, m in root.named_modules() if isinstance(m, LoraLayer)}
+    layers: dict[str, Any] = {path: m for path, m in plain_modules(root) if isinstance(m, LoraLayer)}
     nested = {id(member) for layer in layers.values() for member in parts_of(layer)[1:]}
     named = {}
     for path, layer in layers.items():
         if id(layer) not in nested:
-            name = plain_name(path).replace(".base_layer", "")
+            name = path.replace(".base_layer", "")
             named[f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name] = layer
     return named
 
@@ -160,18 +270,3 @@ def _active_name(layers: dict[str, Any]) -> str:
         found = f"{len(names)} are: {sorted(names)}" if names else "none is"
         raise ValueError(f"model: expected exactly one active LoRA adapter, {found}; call model.set_adapter(name)")
     return names.pop()
-
-
-def _root_and_configs(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The base model, relative to which layers are named, and its adapters' configs."""
-    from peft import PeftModel
-    from peft.tuners.lora import LoraModel
-
-    for module in model.modules():
-        configs: Any = getattr(module, "peft_config", None)
-        if isinstance(configs, dict):
-            wrapper: Any = module
-            if isinstance(module, PeftModel):
-                return wrapper.get_base_model(), configs
-            return (wrapper.model if isinstance(module, LoraModel) else module), configs
-    raise ValueError("model: it has PEFT LoRA layers, but no peft_config says how they were made")

@@ -2,9 +2,8 @@
 
 import copy
 import math
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from ..planning import EvaPlan, PlannedSite
 from .generators import same_generators
 from .parameters import check_plan
 from .peft_layers import ConvSite, factors, parts_of
+from .peft_naming import base_names, pattern_of, retarget
 from .sharded import fill_
 from .sites import LoraSite
 
-__all__ = ["PlanWriter", "pattern_of"]
+__all__ = ["PlanWriter"]
 
 
 class PlanWriter:
@@ -42,12 +42,16 @@ class PlanWriter:
         self._name, self._root, self._configs, self._sites, self._everything = name, root, configs, sites, everything
         self._layers = {site.name: everything[site.name] for site in sites}
 
-    def write(self, plan: EvaPlan) -> None:
+    def write(self, plan: EvaPlan) -> Callable[[], None]:
         """Write A, zero B, set ranks and alphas, drop the adapter where the rank is 0, and make the
         ``LoraConfig`` say so, so that the adapter saves and loads as it is. All of it, or nothing.
 
+        Returns:
+            What undoes it.
+
         Raises:
-            ValueError: the plan is for other layers, or for layers of another rank or width.
+            ValueError: the plan is for other layers, or for layers of another rank or width; or no ``LoraConfig`` says
+                which layers are left.
         """
         check_plan(plan, self._sites)
         for name, layer in self._layers.items():
@@ -62,6 +66,14 @@ class PlanWriter:
             config.init_lora_weights = "eva"  # what the weights are from here on
             config.eva_config = _peft_eva_config(plan)
         emptied = [name for name in self._layers if plan.sites[name].rank == 0]
+
+        def undo() -> None:
+            self._configs[self._name] = before
+            for parent, child, module in reversed(replaced):
+                setattr(parent, child, module)
+            for snapshot in snapshots:
+                snapshot.restore()
+
         try:
             with torch.no_grad(), same_generators({p.device for p in self._root.parameters()}):
                 for name, layer in self._layers.items():
@@ -73,12 +85,9 @@ class PlanWriter:
                     self._remove(self._layers[name], replaced)
             self._configs[self._name] = config  # the caller's LoraConfig object stays as it was
         except BaseException:
-            self._configs[self._name] = before
-            for parent, child, module in reversed(replaced):
-                setattr(parent, child, module)
-            for snapshot in snapshots:
-                snapshot.restore()
+            undo()
             raise
+        return undo
 
     def _write(self, layer: Any, site: PlannedSite, lora_a: Tensor | None, config: Any, adjust: bool) -> None:
         adapter = self._name
@@ -99,16 +108,21 @@ class PlanWriter:
                     "(eva_lora.peft.planned_config)"
                 )
             members = parts_of(layer)
-            before = [{n: (p.dtype, p.requires_grad) for n, p in _adapter_parameters(member)} for member in members]
+            before = [{n: (p, p.dtype, p.requires_grad) for n, p in _adapter_parameters(member)} for member in members]
             plain = copy.copy(config)
             plain.init_lora_weights, plain.eva_config = True, None
             layer.update_layer(adapter, r=site.rank, lora_alpha=alpha, config=plain)
             _materialise(layer, adapter)
             for member, known in zip(members, before, strict=True):
-                for name, parameter in _adapter_parameters(member):
-                    dtype, requires_grad = known[name]
+                for path, parameter in _adapter_parameters(member):
+                    former, dtype, requires_grad = known[path]
                     parameter.data = parameter.data.to(dtype)
                     parameter.requires_grad_(requires_grad)
+                    if (former.shape, former.device) == (parameter.shape, parameter.device):
+                        former.data = former.data.to(dtype)
+                        former.copy_(parameter)  # the same object as before: a wrapper may know it
+                        owner, _, name = path.rpartition(".")
+                        setattr(member.get_submodule(owner), name, former)
                 for container in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
                     modules = getattr(member, container)
                     if adapter in modules:
@@ -142,24 +156,15 @@ class PlanWriter:
     def _describe(self, config: Any, emptied: set[str]) -> None:
         """Make the config's patterns and targets those of the layers as they are now."""
         kept = {name: layer for name, layer in self._everything.items() if name not in emptied}
-        everything = [name for name, _ in self._root.named_modules()] + list(self._everything)
+        everything = [*base_names(self._root)[0], *self._everything]
         for pattern, values, default in (
             ("rank_pattern", {name: layer.r[self._name] for name, layer in kept.items()}, config.r),
             ("alpha_pattern", {name: layer.lora_alpha[self._name] for name, layer in kept.items()}, config.lora_alpha),
         ):
             unlike = {name: value for name, value in values.items() if value != default}
             setattr(config, pattern, {pattern_of(name, everything): value for name, value in unlike.items()})
-        parameters = {name for name, layer in self._everything.items() if hasattr(layer, "parameter_name")}
-        if emptied & parameters:
-            config.target_parameters = sorted(kept.keys() & parameters)
-        if not emptied - parameters:
-            return
-        config.layers_to_transform = config.layers_pattern = None  # target_modules names every layer from here on
-        modules = kept.keys() - parameters
-        if any(gone.endswith(f".{name}") for gone in emptied for name in modules):
-            config.target_modules = "|".join(re.escape(name) for name in kept if name in modules)  # matched whole
-        else:
-            config.target_modules = set(modules)
+        parameters = [name for name, layer in kept.items() if hasattr(layer, "parameter_name")]
+        retarget(config, self._root, [name for name in kept if name not in parameters], parameters)
 
 
 class _Snapshot:
@@ -232,9 +237,3 @@ def _peft_eva_config(plan: EvaPlan) -> Any:
         rho=config.rho, tau=config.tau, use_label_mask=config.use_label_mask, label_mask_value=config.label_mask_value,
         whiten=config.whiten, adjust_scaling_factors=config.adjust_scaling_factors,
     )  # fmt: skip
-
-
-def pattern_of(name: str, everything: list[str]) -> str:
-    """``name`` as a key of ``rank_pattern``: PEFT matches such keys as regular expressions at the name's end."""
-    ambiguous = any(other.endswith(f".{name}") for other in everything)
-    return f"^{re.escape(name)}" if ambiguous else name

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .outline import ModelOutline
 
-__all__ = ["require_changeable", "require_loaded", "waits_for_others"]
+__all__ = ["require_changeable", "require_loaded", "require_ordinary", "waits_for_others"]
 
 _WRAPPERS = {
     "OptimizedModule": "compiled by torch.compile",
@@ -28,10 +28,22 @@ def require_changeable(model: nn.Module, *, ranks_change: bool) -> None:
         ranks_change: Whether any rank may change. Without, A is written in place, which wrappers survive.
 
     Raises:
-        ValueError: it is compiled or wrapped and ranks change, or an optimizer holds its LoRA parameters.
+        ValueError: it is compiled or wrapped and ranks change, or an optimizer holds its LoRA parameters, or it was
+            made in inference mode.
     """
+    require_ordinary(model)
     _require_no_copies(ModelOutline(model), ranks_change=ranks_change)
     require_no_optimizer([(name, parameter) for name, parameter in model.named_parameters() if is_lora(name)])
+
+
+def require_ordinary(model: nn.Module) -> None:
+    """Raise ValueError if a parameter was made in inference mode: no adapter of such a model can ever be trained."""
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"model: {name} was made within torch.inference_mode(), where nothing is made that can be trained; build "
+            "the model outside of it"
+        )
 
 
 def _require_no_copies(outline: ModelOutline, *, ranks_change: bool) -> None:

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from .outline import ModelOutline
 from .preflight import is_lora, is_partitioned
 
-__all__ = ["fill_", "plain_name", "whole_weights"]
-
-_WRAPPER = "_fsdp_wrapped_module."
+__all__ = ["fill_", "whole_weights"]
 
 
 def fill_(
@@ -55,8 +53,3 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
     with FullyShardedDataParallel.summon_full_params(model, writeback=True), torch.no_grad():
         yield
-
-
-def plain_name(name: str) -> str:
-    """A module's name without the wrappers on the way to it."""
-    return name.replace(_WRAPPER, "").removesuffix(f".{_WRAPPER[:-1]}")

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import LoraAdapter, LoraSite, ModelOutline, find_adapter, require_loaded, whole_weights
+from ..adapters import (
+    LoraAdapter,
+    LoraSite,
+    ModelOutline,
+    find_adapter,
+    ordinary_tensors,
+    require_loaded,
+    whole_weights,
+)
 from ..config import EvaConfig
 from ..distributed import ProcessGroup, Ranks, joined, together
 from ..planning import EvaStatistics
@@ -70,11 +78,12 @@ def collect(
         with whole_weights(model):
             return find_adapter(model, sites), EvaConfig.of(config)
 
-    adapter, its_config = together(ranks, prepare)
-    return collect_with(
-        adapter, model, loader, its_config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
-        checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
-    )  # fmt: skip
+    with ordinary_tensors():
+        adapter, its_config = together(ranks, prepare)
+        return collect_with(
+            adapter, model, loader, its_config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
+            checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
+        )  # fmt: skip
 
 
 def collect_with(

@@ -1,6 +1,6 @@
 """From statistics to ranks and A matrices, under one budget. No model, no data, no forward pass."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,23 @@ class EvaPlan:
     def ranks(self) -> dict[str, int]:
         """Name → new rank of each layer, in the model's order."""
         return {name: site.rank for name, site in self.sites.items()}
+
+    def part(self, path: str) -> "EvaPlan":
+        """The plan of one of several PEFT models in a model, whose layers' names begin with its path there.
+
+        Raises:
+            ValueError: no layer's name does.
+        """
+        start = f"{path}."
+        sites = {
+            name.removeprefix(start): replace(site, name=name.removeprefix(start))
+            for name, site in self.sites.items()
+            if name.startswith(start)
+        }
+        if not sites:
+            raise ValueError(f"path: expected that of a part of the planned model, got {path!r}")
+        lora_a = {name.removeprefix(start): a for name, a in self.lora_a.items() if name.startswith(start)}
+        return EvaPlan(sites, lora_a, self.config, sum(site.rank for site in sites.values()), self.notes)
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file; returns its path."""
@@ -151,7 +168,8 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
         )
         if site.input >= 0:
             entries = [statistics.inputs[index] if index >= 0 else None for index in site.inputs]
-            matrix, note = _lora_a(site.name, entries, rank, config)
+            with torch.inference_mode(False):  # within the caller's, A would be nothing that can be written to
+                matrix, note = _lora_a(site.name, entries, rank, config)
             lora_a[site.name] = matrix
             notes += [note] if note else []
     return EvaPlan(sites, lora_a, config, free + kept, tuple(notes))

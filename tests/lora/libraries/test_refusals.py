@@ -50,7 +50,11 @@ def test_a_merged_adapter_is_refused_until_it_is_taken_out():
         initialise(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.train()
-    initialise(model)
+    with pytest.raises(
+        ValueError, match=r"^model: its adapter was trained: B is not zero in 3 of 3 layers, .* first\."
+    ):
+        initialise(model)
+    eva_initialize(model, steep(), EvaConfig(max_batches=2), overwrite=True, progress=False)
 
 
 def test_merging_nothing_is_no_obstacle():

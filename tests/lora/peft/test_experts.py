@@ -149,7 +149,7 @@ def routes(*lists):
 
 def test_layers_that_the_first_batch_misses_are_named_with_the_remedy():
     with pytest.raises(ValueError, match=r"2 LoRA layers saw no input in the first batch: experts\.1, experts\.2\..*"):
-        eva_initialize(routed_model(), routes([0], [1, 2]), progress=False)
+        eva_initialize(routed_model(), routes([0], [1, 2]), overwrite=True, progress=False)
 
 
 def test_layers_that_are_never_called_keep_rank_and_a_where_that_is_allowed(tmp_path):
@@ -159,7 +159,7 @@ def test_layers_that_are_never_called_keep_rank_and_a_where_that_is_allowed(tmp_
     config = EvaConfig(max_batches=8, uncalled="default", tau=1.0)
     statistics = collect(model, data, config, progress=False)
     eva_plan = plan(EvaStatistics.load(statistics.save(tmp_path / "s")), budget=6)
-    apply(model, EvaPlan.load(eva_plan.save(tmp_path / "p")))
+    apply(model, EvaPlan.load(eva_plan.save(tmp_path / "p")), overwrite=True)
     after = lora_a_of(model)
     assert torch.equal(after["experts.2"], before["experts.2"])
     assert eva_plan.ranks["experts.2"] == 2
@@ -186,10 +186,10 @@ def test_a_layer_called_late_is_waited_for():
     late = routes([0], [0], [0, 1, 2], [1, 2], [1, 2])
     config = EvaConfig(max_batches=10, uncalled="default", tau=0.0)
     model = routed_model()
-    report = eva_initialize(model, late, config, progress=False)
+    report = eva_initialize(model, late, config, overwrite=True, progress=False)
     assert report.num_batches == 2  # tau = 0: two refreshes of those that were called are enough
     assert {name for name, done in report.converged.items() if done} == {"inner", "experts.0"}
-    full = eva_initialize(routed_model(), late[2:], config, progress=False)
+    full = eva_initialize(routed_model(), late[2:], config, overwrite=True, progress=False)
     assert all(full.converged.values())
 
 
@@ -213,7 +213,7 @@ def test_a_layer_that_keeps_its_a_under_dora_still_computes_its_base():
     model = peft.get_peft_model(Wide(), config)
     before = lora_a_of(model)["spare"].clone()
     data = [{"x": torch.randn(20, 8)} for _ in range(2)]
-    eva_initialize(model, data, EvaConfig(max_batches=2, uncalled="default"), progress=False)
+    eva_initialize(model, data, EvaConfig(max_batches=2, uncalled="default"), overwrite=True, progress=False)
     assert torch.equal(lora_a_of(model)["spare"], before)
     with torch.no_grad():
         assert torch.equal(model(data[0]["x"], both=True), Wide()(data[0]["x"], both=True))

@@ -372,3 +372,88 @@ def test_a_complete_run_warns_of_nothing():
         model = model_of(tau=0.0)
         warnings.simplefilter("error", UserWarning)
         initialize_lora_eva_weights(model, loader(), show_progress_bar=False)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Sequences, and no word of how many."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter([{"input_ids": row} for batch in token_batches(4) for row in batch["input_ids"]][: self.count])
+
+
+class Unsized:
+    """A loader whose length is an error of another kind than Python's own."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        raise NotImplementedError
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Indexed:
+    """Iterable by index alone, as Python takes it."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+ITERABLES = {
+    "list": list,
+    "tuple": tuple,
+    "iterator": iter,
+    "generator": lambda batches: (batch for batch in batches),
+    "map": lambda batches: map(dict, batches),
+    "by index": Indexed,
+    "without a length": Unsized,
+    "stream": lambda batches: torch.utils.data.DataLoader(Stream(4 * len(batches)), batch_size=4),
+    "dataset": lambda batches: torch.utils.data.DataLoader(batches, batch_size=None),
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in ITERABLES.items()])
+def test_any_iterable_is_a_loader(make):
+    options = {"rho": 1.0, "tau": 0.0}  # done before any loader has to start again
+    expected = get_eva_state_dict(model_of(**options), token_batches(4), show_progress_bar=False)
+    state = get_eva_state_dict(model_of(**options), make(token_batches(4)), show_progress_bar=False)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], a) for name, a in expected.items())
+
+
+@pytest.mark.parametrize("functions", ["default", "own"])
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in ITERABLES.items()])
+def test_every_kind_of_loader_without_a_batch_is_refused_before_any_forward(make, functions):
+    model = model_of()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass ran"))
+    options = {} if functions == "default" else {"prepare_layer_inputs_fn": lambda x, _, name: x[0].flatten(0, 1)}
+    with pytest.raises(ValueError, match=r"^dataloader: expected at least one batch, it is empty"):
+        initialize_lora_eva_weights(model, make([]), show_progress_bar=False, **options)
+
+
+def test_a_loader_that_ends_is_no_empty_loader():
+    model = model_of(tau=1.0)
+    with pytest.warns(UserWarning, match="EVA stopped at end of the data, after 2 batches"):
+        initialize_lora_eva_weights(model, iter(token_batches(2)), show_progress_bar=False)
+
+
+def test_what_is_no_iterable_is_refused_by_the_arguments_name():
+    with pytest.raises(TypeError, match=r"^dataloader: expected an iterable of batches, got int"):
+        initialize_lora_eva_weights(model_of(), 3, show_progress_bar=False)
+
+
+def test_an_error_within_a_loader_comes_as_it_is():
+    class Broken:
+        def __iter__(self):
+            raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match="of its own"):
+        initialize_lora_eva_weights(model_of(), Broken(), show_progress_bar=False)
