@@ -1,15 +1,28 @@
 """Forward passes of the frozen model, whose rows are folded into a run's statistics."""
 
 import time
+import warnings
 from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..adapters import ModelOutline, waits_for_others
-from .batches import ForwardFn, RowMask, RowMaskFn, default_forward, is_encoder_decoder, row_mask, to_device
+from .batches import (
+    ForwardFn,
+    RowMask,
+    RowMaskFn,
+    default_forward,
+    is_encoder_decoder,
+    named_fields,
+    row_mask,
+    to_device,
+)
+from .ending import WHOLE_AT_FIRST
+from .inputs import version_of
 from .making import device_of
 from .run import Run
 
@@ -42,6 +55,7 @@ class Forwards:
 
         Raises:
             ValueError: NaN or Inf has reached a layer, and no refresh comes that will tell.
+            RuntimeError: the forward has to be run again, and has changed its batch.
         """
         run = self._run
         # The mask first: counted where the loader left it, no device has to be waited for.
@@ -51,14 +65,33 @@ class Forwards:
             if self.in_step:
                 self.idle(batch)
             return mask
-        batch = to_device(batch, self.device)
         tick = time.perf_counter()
         with run.capture.batch(mask, only=only):
-            self._forward(self._model, batch)
+            self._run_forward(batch)
         run.seconds["forward"] += time.perf_counter() - tick
         if not run.refresh_tells_nonfinite():
             run.require_finite(run.num_batches + 1, partial(self.count_nonfinite, batch, mask, only=only))
         return mask
+
+    def _run_forward(self, batch: Any) -> None:
+        """One forward, spared its rest where that is safe; where it turns out not to be, again, and whole."""
+        number, end = self._run.num_batches, self._run.capture.end
+        spared, versions = end.spares, _versions(batch)
+        again = end.run(lambda: self._forward(self._model, to_device(batch, self.device)), number)
+        if spared and not end.spares and number >= WHOLE_AT_FIRST:
+            warnings.warn(
+                f"batch {number + 1}: {end.reason}, as in no batch before; no row is missed, but from here on every "
+                "forward runs whole",
+                stacklevel=5,
+            )
+        if again:
+            if _versions(batch) != versions:
+                raise RuntimeError(
+                    f"batch {number + 1}: {end.reason}, so its forward has to be run again, but the first has changed "
+                    "the batch in place; run with early_stop=False"
+                )
+            self._run.capture.again()
+            self._forward(self._model, to_device(batch, self.device))
 
     def count_nonfinite(self, batch: Any, mask: RowMask, *, only: Collection[int] | None = None) -> dict[str, int]:
         """Rows of a batch that hold NaN or Inf, by layer: a second forward, unless other ranks would wait for it."""
@@ -72,6 +105,13 @@ class Forwards:
         """Run a batch of which nothing counts, for the ranks that would wait for this one."""
         with self._run.capture.batch(RowMask(None, 0), only=()):
             self._forward(self._model, to_device(batch, self.device))
+
+
+def _versions(batch: Any) -> list[int | None]:
+    """Which edit of each of a batch's tensors it is."""
+    fields = named_fields(batch)
+    leaves = tree_leaves(batch if fields is None else dict(fields))
+    return [version_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _input_device(outline: ModelOutline) -> torch.device:
