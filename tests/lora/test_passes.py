@@ -123,8 +123,9 @@ def test_a_model_is_called_with_its_batch_and_nothing_else():
     for more in ({}, {"use_cache": True, "logits_to_keep": 5}):
         model = peft.get_peft_model(Recorder(), peft.LoraConfig(r=2, target_modules=["inner"]))
         batches = [{"x": torch.randn(3, 10, 4), "labels": labels, **more}] * 4
-        initialise(model, batches, max_batches=4, tau=1.0)
-        assert seen == [(labels, more.get("use_cache", "default"), more.get("logits_to_keep", "default"))] * 4
+        report = initialise(model, batches, max_batches=4)
+        expected = (labels, more.get("use_cache", "default"), more.get("logits_to_keep", "default"))
+        assert seen == [expected] * report.num_batches
         seen.clear()
 
 

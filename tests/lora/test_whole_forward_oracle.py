@@ -56,8 +56,9 @@ class Scripted(nn.Module):
     """A model that does with a batch what the batch says, one step after another.
 
     Steps: a layer's name calls it, with ":kwargs" by keyword, with ":aside" without going on from its output; "head" is
-    its output embedding; "feed" goes on from the logits, "edit" changes the hidden state in place, "branch" goes on
-    depending on a value, "count" edits a buffer and "noise" draws random numbers.
+    its output embedding; "feed" goes on from the logits, "keep" keeps a part of them and "recall" adds it in a later
+    forward; "edit" changes the hidden state in place, "branch" goes on depending on a value, "count" edits a buffer and
+    "noise" draws random numbers.
     """
 
     def __init__(self):
@@ -67,6 +68,7 @@ class Scripted(nn.Module):
         self.tied.weight = self.b.weight
         self.head = nn.Linear(D, 2 * D)
         self.register_buffer("counter", torch.zeros(()))
+        self.kept = None
 
     def get_output_embeddings(self):
         return self.head
@@ -79,6 +81,10 @@ class Scripted(nn.Module):
                 logits = self.head(hidden)
             elif name == "feed":
                 hidden = logits[..., :D] if logits is not None else hidden
+            elif name == "keep":
+                self.kept = None if logits is None else logits[..., :D]
+            elif name == "recall":
+                hidden = hidden if self.kept is None else hidden + self.kept
             elif name == "edit":
                 hidden.mul_(0.5)
             elif name == "count":
@@ -133,6 +139,7 @@ LATER = {
     "the input edited before and after": ["edit", "a", "b", "head", "edit", "tied"],
     "a buffer changed after the head": [*PLAIN, "count"],
     "a draw after the head": [*PLAIN, "noise", "a"],
+    "logits kept": [*PLAIN, "keep"],
     "sharing, and parting after the head": ["a:aside", "b:aside", "head", "tied", "a:aside", "b"],
 }
 BEFORE_THE_HEAD = {"called more often", "called less often"}
@@ -164,7 +171,7 @@ def test_a_layer_that_is_always_called_after_the_head_is_no_news(recwarn):
 STEPS = st.sampled_from(
     [
         "a", "b", "tied", "head", "a:aside", "b:aside", "tied:aside", "b:kwargs", "feed", "edit", "branch", "count",
-        "noise",
+        "noise", "keep", "recall",
     ]
 )  # fmt: skip
 SCRIPTS = st.lists(st.lists(STEPS, min_size=1, max_size=8), min_size=1, max_size=5)
@@ -182,10 +189,11 @@ def test_any_module(scripts, labels, whole_at_first, targets):
         patch.setattr(ending, "WHOLE_AT_FIRST", whole_at_first)
         try:
             compare()
-        except RuntimeError as refused:  # an edit between two layers that have shared until then cannot be undone
-            if "share_inputs=False" not in str(refused):
+        except RuntimeError as refused:
+            # Said, never silent: an edit between two layers that have shared until then; logits that are kept and read.
+            if "share_inputs=False" not in str(refused) and "early_stop=False" not in str(refused):
                 raise
-            compare(share_inputs=False)
+            compare(share_inputs=False, early_stop=False)
 
 
 def test_a_batch_that_was_changed_in_place_is_not_run_again():
@@ -199,9 +207,19 @@ def test_a_batch_that_was_changed_in_place_is_not_run_again():
 
     assert_rows_are_the_plain_calls(make, script_batches([PLAIN] * 5), 5, forward=run)
     batches = script_batches([PLAIN] * 3 + [LATER["called after the head"]])
-    with pytest.raises(RuntimeError, match=r"^batch 4: layer a is called after .* early_stop=False"):
+    with pytest.raises(
+        RuntimeError, match=r"^batch 4: layer a is called after .* has changed the batch .* early_stop=False"
+    ):
         assert_rows_are_the_plain_calls(make, batches, 4, forward=run)
     assert_rows_are_the_plain_calls(make, batches, 4, forward=run, early_stop=False)
+
+
+def test_a_model_that_reads_what_it_kept_is_not_run_again():
+    batches = script_batches([["recall", *PLAIN, "keep"]] * 4)
+    says = r"^batch 3: something keeps .*"
+    with pytest.warns(UserWarning, match=says), pytest.raises(RuntimeError, match=says + "early_stop=False"):
+        assert_rows_are_the_plain_calls(scripted(), batches, 4, forward=run)
+    assert_rows_are_the_plain_calls(scripted(), batches, 4, forward=run, early_stop=False)
 
 
 def test_the_heads_product_is_spared():

@@ -2,11 +2,11 @@
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -14,10 +14,11 @@ from ..adapters import LoraAdapter, LoraSite, ModelOutline, is_partitioned, wrap
 from ..config import EvaConfig
 from .batches import ForwardFn
 
-__all__ = ["WHOLE_AT_FIRST", "ForwardEnd", "output_head"]
+__all__ = ["KEPT", "WHOLE_AT_FIRST", "ForwardEnd", "output_head"]
 
 WHOLE_AT_FIRST = 2  # forwards that run whole before any is spared its rest
 WHOLE_SHARE = 0.03  # of the later ones, drawn
+KEPT = "something keeps what follows the output head"
 
 
 class CalledAfterHead(Exception):
@@ -32,8 +33,9 @@ class ForwardEnd:
     """Spares forwards what comes after the layers: from the model's output head on they run without values.
 
     The model's code goes on to its end as ever, with tensors that have shapes and no values (:class:`WithoutValues`).
-    So it is not guessed but seen, in every forward, whether a layer is called after the head. Where one is, or where
-    the rest asks for a value, the forward has to be run again, whole, and from then on all run whole.
+    So it is not guessed but seen, in every forward, whether a layer is called after the head. Where one is, where the
+    rest asks for a value, or where something of it is kept (for the next forward, perhaps), the forward has to be run
+    again, whole, and from then on all run whole.
 
     The first ``WHOLE_AT_FIRST`` forwards run whole, and a drawn share of the later ones. Where a layer is called after
     the head in one of them, all further ones run whole.
@@ -51,7 +53,7 @@ class ForwardEnd:
         self.head, self.spares, self._seed = head, head is not None, seed
         self.reason = ""
         self._watches = self._spared = self._past_head = False
-        self._rest: ExitStack | None = None
+        self._rest: WithoutValues | None = None
 
     @classmethod
     def of(
@@ -86,9 +88,11 @@ class ForwardEnd:
             self._watches = self._past_head = False
             rest, self._rest = self._rest, None
             if rest is not None:
-                rest.close()
+                rest.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if failed and not self.reason:
             self.reason = "what follows the output head needs values"
+        if rest is not None and not self.reason and rest.is_kept():
+            self.reason = KEPT
         self.spares = self.spares and not self.reason
         return rest is not None and bool(self.reason)
 
@@ -108,8 +112,8 @@ class ForwardEnd:
         if self._watches and not self._past_head:
             self._past_head = True
             if self._spared:
-                self._rest = ExitStack()
-                self._rest.enter_context(WithoutValues())  # type: ignore[no-untyped-call]
+                self._rest = WithoutValues()
+                self._rest.__enter__()  # type: ignore[no-untyped-call]
 
     def _is_whole(self, number: int) -> bool:
         return number < WHOLE_AT_FIRST or random.Random(f"{self._seed}/{number}").random() < WHOLE_SHARE
@@ -123,6 +127,14 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             what PyTorch raises for tensors on the meta device.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: list[StorageWeakRef] = []
+
+    def is_kept(self) -> bool:
+        """Whether any tensor that was made within it is still alive."""
+        return not all(storage.expired() for storage in self._storages)  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -134,19 +146,18 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         positional, named = tree_map_only(Tensor, _without_values, given)
         if any(argument.name == "device" for argument in schema.arguments):
             named["device"] = torch.device("meta")
-        return tree_map_only(Tensor, _guarded, func(*positional, **named))
+        return tree_map_only(Tensor, self._note, func(*positional, **named))
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        torch._C._set_throw_on_mutable_data_ptr(tensor)  # a kernel that asks for its address is refused, not given null
+        self._storages.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+        return tensor
 
 
 def _without_values(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _guarded(tensor: Tensor) -> Tensor:
-    """The same; a kernel of somebody's that asks for its address is refused, rather than given a null pointer."""
-    torch._C._set_throw_on_mutable_data_ptr(tensor)
-    return tensor
 
 
 def _is_safe(outline: ModelOutline, forward_fn: ForwardFn | None) -> bool:

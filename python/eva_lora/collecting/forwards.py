@@ -21,7 +21,7 @@ from .batches import (
     row_mask,
     to_device,
 )
-from .ending import WHOLE_AT_FIRST
+from .ending import KEPT, WHOLE_AT_FIRST
 from .inputs import version_of
 from .making import device_of
 from .run import Run
@@ -55,7 +55,7 @@ class Forwards:
 
         Raises:
             ValueError: NaN or Inf has reached a layer, and no refresh comes that will tell.
-            RuntimeError: the forward has to be run again, and has changed its batch.
+            RuntimeError: the forward has to be run again, and has changed its batch or kept what it reads again.
         """
         run = self._run
         # The mask first: counted where the loader left it, no device has to be waited for.
@@ -85,13 +85,16 @@ class Forwards:
                 stacklevel=5,
             )
         if again:
+            message = f"batch {number + 1}: {end.reason}, so its forward has to be run again, "
             if _versions(batch) != versions:
-                raise RuntimeError(
-                    f"batch {number + 1}: {end.reason}, so its forward has to be run again, but the first has changed "
-                    "the batch in place; run with early_stop=False"
-                )
+                raise RuntimeError(f"{message}but it has changed the batch in place; run with early_stop=False")
             self._run.capture.again()
-            self._forward(self._model, to_device(batch, self.device))
+            try:
+                self._forward(self._model, to_device(batch, self.device))
+            except Exception as error:
+                if end.reason != KEPT:
+                    raise
+                raise RuntimeError(f"{message}and reads what was kept; run with early_stop=False") from error
 
     def count_nonfinite(self, batch: Any, mask: RowMask, *, only: Collection[int] | None = None) -> dict[str, int]:
         """Rows of a batch that hold NaN or Inf, by layer: a second forward, unless other ranks would wait for it."""
