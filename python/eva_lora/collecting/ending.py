@@ -105,7 +105,7 @@ class ForwardEnd:
         if self._past_head:
             self.reason = self.reason or f"layer {name} is called after the output head"
             if self._rest is not None:
-                raise CalledAfterHead(name)
+                raise CalledAfterHead
 
     def reached_head(self, *_: Any) -> None:
         """The output head is being called: its pre-hook."""
@@ -140,9 +140,9 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         schema, given = func._schema, (args, dict(kwargs or {}))
         if schema.is_mutable and any(isinstance(t, Tensor) and not t.is_meta for t in tree_leaves(given)):
-            raise NeedsValues(f"{func} writes to a tensor with values")
+            raise NeedsValues  # it would write to a tensor that has them
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NeedsValues(f"{func} draws random numbers")
+            raise NeedsValues  # the generator would not move on
         positional, named = tree_map_only(Tensor, _without_values, given)
         if any(argument.name == "device" for argument in schema.arguments):
             named["device"] = torch.device("meta")

@@ -85,16 +85,21 @@ class Forwards:
                 stacklevel=5,
             )
         if again:
-            message = f"batch {number + 1}: {end.reason}, so its forward has to be run again, "
             if _versions(batch) != versions:
-                raise RuntimeError(f"{message}but it has changed the batch in place; run with early_stop=False")
+                raise RuntimeError(
+                    f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it has changed the "
+                    "batch in place; run with early_stop=False"
+                )
             self._run.capture.again()
             try:
                 self._forward(self._model, to_device(batch, self.device))
             except Exception as error:
                 if end.reason != KEPT:
                     raise
-                raise RuntimeError(f"{message}and reads what was kept; run with early_stop=False") from error
+                raise RuntimeError(
+                    f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it reads what was "
+                    "kept; run with early_stop=False"
+                ) from error
 
     def count_nonfinite(self, batch: Any, mask: RowMask, *, only: Collection[int] | None = None) -> dict[str, int]:
         """Rows of a batch that hold NaN or Inf, by layer: a second forward, unless other ranks would wait for it."""
