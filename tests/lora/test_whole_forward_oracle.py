@@ -57,8 +57,8 @@ class Scripted(nn.Module):
 
     Steps: a layer's name calls it, with ":kwargs" by keyword, with ":aside" without going on from its output; "head" is
     its output embedding; "feed" goes on from the logits, "keep" keeps a part of them and "recall" adds it in a later
-    forward; "edit" changes the hidden state in place, "branch" goes on depending on a value, "count" edits a buffer and
-    "noise" draws random numbers.
+    forward; "edit" changes the hidden state in place, "branch" goes on depending on a value, "count" edits a buffer,
+    "look" writes a value to it, "recount" adds it and "noise" draws random numbers.
     """
 
     def __init__(self):
@@ -89,6 +89,10 @@ class Scripted(nn.Module):
                 hidden.mul_(0.5)
             elif name == "count":
                 self.counter += 1
+            elif name == "look":
+                self.counter[None][:1] = float(hidden.sum())
+            elif name == "recount":
+                hidden = hidden + self.counter
             elif name == "noise":
                 torch.rand(())
             elif name == "branch":
@@ -138,11 +142,12 @@ LATER = {
     "between two heads": ["a", "head", "b", "tied", "head"],
     "the input edited before and after": ["edit", "a", "b", "head", "edit", "tied"],
     "a buffer changed after the head": [*PLAIN, "count"],
+    "a look at the hidden state": [*PLAIN, "look", "noise"],
     "a draw after the head": [*PLAIN, "noise", "a"],
     "logits kept": [*PLAIN, "keep"],
     "sharing, and parting after the head": ["a:aside", "b:aside", "head", "tied", "a:aside", "b"],
 }
-BEFORE_THE_HEAD = {"called more often", "called less often"}
+HARMLESS = {"called more often", "called less often", "a buffer changed after the head", "a look at the hidden state"}
 
 
 @pytest.mark.parametrize("later", LATER)
@@ -154,7 +159,14 @@ def test_what_only_some_batches_do(later, at):
     assert_rows_are_the_plain_calls(scripted(), script_batches(scripts), 6, forward=run, uncalled="default")
 
 
-@pytest.mark.parametrize("later", sorted({*LATER} - BEFORE_THE_HEAD))
+@pytest.mark.parametrize("later", sorted(HARMLESS))
+def test_what_has_nothing_to_do_with_the_logits_goes_on_as_ever(later, recwarn):
+    scripts = [PLAIN] * 3 + [LATER[later], ["recount", *PLAIN], LATER[later], ["recount", *PLAIN]]
+    assert_rows_are_the_plain_calls(scripted(), script_batches(scripts), 7, forward=run)
+    assert not any("output head" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("later", sorted({*LATER} - HARMLESS))
 def test_giving_the_saving_up_is_said_once(later):
     scripts = [PLAIN] * 3 + [LATER[later], PLAIN, LATER[later]]
     with pytest.warns(UserWarning, match=r"^batch 4: .* every forward runs whole") as told:
@@ -171,7 +183,7 @@ def test_a_layer_that_is_always_called_after_the_head_is_no_news(recwarn):
 STEPS = st.sampled_from(
     [
         "a", "b", "tied", "head", "a:aside", "b:aside", "tied:aside", "b:kwargs", "feed", "edit", "branch", "count",
-        "noise", "keep", "recall",
+        "noise", "keep", "recall", "look", "recount",
     ]
 )  # fmt: skip
 SCRIPTS = st.lists(st.lists(STEPS, min_size=1, max_size=8), min_size=1, max_size=5)
@@ -208,7 +220,7 @@ def test_a_batch_that_was_changed_in_place_is_not_run_again():
     assert_rows_are_the_plain_calls(make, script_batches([PLAIN] * 5), 5, forward=run)
     batches = script_batches([PLAIN] * 3 + [LATER["called after the head"]])
     with pytest.raises(
-        RuntimeError, match=r"^batch 4: layer a is called after .* has changed the batch .* early_stop=False"
+        RuntimeError, match=r"^batch 4: layer a is called after .* has changed the batch or a buffer.* early_stop=False"
     ):
         assert_rows_are_the_plain_calls(make, batches, 4, forward=run)
     assert_rows_are_the_plain_calls(make, batches, 4, forward=run, early_stop=False)
@@ -230,6 +242,55 @@ def test_the_heads_product_is_spared():
 
     rows_taken(model, padded_batches(), 5)
     assert values == [True, True, False, False, False]
+
+
+LOGITS = {
+    "truth": lambda x: bool(x.sum() > 0),
+    "number": lambda x: float(x.sum()),
+    "item": lambda x: x.sum().item(),
+    "list": lambda x: x.tolist(),
+    "array": lambda x: x.numpy(),
+    "array on the host": lambda x: x.cpu().numpy(),
+    "equal": lambda x: torch.equal(x, x.clone()),
+    "close": lambda x: torch.allclose(x, x),
+    "contains": lambda x: 1.0 in x,
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "rows by a mask": lambda x: x[x > 0],
+    "unique": lambda x: x.unique(),
+    "counts": lambda x: torch.bincount(x.argmax(-1).flatten()),
+    "repeats": lambda x: torch.repeat_interleave(x.argmax(-1)),
+    "an index": lambda x: list(range(100))[x.argmax()],
+    "a slice": lambda x: torch.ones(99)[: x.argmax()],
+    "written to another": lambda x: torch.zeros(x.shape).copy_(x),
+    "added to another": lambda x: torch.zeros(x.shape).add_(x),
+    "out": lambda x: torch.add(x, x, out=torch.zeros(x.shape)),
+    "dropout": lambda x: functional.dropout(x, 0.5, True),
+    "a draw": lambda x: torch.multinomial(x.softmax(-1), 1),
+    "noise": lambda x: x + torch.randn_like(x),
+    "address": lambda x: x.data_ptr(),
+    "dlpack": lambda x: torch.utils.dlpack.to_dlpack(x),
+}
+
+
+@pytest.mark.parametrize("asks", LOGITS)
+def test_what_asks_for_values_that_are_not_there_raises(asks):
+    head, hidden = nn.Linear(D, 8), torch.randn(6, D)
+    with torch.no_grad(), ending.WithoutValues() as rest:
+        (x,) = rest.emptied((hidden,))
+        logits = head(x)
+        assert (logits.shape, logits.dtype, logits.is_meta) == ((6, 8), torch.float32, True)
+        with pytest.raises(Exception):  # noqa: B017, PT011 - each operation has an error of its own
+            LOGITS[asks](logits)
+    with torch.no_grad():
+        LOGITS[asks](head(hidden))  # with values it goes through
+
+
+def test_a_head_that_changes_its_input_needs_values():
+    with torch.no_grad(), ending.WithoutValues() as rest:
+        (x,) = rest.emptied((torch.ones(6, D),))
+        with pytest.raises(ending.NeedsValues):
+            x[:2].mul_(2)
 
 
 @contextmanager

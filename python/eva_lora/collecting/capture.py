@@ -73,7 +73,7 @@ class Capture:
             site.module.register_forward_pre_hook(self._hook(i), with_kwargs=True) for i, site in enumerate(self.sites)
         ]
         if self.end.head is not None:
-            handles.append(self.end.head.register_forward_pre_hook(self.end.reached_head))
+            handles.append(self.end.head.register_forward_pre_hook(self.end.reached_head, with_kwargs=True))
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Where the values of a forward may end: nothing from the model's output head on is computed for a layer's sake."""
+"""Where the values of a forward may end: what the model's output head gives is not computed for a layer's sake."""
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,7 +18,7 @@ __all__ = ["KEPT", "WHOLE_AT_FIRST", "ForwardEnd", "output_head"]
 
 WHOLE_AT_FIRST = 2  # forwards that run whole before any is spared its rest
 WHOLE_SHARE = 0.03  # of the later ones, drawn
-KEPT = "something keeps what follows the output head"
+KEPT = "something keeps what the output head gives"
 
 
 class CalledAfterHead(Exception):
@@ -30,12 +30,12 @@ class NeedsValues(Exception):
 
 
 class ForwardEnd:
-    """Spares forwards what comes after the layers: from the model's output head on they run without values.
+    """Spares forwards what the model's output head gives, logits and loss: they have shapes and no values.
 
-    The model's code goes on to its end as ever, with tensors that have shapes and no values (:class:`WithoutValues`).
-    So it is not guessed but seen, in every forward, whether a layer is called after the head. Where one is, where the
-    rest asks for a value, or where something of it is kept (for the next forward, perhaps), the forward has to be run
-    again, whole, and from then on all run whole.
+    The model's code goes on to its end as ever (:class:`WithoutValues`). So it is not guessed but seen, in every
+    forward, whether a layer is called after the head. Where one is, where the code asks for a value that is not there,
+    or where something without values is kept (for the next forward, perhaps), the forward has to be run again, whole,
+    and from then on all run whole.
 
     The first ``WHOLE_AT_FIRST`` forwards run whole, and a drawn share of the later ones. Where a layer is called after
     the head in one of them, all further ones run whole.
@@ -90,7 +90,7 @@ class ForwardEnd:
             if rest is not None:
                 rest.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if failed and not self.reason:
-            self.reason = "what follows the output head needs values"
+            self.reason = "what follows the output head needs its values"
         if rest is not None and not self.reason and rest.is_kept():
             self.reason = KEPT
         self.spares = self.spares and not self.reason
@@ -107,57 +107,74 @@ class ForwardEnd:
             if self._rest is not None:
                 raise CalledAfterHead
 
-    def reached_head(self, *_: Any) -> None:
-        """The output head is being called: its pre-hook."""
-        if self._watches and not self._past_head:
-            self._past_head = True
-            if self._spared:
-                self._rest = WithoutValues()
-                self._rest.__enter__()  # type: ignore[no-untyped-call]
+    def reached_head(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output head is being called: its pre-hook. Returns what it is to be called with, None for what it is."""
+        if not self._watches:
+            return None
+        if self._spared and self._rest is None:
+            self._rest = WithoutValues()
+            self._rest.__enter__()  # type: ignore[no-untyped-call]
+        self._past_head = True
+        return None if self._rest is None else self._rest.emptied((args, kwargs))
 
     def _is_whole(self, number: int) -> bool:
         return number < WHOLE_AT_FIRST or random.Random(f"{self._seed}/{number}").random() < WHOLE_SHARE
 
 
 class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it operations give tensors on the meta device: their shapes and dtypes are right, there are no values.
+    """Within it what is made of tensors on the meta device is on the meta device too: shapes, dtypes and no values.
+
+    Operations on other tensors are as ever.
 
     Raises:
-        NeedsValues: an operation writes to a tensor with values, or draws random numbers. What asks for a value raises
-            what PyTorch raises for tensors on the meta device.
+        NeedsValues: values are missing that would be written to a tensor that has some, or would move a random
+            generator on. What asks for a value raises what PyTorch raises for tensors on the meta device.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._storages: list[StorageWeakRef] = []
+        self._stand_ins: set[int] = set()  # storages of tensors that stand for some that have values
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = (args, dict(kwargs or {}))
+        tensors = [tensor for tensor in tree_leaves(given) if isinstance(tensor, Tensor)]
+        if not any(tensor.is_meta for tensor in tensors):
+            return func(*given[0], **given[1])
+        schema = func._schema
+        if schema.is_mutable and any(map(self._has_values, tensors)):
+            raise NeedsValues
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NeedsValues
+        positional, named = self.emptied(given)
+        if any(argument.name == "device" for argument in schema.arguments):
+            named["device"] = torch.device("meta")
+        return tree_map_only(Tensor, self._note, func(*positional, **named))
+
+    def emptied(self, values: Any) -> Any:
+        """The same nested values, with tensors on the meta device for all others."""
+        return tree_map_only(Tensor, self._emptied, values)
 
     def is_kept(self) -> bool:
         """Whether any tensor that was made within it is still alive."""
         return not all(storage.expired() for storage in self._storages)  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        schema, given = func._schema, (args, dict(kwargs or {}))
-        if schema.is_mutable and any(isinstance(t, Tensor) and not t.is_meta for t in tree_leaves(given)):
-            raise NeedsValues  # it would write to a tensor that has them
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NeedsValues  # the generator would not move on
-        positional, named = tree_map_only(Tensor, _without_values, given)
-        if any(argument.name == "device" for argument in schema.arguments):
-            named["device"] = torch.device("meta")
-        return tree_map_only(Tensor, self._note, func(*positional, **named))
+    def _emptied(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        self._stand_ins.add(empty.untyped_storage()._cdata)
+        return self._note(empty)
+
+    def _has_values(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta or tensor.untyped_storage()._cdata in self._stand_ins
 
     def _note(self, tensor: Tensor) -> Tensor:
         torch._C._set_throw_on_mutable_data_ptr(tensor)  # a kernel that asks for its address is refused, not given null
         self._storages.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
         return tensor
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    if tensor.is_meta:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _is_safe(outline: ModelOutline, forward_fn: ForwardFn | None) -> bool:

@@ -48,6 +48,7 @@ class Forwards:
         self._model, self._run, self._row_mask_fn = model, run, row_mask_fn
         self._forward = forward_fn or default_forward
         self._two_sided = is_encoder_decoder(model)
+        self._with_buffers = [module for module in outline.modules if module._buffers]
         self.device, self.in_step = _input_device(outline), waits_for_others(outline)
 
     def fold(self, batch: Any, *, only: Collection[int] | None = None) -> RowMask:
@@ -55,7 +56,7 @@ class Forwards:
 
         Raises:
             ValueError: NaN or Inf has reached a layer, and no refresh comes that will tell.
-            RuntimeError: the forward has to be run again, and has changed its batch or kept what it reads again.
+            RuntimeError: the forward has to be run again, and has changed its batch or a buffer, or reads what it kept.
         """
         run = self._run
         # The mask first: counted where the loader left it, no device has to be waited for.
@@ -76,7 +77,7 @@ class Forwards:
     def _run_forward(self, batch: Any) -> None:
         """One forward, spared its rest where that is safe; where it turns out not to be, again, and whole."""
         number, end = self._run.num_batches, self._run.capture.end
-        spared, versions = end.spares, _versions(batch)
+        spared, versions = end.spares, self._versions(batch)
         again = end.run(lambda: self._forward(self._model, to_device(batch, self.device)), number)
         if spared and not end.spares and number >= WHOLE_AT_FIRST:
             warnings.warn(
@@ -85,10 +86,10 @@ class Forwards:
                 stacklevel=5,
             )
         if again:
-            if _versions(batch) != versions:
+            if self._versions(batch) != versions:
                 raise RuntimeError(
                     f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it has changed the "
-                    "batch in place; run with early_stop=False"
+                    "batch or a buffer; run with early_stop=False"
                 )
             self._run.capture.again()
             try:
@@ -100,6 +101,13 @@ class Forwards:
                     f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it reads what was "
                     "kept; run with early_stop=False"
                 ) from error
+
+    def _versions(self, batch: Any) -> list[tuple[int, int | None]]:
+        """Which edit of each of a batch's tensors, and of the model's buffers, there is."""
+        fields = named_fields(batch)
+        leaves = tree_leaves(batch if fields is None else dict(fields))
+        buffers = (buffer for module in self._with_buffers for buffer in module._buffers.values())
+        return [(id(x), version_of(x)) for x in (*leaves, *buffers) if isinstance(x, Tensor)]
 
     def count_nonfinite(self, batch: Any, mask: RowMask, *, only: Collection[int] | None = None) -> dict[str, int]:
         """Rows of a batch that hold NaN or Inf, by layer: a second forward, unless other ranks would wait for it."""
@@ -113,13 +121,6 @@ class Forwards:
         """Run a batch of which nothing counts, for the ranks that would wait for this one."""
         with self._run.capture.batch(RowMask(None, 0), only=()):
             self._forward(self._model, to_device(batch, self.device))
-
-
-def _versions(batch: Any) -> list[int | None]:
-    """Which edit of each of a batch's tensors it is."""
-    fields = named_fields(batch)
-    leaves = tree_leaves(batch if fields is None else dict(fields))
-    return [version_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _input_device(outline: ModelOutline) -> torch.device:
