@@ -45,8 +45,10 @@ class EvaConfig:
         memory_budget: Bytes all "gram" states together may take under "auto". None: no bound.
         equal_data: Keep all layers accumulating until all have converged, so that their ratios come from
             the same rows. False frees a layer's hook as soon as it has converged.
-        early_stop: End each forward at the last input still needed. "auto": unless the model is offloaded,
-            compiled, wrapped for distribution, or called through a ``forward_fn``.
+        early_stop: Compute nothing from the model's output head on, where no layer is called there: neither logits nor
+            loss. That none is, is seen in every forward; the first two, and 3 % of the others, run whole. "auto":
+            unless the model is offloaded, compiled, wrapped for distribution, or called through a ``forward_fn``;
+            then, and with False, every forward is a plain call.
         share_inputs: Keep one statistic for layers that are fed the very same tensor (q, k and v, say).
         nonfinite: What NaN or Inf in a layer's input does. "error" names the layer, the batch and the number of
             rows. "skip" leaves such rows out of that layer's statistic as if they were masked, and the report counts

@@ -70,7 +70,7 @@ def contents(run):
     ]
     plain = {name: value for name, value in vars(run).items() if isinstance(value, (int, str, list, dict))}
     plain.pop("seconds")
-    return repr((states, plain, run.convergence.state(), run.capture.wanted, run.capture.end.expected))
+    return repr((states, plain, run.convergence.state(), run.capture.wanted, run.capture.end.spares))
 
 
 @pytest.fixture(scope="module")

@@ -47,8 +47,10 @@ def test_work_follows_from_the_models_shapes():
     rows, hidden, inner, kv = batch * tokens, 32, 48, 16
     linear = 2 * rows * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
     attention = 2 * (2 * batch * heads * tokens * tokens * hidden // heads)
-    head = 2 * batch * hidden * 97  # of the last token alone
-    assert expected.forward_flops == 3 * (linear + attention) + head
+    assert expected.forward_flops == 3 * (linear + attention)  # the head's product is spared
+    head = 2 * rows * hidden * 97
+    with_head = estimate(on_meta(tiny_llama, target_modules=["q_proj", "lm_head"]), token_batches()[0])
+    assert with_head.forward_flops == 3 * (linear + attention) + head
     assert expected.rows == rows
     assert expected.statistics_flops == 2 * rows * (9 * 32**2 + 3 * 48**2)  # exact statistics: XᵀX of 12 inputs
     assert expected.seconds_per_batch(1e9) == (expected.forward_flops + expected.statistics_flops) / 1e9

@@ -7,7 +7,6 @@ from torch import nn
 from eva_kernels import GramStatistic
 from eva_lora.adapters import LoraSite
 from eva_lora.collecting.capture import Capture
-from eva_lora.collecting.ending import ForwardEnd
 from eva_lora.collecting.masks import RowMask
 from support.bounds import gamma
 
@@ -33,10 +32,10 @@ def net():
     return Net()
 
 
-def capture(net, *, share=True, is_safe=False):
+def capture(net, *, share=True):
     sites = [LoraSite(name, module, D, 2) for name, module in net.named_children()]
     make = lambda i: (GramStatistic(D, 2, dtype=torch.float64), "test")  # noqa: E731
-    return Capture(sites, [2] * len(sites), make, share=share, end=ForwardEnd(len(sites), is_safe=is_safe))
+    return Capture(sites, [2] * len(sites), make, share=share)
 
 
 def forward(capture, net, *calls):
@@ -172,22 +171,16 @@ def test_unwanted_layers_accumulate_nothing_and_hold_nothing(net):
     assert_saw(c, 2, y)
 
 
-def test_the_forward_stops_when_all_wanted_layers_were_called(net):
-    c, x = capture(net, is_safe=True), rows()
-    reached = []
-    net.c.register_forward_hook(lambda *_: reached.append("c"))
-    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
-    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
-    assert reached == ["c"]  # ended in c's pre-hook, with its input counted
-    assert_saw(c, 2, x, x)
-    c.wanted = {1}
-    calls = []
-    net.a.register_forward_hook(lambda *_: calls.append("a"))
-    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
-    assert calls == ["a"]
-    c.wanted = {0, 1, 2}  # a layer reopens: full depth again
-    forward(c, net, ("a", x), ("b", x), ("a", x), ("c", x))
-    assert_saw(c, 2, x, x, x)
+def test_a_forward_that_begins_again_counts_nothing_twice(net):
+    c, x, y, z = capture(net), rows(), rows(seed=1), rows(seed=2)
+    forward(c, net, ("a", x), ("b", x), ("c", x))
+    with c.hooks(), c.batch(RowMask(None, None)):
+        net.run(("a", y), ("b", z), ("a", z))
+        c.again()
+        net.run(("a", y), ("b", z), ("a", z), ("c", y))
+    for site, saw in enumerate(((x, y, z), (x, z), (x, y))):
+        assert_saw(c, site, *saw)
+    assert c.rows_in_batch == len(y) + len(z)
 
 
 def test_a_wider_layer_that_joins_widens_the_basis(net):

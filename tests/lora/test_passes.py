@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eva_lora import EvaConfig, eva_initialize
+from eva_lora.collecting.ending import ForwardEnd
 from support.models import initialise, lora, lora_a_of, tiny_llama, token_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
@@ -87,18 +88,26 @@ def test_repeating_the_data_converges(criterion):
         assert criterion == "subspace" or report.components_converged[name] >= rank
 
 
-def test_forwards_stop_at_the_last_layer_wanted():
-    heads = []
-    counts = {}
-    for early_stop in (True, False):
+def test_the_heads_product_is_spared_from_the_third_forward_on():
+    values = {}
+    for early_stop in ("auto", True, False):
         model = lora(tiny_llama())
-        model.base_model.model.lm_head.register_forward_hook(lambda *_, key=early_stop: heads.append(key))
+        seen = values[early_stop] = []
+        model.base_model.model.lm_head.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.is_meta))
         initialise(model, early_stop=early_stop)
-        counts[early_stop] = heads.count(early_stop)
-    assert counts == {True: 0, False: 6}
+    spared = [False, False, True, True, True, True]
+    assert values == {"auto": spared, True: spared, False: [False] * 6}
 
 
-def test_decoders_are_spared_cache_logits_and_loss():
+def test_a_share_of_the_later_forwards_runs_whole_and_the_seed_draws_which():
+    whole = [[end._is_whole(number) for number in range(10_000)] for end in (ForwardEnd(seed=s) for s in (0, 0, 1))]
+    assert whole[0] == whole[1] != whole[2]
+    for drawn in whole:
+        assert drawn[:2] == [True, True]
+        assert sum(drawn) <= 2 + 0.03 * 10_000 + 5 * (0.03 * 0.97 * 10_000) ** 0.5  # five standard deviations
+
+
+def test_a_model_is_called_with_its_batch_and_nothing_else():
     seen = []
 
     class Recorder(torch.nn.Module):
@@ -106,15 +115,33 @@ def test_decoders_are_spared_cache_logits_and_loss():
             super().__init__()
             self.inner = torch.nn.Linear(4, 4)
 
-        def forward(self, x, labels=None, use_cache=True, logits_to_keep=0):
+        def forward(self, x, labels="default", use_cache="default", logits_to_keep="default"):
             seen.append((labels, use_cache, logits_to_keep))
             return self.inner(x)
 
-    model = peft.get_peft_model(Recorder(), peft.LoraConfig(r=2, target_modules=["inner"]))
     labels = torch.ones(3, 10, dtype=torch.long)
-    initialise(model, [{"x": torch.randn(3, 10, 4), "labels": labels}], max_batches=1)
-    assert seen == [(None, False, 1)]
-    seen.clear()
-    asked = {"x": torch.randn(3, 10, 4), "labels": labels, "use_cache": True, "logits_to_keep": 5}
-    initialise(model, [asked], max_batches=1)
-    assert seen == [(labels, True, 5)]  # what the caller asks for is left as it is
+    for more in ({}, {"use_cache": True, "logits_to_keep": 5}):
+        model = peft.get_peft_model(Recorder(), peft.LoraConfig(r=2, target_modules=["inner"]))
+        batches = [{"x": torch.randn(3, 10, 4), "labels": labels, **more}] * 4
+        report = initialise(model, batches, max_batches=4)
+        expected = (labels, more.get("use_cache", "default"), more.get("logits_to_keep", "default"))
+        assert seen == [expected] * report.num_batches
+        seen.clear()
+
+
+def test_rows_are_counted_over_all_calls_of_a_layer():
+    class PerImage(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower, self.narrow = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, images):
+            return self.narrow(torch.stack([self.tower(image).mean(0) for image in images]))
+
+    counts = [1, 1, 4, 2, 5]
+    batches = [{"images": [torch.randn(7, 4) for _ in range(n)]} for n in counts]
+    model = peft.get_peft_model(PerImage(), peft.LoraConfig(r=2, target_modules=["tower", "narrow"]))
+    assert initialise(model, batches, max_batches=5, tau=1.0).num_rows == 7 * sum(counts)
+    model = peft.get_peft_model(PerImage(), peft.LoraConfig(r=2, target_modules=["tower", "narrow"]))
+    report = initialise(model, batches, max_rows=7 * 6, tau=1.0)
+    assert (report.num_batches, report.num_rows) == (3, 7 * 6)

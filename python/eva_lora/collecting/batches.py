@@ -1,7 +1,6 @@
 """From a loader's batches to a model call."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,7 +37,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     """Call the model as the batch's type suggests: keywords, positions, or one argument."""
     fields = named_fields(batch)
     if fields is not None:
-        return model(**{**fields, **_savings(model, fields)})
+        return model(**fields)
     if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
         return model(*batch)
     return model(batch)
@@ -51,18 +50,3 @@ def named_fields(batch: Any) -> Mapping[str, Any] | None:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     return None
-
-
-def _savings(model: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords that spare a transformers model what nobody reads: its cache, its logits and its loss."""
-    wrapper: Any = model
-    base = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
-    accepted = inspect.signature(base.forward).parameters
-    savings: dict[str, Any] = {}
-    if "use_cache" in accepted and "use_cache" not in fields:
-        savings["use_cache"] = False
-    if "logits_to_keep" in accepted and "logits_to_keep" not in fields:  # a decoder: labels serve its loss alone
-        savings["logits_to_keep"] = 1
-        if "labels" in fields:
-            savings["labels"] = None
-    return savings

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eva_kernels.streaming_svd import Statistic, SubspaceStatistic
 
 from ..adapters import LayerInput, LoraSite, Rows
-from .ending import ForwardComplete, ForwardEnd
+from .ending import ForwardEnd
 from .inputs import BatchShare, Call, DistinctInput, version_of
 from .masks import RowMask, rows_of
 from .restoring import without_autocast
@@ -34,7 +34,7 @@ class Capture:
         columns: Columns that each site needs its statistics' bases to have.
         make: Makes the statistic of a stream when it gets its first rows.
         share: Whether layers may share.
-        end: Decides where a forward may end. None: at its own.
+        end: What forwards are spared; it is told of every call. None: nothing.
         parallel: The ranks that layers are split over, if they are.
     """
 
@@ -49,7 +49,7 @@ class Capture:
         parallel: TensorParallel | None = None,
     ) -> None:
         self.sites, self._columns, self._make, self._share, self.parallel = sites, columns, make, share, parallel
-        self.end = end or ForwardEnd(len(sites))
+        self.end = end or ForwardEnd()
         self.site_of = [i for i, site in enumerate(sites) for _ in range(site.parts)]  # stream -> site
         starts = itertools.accumulate([site.parts for site in sites], initial=0)
         self.streams_of = [range(start, start + site.parts) for start, site in zip(starts, sites, strict=False)]
@@ -61,6 +61,7 @@ class Capture:
         self.batch_share: BatchShare | None = None  # of a batch that other ranks share; statistics then start together
         self._mask = RowMask(None, None)
         self._only: Collection[int] | None = None
+        self._num_calls = self._num_repeated = 0  # of layers in this forward; those of it that were folded in before
         self._live: dict[
             tuple[int, Rows | None], tuple[DistinctInput, int]
         ] = {}  # a tensor's id -> input, index of the call
@@ -72,7 +73,7 @@ class Capture:
             site.module.register_forward_pre_hook(self._hook(i), with_kwargs=True) for i, site in enumerate(self.sites)
         ]
         if self.end.head is not None:
-            handles.append(self.end.head.register_forward_pre_hook(self._before_head))
+            handles.append(self.end.head.register_forward_pre_hook(self.end.reached_head, with_kwargs=True))
         try:
             yield
         finally:
@@ -80,23 +81,19 @@ class Capture:
                 handle.remove()
 
     @contextmanager
-    def batch(self, mask: RowMask, *, whole: bool = False, only: Collection[int] | None = None) -> Iterator[None]:
+    def batch(self, mask: RowMask, *, only: Collection[int] | None = None) -> Iterator[None]:
         """Within it one forward runs; its rows are in the statistics afterwards.
 
-        ``whole``: it is to run to its end. ``only``: the streams whose rows count, where not all do; none at all leaves
-        the statistics as they are.
+        ``only``: the streams whose rows count, where not all do; none at all leaves the statistics as they are.
 
         Raises:
             RuntimeError: a shared input was edited in place between the layers that share it.
         """
         self._mask, self.rows_in_batch = mask, mask.num_rows or 0
         self._only = only
-        self.end.begin(whole=whole)
+        self._num_calls = self._num_repeated = 0
         try:
             yield
-            self.end.ran_whole()
-        except ForwardComplete as done:
-            done.__traceback__ = None  # from Python 3.12 on a cycle through contextlib would keep its frames' tensors
         finally:
             self._live.clear()
         for entry in list(self.inputs):
@@ -104,25 +101,32 @@ class Capture:
                 self._split(entry, stream)
         for entry in self.inputs:
             entry.is_new = False
+            if mask.num_rows is None:
+                self.rows_in_batch = max(self.rows_in_batch, entry.batch_rows)
+            entry.batch_rows = 0
             if self.batch_share is None:  # else the ranks count together
                 entry.pending_batches += bool(entry.calls)
-            entry.calls.clear()
-            entry.calls_made = dict.fromkeys(entry.streams, 0)
+            entry.forget_calls()
+
+    def again(self) -> None:
+        """The batch's forward begins anew: what it has brought so far is not folded in a second time."""
+        self._num_repeated, self._num_calls = self._num_calls, 0
+        self._live.clear()
+        for entry in self.inputs:
+            entry.forget_calls()
 
     def _hook(self, site: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if site not in self.wanted or (self._only is not None and not self._only):
                 return
+            self.end.called(self.sites[site].name)
+            self._num_calls += 1
             for given in self.sites[site].inputs(args, kwargs):
                 stream = self.streams_of[site][given.part]
                 if self._only is None or stream in self._only:
                     self._fold(stream, given)
-            self.end.called(site, self.wanted)
 
         return hook
-
-    def _before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.end.reached_head(all_called=None not in self.input_of)
 
     def _is_wanted(self, stream: int) -> bool:
         return self.site_of[stream] in self.wanted
@@ -136,7 +140,8 @@ class Capture:
         if index < len(entry.calls) and not entry.calls[index].is_same(x):
             entry = self._split(entry, stream)
         if index == len(entry.calls):
-            self._accumulate(entry, stream, given)
+            if self._num_calls > self._num_repeated:
+                self._accumulate(entry, stream, given)
             shared = len(entry.streams) > 1
             entry.calls.append(Call(weakref.ref(x), version_of(x), given if shared else None))
             self._live[self._key(stream, x)] = (entry, index)
@@ -172,7 +177,7 @@ class Capture:
         """A layer that joins with more candidates needs a wider basis; the one call so far is made again."""
         if self._columns[self.site_of[stream]] > entry.statistic.num_components:
             entry.statistic, entry.reason = self._make(stream)
-            entry.sketch = None
+            entry.sketch, entry.batch_rows = None, 0
             self._accumulate(entry, stream, given)
 
     def _accumulate(self, entry: DistinctInput, stream: int, given: LayerInput, *, sign: int = 1) -> None:
@@ -197,8 +202,7 @@ class Capture:
             raise ValueError(f"layer {site.name}: expected an input of width {site.in_features}, got shape {shape}")
         layout = given.batch or (shape[:-1] if rows is None else rows.shape(x))
         mask, num_rows = rows_mask.of_rows(layout, x.device, site.name, nested=nested)
-        if self._mask.num_rows is None:
-            self.rows_in_batch = max(self.rows_in_batch, num_rows)
+        entry.batch_rows += sign * num_rows
         tick = time.perf_counter()
         with without_autocast(x.device):
             for piece, part, count in _pieces(x, rows, mask, num_rows, given.tokens):
@@ -230,7 +234,7 @@ class Capture:
         made = entry.calls_made[stream]
         own = DistinctInput(
             entry.statistic.clone(), entry.reason, [stream], entry.calls[:made], {stream: made}, entry.is_new,
-            entry.pending_batches, entry.owner, entry.known_rows, entry.sketch,
+            entry.pending_batches, entry.batch_rows, entry.owner, entry.known_rows, entry.sketch,
         )  # fmt: skip
         for call in entry.calls[made:]:
             if call.held is None or call.version != version_of(call.held.tensor):
@@ -252,7 +256,7 @@ class Capture:
         """Give some of an input's streams a statistic of their own between two batches, as :meth:`_split` does."""
         own = DistinctInput(
             entry.statistic.clone(), entry.reason, streams, [], dict.fromkeys(streams, 0), entry.is_new,
-            entry.pending_batches, entry.owner, entry.known_rows, entry.sketch,
+            entry.pending_batches, entry.batch_rows, entry.owner, entry.known_rows, entry.sketch,
         )  # fmt: skip
         for stream in streams:
             entry.streams.remove(stream)

@@ -1,41 +1,59 @@
-"""Where a forward may end: what decides that no layer is still to be called."""
+"""Where the values of a forward may end: what the model's output head gives is not computed for a layer's sake."""
 
-from collections.abc import Collection
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..adapters import LoraAdapter, ModelOutline, is_partitioned, wrapper_of
+from ..adapters import LoraAdapter, LoraSite, ModelOutline, is_partitioned, wrapper_of
 from ..config import EvaConfig
 from .batches import ForwardFn
 
-__all__ = ["ForwardComplete", "ForwardEnd"]
+__all__ = ["KEPT", "WHOLE_AT_FIRST", "ForwardEnd", "output_head"]
+
+WHOLE_AT_FIRST = 2  # forwards that run whole before any is spared its rest
+WHOLE_SHARE = 0.03  # of the later ones, drawn
+KEPT = "something keeps what the output head gives"
 
 
-class ForwardComplete(Exception):
-    """Raised inside a forward to end it there."""
+class CalledAfterHead(Exception):
+    """Raised inside a forward that is spared its rest, where a layer is called in that rest."""
+
+
+class NeedsValues(Exception):
+    """Raised inside a forward that is spared its rest, where the rest cannot do without values."""
 
 
 class ForwardEnd:
-    """Ends a forward once every wanted layer was called as often as in any whole forward so far.
+    """Spares forwards what the model's output head gives, logits and loss: they have shapes and no values.
 
-    While a layer was never called, forwards run whole: it may be called yet, and only they can tell.
+    The model's code goes on to its end as ever (:class:`WithoutValues`). So it is not guessed but seen, in every
+    forward, whether a layer is called after the head. Where one is, where the code asks for a value that is not there,
+    or where something without values is kept (for the next forward, perhaps), the forward has to be run again, whole,
+    and from then on all run whole.
+
+    The first ``WHOLE_AT_FIRST`` forwards run whole, and a drawn share of the later ones. Where a layer is called after
+    the head in one of them, all further ones run whole.
 
     Args:
-        num_sites: How many LoRA layers there are.
-        head: A module that is called after every layer, if there is one: where even a first forward may end.
-        is_safe: Whether leaving a forward by an exception is safe: nobody waits for its end.
+        head: The model's output head; None: every forward runs whole.
+        seed: Of the draw, which keeps no state: it depends on the forward's number alone.
 
     Attributes:
-        expected: Most calls of each layer in any whole forward so far; None before the first.
+        spares: Whether forwards are spared their rest, but for those that are to run whole.
+        reason: Why they no longer are; "" as long as nothing has told against it.
     """
 
-    def __init__(self, num_sites: int, *, head: nn.Module | None = None, is_safe: bool = False) -> None:
-        self.head, self._is_safe = head, is_safe
-        self.expected: list[int] | None = None
-        self._calls = [0] * num_sites
-        self._may_end = False
-        self._last_awaited = 0  # the layer that a forward was last seen to go on for
+    def __init__(self, head: nn.Module | None = None, *, seed: int = 0) -> None:
+        self.head, self.spares, self._seed = head, head is not None, seed
+        self.reason = ""
+        self._watches = self._spared = self._past_head = False
+        self._rest: WithoutValues | None = None
 
     @classmethod
     def of(
@@ -48,50 +66,115 @@ class ForwardEnd:
     ) -> "ForwardEnd":
         """Of a model's forwards as it stands."""
         is_safe = _is_safe(outline, forward_fn) if config.early_stop == "auto" else config.early_stop
-        return cls(len(adapter.sites), head=_head(model, adapter), is_safe=is_safe)
+        return cls(output_head(model, adapter.sites) if is_safe else None, seed=config.seed)
 
-    def begin(self, *, whole: bool) -> None:
-        """A forward begins; ``whole``: it is to run to its end."""
-        self._calls = [0] * len(self._calls)
-        self._may_end = self._is_safe and not whole
+    def run(self, forward: Callable[[], Any], number: int) -> bool:
+        """Run a forward. Returns whether it has to be run again, as it is, for what layers have missed.
 
-    def ran_whole(self) -> None:
-        """The forward that began last has run as far as any layer is called."""
-        earlier = self.expected or self._calls
-        self.expected = [max(pair) for pair in zip(earlier, self._calls, strict=True)]
+        Args:
+            forward: Calls the model.
+            number: Of the forward, from 0.
+        """
+        self._spared = self.spares and not self._is_whole(number)
+        self._watches, self._past_head = True, False
+        failed = False
+        try:
+            forward()
+        except Exception:
+            if self._rest is None:  # the model's own
+                raise
+            failed = True
+        finally:
+            self._watches = self._past_head = False
+            rest, self._rest = self._rest, None
+            if rest is not None:
+                rest.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if failed and not self.reason:
+            self.reason = "what follows the output head needs its values"
+        if rest is not None and not self.reason and rest.is_kept():
+            self.reason = KEPT
+        self.spares = self.spares and not self.reason
+        return rest is not None and bool(self.reason)
 
-    def called(self, site: int, wanted: Collection[int]) -> None:
-        """Count a call of a layer.
+    def called(self, name: str) -> None:
+        """A layer is being called.
 
         Raises:
-            ForwardComplete: it was the last one of those that are ``wanted``.
+            CalledAfterHead: this forward is spared its rest, and the call is in it.
         """
-        self._calls[site] += 1
-        if self._may_end and self._is_last(site, wanted):
-            raise ForwardComplete
+        if self._past_head:
+            self.reason = self.reason or f"layer {name} is called after the output head"
+            if self._rest is not None:
+                raise CalledAfterHead
 
-    def reached_head(self, *, all_called: bool) -> None:
-        """The module that comes after every layer is being called.
+    def reached_head(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output head is being called: its pre-hook. Returns what it is to be called with, None for what it is."""
+        if not self._watches:
+            return None
+        if self._spared and self._rest is None:
+            self._rest = WithoutValues()
+            self._rest.__enter__()  # type: ignore[no-untyped-call]
+        self._past_head = True
+        return None if self._rest is None else self._rest.emptied((args, kwargs))
 
-        Raises:
-            ForwardComplete: every layer was called, in this forward or an earlier one.
-        """
-        if self._may_end and all_called:
-            self.ran_whole()
-            raise ForwardComplete
+    def _is_whole(self, number: int) -> bool:
+        return number < WHOLE_AT_FIRST or random.Random(f"{self._seed}/{number}").random() < WHOLE_SHARE
 
-    def _is_last(self, site: int, wanted: Collection[int]) -> bool:
-        if self.expected is None or self._calls[site] < self.expected[site]:
-            return False
-        if self._is_awaited(self._last_awaited, wanted):  # most calls end here
-            return False
-        awaited = [other for other in wanted if self._is_awaited(other, wanted)]
-        self._last_awaited = max(awaited, default=site)
-        return not awaited
 
-    def _is_awaited(self, site: int, wanted: Collection[int]) -> bool:
-        assert self.expected is not None
-        return site in wanted and self._calls[site] < max(1, self.expected[site])
+class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it what is made of tensors on the meta device is on the meta device too: shapes, dtypes and no values.
+
+    Operations on other tensors are as ever.
+
+    Raises:
+        NeedsValues: values are missing that would be written to a tensor that has some, or would move a random
+            generator on. What asks for a value raises what PyTorch raises for tensors on the meta device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: list[StorageWeakRef] = []
+        self._stand_ins: set[int] = set()  # storages of tensors that stand for some that have values
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = (args, dict(kwargs or {}))
+        tensors = [tensor for tensor in tree_leaves(given) if isinstance(tensor, Tensor)]
+        if not any(tensor.is_meta for tensor in tensors):
+            return func(*given[0], **given[1])
+        schema = func._schema
+        if schema.is_mutable and any(map(self._has_values, tensors)):
+            raise NeedsValues
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NeedsValues
+        positional, named = self.emptied(given)
+        if any(argument.name == "device" for argument in schema.arguments):
+            named["device"] = torch.device("meta")
+        return tree_map_only(Tensor, self._note, func(*positional, **named))
+
+    def emptied(self, values: Any) -> Any:
+        """The same nested values, with tensors on the meta device for all others."""
+        return tree_map_only(Tensor, self._emptied, values)
+
+    def is_kept(self) -> bool:
+        """Whether any tensor that was made within it is still alive."""
+        return not all(storage.expired() for storage in self._storages)  # type: ignore[no-untyped-call]
+
+    def _emptied(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        self._stand_ins.add(empty.untyped_storage()._cdata)
+        return self._note(empty)
+
+    def _has_values(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta or tensor.untyped_storage()._cdata in self._stand_ins
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        torch._C._set_throw_on_mutable_data_ptr(tensor)  # a kernel that asks for its address is refused, not given null
+        self._storages.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+        return tensor
 
 
 def _is_safe(outline: ModelOutline, forward_fn: ForwardFn | None) -> bool:
@@ -102,10 +185,10 @@ def _is_safe(outline: ModelOutline, forward_fn: ForwardFn | None) -> bool:
     return wrapper_of(outline) is None
 
 
-def _head(model: nn.Module, adapter: LoraAdapter) -> nn.Module | None:
-    """The LM head of a transformers model, unless a LoRA layer is in it."""
+def output_head(model: nn.Module, sites: Collection[LoraSite]) -> nn.Module | None:
+    """The output embedding of a transformers model, unless a LoRA layer is in it."""
     find: Any = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    if not isinstance(head, nn.Module) or {*head.modules()} & {site.module for site in adapter.sites}:
+    if not isinstance(head, nn.Module) or {*head.modules()} & {site.module for site in sites}:
         return None
     return head

@@ -1,6 +1,7 @@
 """What a run will take, from a copy of the model without weights: nothing of size is computed or kept."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from eva_kernels.streaming_svd import Statistic
 from ..adapters import find_adapter
 from ..config import DEFAULT_MAX_BATCHES, EvaConfig
 from .batches import default_forward, to_device
+from .ending import ForwardEnd, output_head
 from .making import StatisticMaker
 from .masks import RowMask
 from .run import Run
@@ -32,7 +34,7 @@ class Estimate:
         statistic: Per distinct input, "gram" or "subspace".
         weight_bytes: The model's parameters and buffers, the adapter's included.
         statistics_bytes: The states of all statistics.
-        forward_flops: Of one batch's forward as EVA runs it, products only.
+        forward_flops: Of one batch's forward, products only: up to the output head, where no layer comes after it.
         statistics_flops: Of folding one batch into the statistics, products only.
         rows: Rows (tokens) of the batch, padding included.
         max_batches: The bound on the batches of a run.
@@ -82,14 +84,20 @@ def estimate(model: nn.Module, batch: Any, config: Any = None) -> Estimate:
     real = [name for name, parameter in model.named_parameters() if parameter.device.type != "meta"]
     if real:
         raise ValueError(f"model: expected every parameter on the meta device, {real[0]} is not")
-    run = Run(adapter, config, maker=_SizesOnly)
+    end = ForwardEnd(output_head(model, adapter.sites))
+    run = Run(adapter, config, end=end, maker=_SizesOnly)
     counter = FlopCounterMode(display=False)
+    up_to_head: list[int] = []
+    at_head: AbstractContextManager[object] = nullcontext()
+    if end.head is not None:
+        at_head = end.head.register_forward_pre_hook(lambda *_: up_to_head.append(counter.get_total_flops()))
     model.eval()
-    with FakeTensorMode(allow_non_fake_inputs=True), run.capture.hooks(), adapter.disabled(), torch.no_grad():
+    rehearsed = FakeTensorMode(allow_non_fake_inputs=True)
+    with at_head, rehearsed, run.capture.hooks(), adapter.disabled(), torch.no_grad():
         shapes = to_device(batch, torch.device("meta"))
         try:
             with counter, run.capture.batch(RowMask(None, None)):
-                default_forward(model, shapes)
+                end.run(lambda: default_forward(model, shapes), 0)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"model: its forward cannot be rehearsed without values: {reason}") from error
@@ -103,7 +111,7 @@ def estimate(model: nn.Module, batch: Any, config: Any = None) -> Estimate:
         statistic=[entry.statistic.kind for entry in entries],
         weight_bytes=sum(_nbytes(tensor) for tensor in (*model.parameters(), *model.buffers())),
         statistics_bytes=sum(entry.statistic.nbytes() for entry in entries),
-        forward_flops=counter.get_total_flops(),
+        forward_flops=up_to_head[0] if up_to_head and not end.reason else counter.get_total_flops(),
         statistics_flops=sum(_flops(entry.statistic, rows) for entry in entries),
         rows=rows,
         max_batches=config.max_batches or DEFAULT_MAX_BATCHES,

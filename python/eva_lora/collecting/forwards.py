@@ -1,15 +1,19 @@
 """Forward passes of the frozen model, whose rows are folded into a run's statistics."""
 
 import time
+import warnings
 from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..adapters import ModelOutline, waits_for_others
-from .batches import ForwardFn, default_forward, to_device
+from .batches import ForwardFn, default_forward, named_fields, to_device
+from .ending import KEPT, WHOLE_AT_FIRST
+from .inputs import version_of
 from .making import device_of
 from .masks import INSIDE, RowMask, RowMaskFn, row_mask, sides_of
 from .run import Run
@@ -37,6 +41,7 @@ class Forwards:
         self._forward = forward_fn or default_forward
         self._two_sided, inside = sides_of(outline.modules, run.sites)
         run.row_rules.memory.sides.update(dict.fromkeys(inside, INSIDE))
+        self._with_buffers = [module for module in outline.modules if module._buffers]
         self.device, self.in_step = _input_device(outline), waits_for_others(outline)
 
     def fold(self, batch: Any, *, only: Collection[int] | None = None) -> RowMask:
@@ -44,6 +49,7 @@ class Forwards:
 
         Raises:
             ValueError: NaN or Inf has reached a layer, and no refresh comes that will tell.
+            RuntimeError: the forward has to be run again, and has changed its batch or a buffer, or reads what it kept.
         """
         run = self._run
         # The mask first: counted where the loader left it, no device has to be waited for.
@@ -55,14 +61,48 @@ class Forwards:
             if self.in_step:
                 self.idle(batch)
             return mask
-        batch = to_device(batch, self.device)
         tick = time.perf_counter()
         with run.capture.batch(mask, only=only):
-            self._forward(self._model, batch)
+            self._run_forward(batch)
         run.seconds["forward"] += time.perf_counter() - tick
         if not run.refresh_tells_nonfinite():
             run.require_finite(run.num_batches + 1, partial(self.count_nonfinite, batch, mask, only=only))
         return mask
+
+    def _run_forward(self, batch: Any) -> None:
+        """One forward, spared its rest where that is safe; where it turns out not to be, again, and whole."""
+        number, end = self._run.num_batches, self._run.capture.end
+        spared, versions = end.spares, self._versions(batch)
+        again = end.run(lambda: self._forward(self._model, to_device(batch, self.device)), number)
+        if spared and not end.spares and number >= WHOLE_AT_FIRST:
+            warnings.warn(
+                f"batch {number + 1}: {end.reason}, as in no batch before; no row is missed, but from here on every "
+                "forward runs whole",
+                stacklevel=5,
+            )
+        if again:
+            if self._versions(batch) != versions:
+                raise RuntimeError(
+                    f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it has changed the "
+                    "batch or a buffer; run with early_stop=False"
+                )
+            self._run.capture.again()
+            try:
+                self._forward(self._model, to_device(batch, self.device))
+            except Exception as error:
+                if end.reason != KEPT:
+                    raise
+                raise RuntimeError(
+                    f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it reads what was "
+                    "kept; run with early_stop=False"
+                ) from error
+
+    def _versions(self, batch: Any) -> list[tuple[int, int | None]]:
+        """Which edit of each of a batch's tensors, and of the model's buffers, there is."""
+        fields = named_fields(batch)
+        leaves = tree_leaves(batch if fields is None else dict(fields))
+        buffers = (buffer for module in self._with_buffers for buffer in module._buffers.values())
+        return [(id(x), version_of(x)) for x in (*leaves, *buffers) if isinstance(x, Tensor)]
 
     def count_nonfinite(self, batch: Any, mask: RowMask, *, only: Collection[int] | None = None) -> dict[str, int]:
         """Rows of a batch that hold NaN or Inf, by layer: a second forward, unless other ranks would wait for it."""

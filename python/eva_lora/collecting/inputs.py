@@ -40,10 +40,16 @@ class DistinctInput:
     calls_made: dict[int, int] = field(default_factory=dict)  # stream -> how many of the calls
     is_new: bool = True  # made in the current batch: others may still join it
     pending_batches: int = 0  # batches folded in since the last refresh
+    batch_rows: int = 0  # of the current batch, all calls together
     # Of a pass that several ranks make together:
     owner: int = -1  # the rank that does its algebra
     known_rows: int = 0  # of all ranks, at the end of the last batch
     sketch: Sketch | None = None  # of this rank's first rows, until all have started from the sketch of everybody's
+
+    def forget_calls(self) -> None:
+        """A forward begins or is over."""
+        self.calls.clear()
+        self.calls_made = dict.fromkeys(self.streams, 0)
 
 
 @dataclass(frozen=True)
