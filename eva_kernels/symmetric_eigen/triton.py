@@ -12,8 +12,7 @@ from torch import Tensor
 from .._triton import launch_options
 
 MAX_SWEEPS = 30  # some ten are enough for k = 256; the limit is for NaN
-TILE_BYTES = 16_384  # of the columns a program holds at a time: its share of registers
-WARPS = 8
+TILE_BYTES = 16_384  # of the columns a program of eight warps holds at a time: its share of registers
 MIN_PADDED = 64  # below, one variant for all sizes
 
 
@@ -90,13 +89,21 @@ def symmetric_eigen_triton(
         _jacobi_kernel[(len(flat),)](
             work, vectors, k, eps * k**0.5, eps**2,
             PADDED=padded, PAIRS=pairs_at_once(padded, matrix.element_size()), MAX_SWEEPS=MAX_SWEEPS,
-            **launch_options(_jacobi_kernel, WARPS),
+            **launch_options(_jacobi_kernel, warps_of(padded)),
         )  # fmt: skip
     values, order = torch.linalg.vector_norm(work, dim=-1).sort(dim=-1, descending=True)
     vectors = vectors.gather(1, order[:, :, None].expand_as(vectors)).mT
     return (values * scale[:, None]).reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
 
 
+def warps_of(padded: int) -> int:
+    """Of a program. The smallest matrices have too few pairs of columns for eight."""
+    return 8 if padded > MIN_PADDED else 4
+
+
 def pairs_at_once(padded: int, itemsize: int) -> int:
-    """Pairs of columns in a tile: a power of two, no more than there are and no more than registers hold."""
-    return min(padded // 2, TILE_BYTES // (padded * itemsize))
+    """Pairs of columns in a tile: a power of two, no more than there are and no more than registers hold.
+
+    Of the smallest matrices a quarter: with more some compilers spill.
+    """
+    return min(padded // 2, TILE_BYTES // (1 if padded > MIN_PADDED else 4) // (padded * itemsize))

@@ -96,14 +96,15 @@ def read(ttgir: str) -> tuple[dict[str, int], list[Event], list[tuple[int, int]]
             continue
         result, operation, rest = match.groups()
         operands = [whole.get(name, name) for name in re.findall(_NAME, rest)]
-        if operation == "local_alloc":
-            shape = re.search(r"-> !?\w+\.memdesc<(\d+)x", rest)
-            count[result] = int(shape[1]) if shape and not operands else 1
+        if operation in ("local_alloc", "tmem_alloc"):
+            sizes = re.search(r"-> !?\w+\.memdesc<((?:\d+x)+)", rest)
+            shape = sizes[1].split("x")[:-1] if sizes else []
+            count[result] = int(shape[0]) if len(shape) == 3 else 1  # of matrices
             if operands:
                 events.append(Event("copy", (result,)))
         elif operation.startswith("memdesc_"):
             whole[result] = operands[0]
-        elif operation in ("async_copy_global_to_local", "local_store"):
+        elif operation in ("async_copy_global_to_local", "local_store", "tmem_store"):
             events.append(Event("copy", (operands[1],)))
         elif operation in ("warp_group_dot", "tc_gen5_mma"):
             kinds = re.findall(r"!?\w+\.memdesc<|tensor<", rest)

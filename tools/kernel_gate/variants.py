@@ -158,7 +158,7 @@ def eigen_variants(architecture: str) -> Iterator[Variant]:
         pairs = symmetric_eigen.pairs_at_once(padded, 4 if dtype == "fp32" else 8)
         constants = {"PADDED": padded, "PAIRS": pairs, "MAX_SWEEPS": symmetric_eigen.MAX_SWEEPS}
         yield make(
-            symmetric_eigen._jacobi_kernel, architecture, dtype, constants, warps=symmetric_eigen.WARPS
+            symmetric_eigen._jacobi_kernel, architecture, dtype, constants, warps=symmetric_eigen.warps_of(padded)
         )  # fmt: skip
 
 
