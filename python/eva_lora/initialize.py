@@ -1,4 +1,4 @@
-"""The one call: collect → plan → apply → report."""
+"""The one call in five steps: find the adapter → collect → plan → report → apply."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -90,18 +90,18 @@ def eva_initialize(
         return adapter, chosen, trained
 
     def write() -> EvaReport:
-        eva_plan = plan(statistics)
-        report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))
+        eva_plan = plan(statistics)  # 3
+        report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))  # 4
         with whole_weights(model):
-            adapter.apply(eva_plan)  # last, so that whatever fails before it has changed nothing
+            adapter.apply(eva_plan)  # 5, so that whatever fails before it has changed nothing
         return report
 
     ranks = joined(process_group)
     with ordinary_tensors():
-        adapter, chosen, trained = together(ranks, prepare)
+        adapter, chosen, trained = together(ranks, prepare)  # 1
         if not overwrite:
             together(ranks, trained.require_none)
-        statistics = collect_with(
+        statistics = collect_with(  # 2
             adapter, model, loader, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
             checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
         )  # fmt: skip
