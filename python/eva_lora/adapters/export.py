@@ -88,7 +88,8 @@ def _export(
     if not isinstance(config, LoraConfig):
         raise ValueError(f"model_or_folder: expected a LoRA adapter, {folder} holds {config.peft_type}")
     try:
-        weights = load_file(folder / _WEIGHTS)
+        with torch.device("cpu"):  # whatever the process's default is
+            weights = load_file(folder / _WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"model_or_folder: {folder / _WEIGHTS} is damaged: {error}") from error
 

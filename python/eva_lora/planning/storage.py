@@ -68,7 +68,7 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:  # whatever the process's default is
             header = file.metadata() or {}
             if header.get("kind") != kind:
                 raise ValueError(f"path: expected a {kind} file, {path} holds {header.get('kind', 'something else')!r}")

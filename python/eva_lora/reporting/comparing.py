@@ -103,7 +103,8 @@ def load_directions(path: str | Path) -> dict[str, Tensor]:
 
 def _adapter_directions(file: Path) -> dict[str, Tensor]:
     try:
-        weights = load_file(file)
+        with torch.device("cpu"):  # whatever the process's default is
+            weights = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"path: {file} is damaged: {error}") from error
     ending = ".lora_A.weight"
