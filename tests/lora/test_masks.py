@@ -702,6 +702,7 @@ def activated():
     return model, batches
 
 
+@needs("transformers>=4.52.1")  # PEFT asks for it
 def test_an_activated_lora_gets_the_directions_of_the_rows_that_it_acts_on():
     model, batches = activated()
     calls = recorded(model, batches)

@@ -1,5 +1,6 @@
 """Whatever the pass spares itself, its layers are fed what a plain call of the model would have fed them."""
 
+import inspect
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from transformers import LlamaForCausalLM
 
 from eva_lora.collecting import ending, forwards
 from eva_lora.collecting.capture import Capture
@@ -23,6 +25,8 @@ from support.peft_kinds import KINDS
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at", "ignore:the inputs of")
 
 D, TOKENS = 4, 5
+PARAMETERS = inspect.signature(LlamaForCausalLM.forward).parameters
+LOGITS_TO_KEEP = next(name for name in PARAMETERS if name.endswith("logits_to_keep"))  # "num_…" in older transformers
 SPARED_FROM = 3  # the first batch, from 1, whose forward may be spared its rest
 
 
@@ -304,7 +308,7 @@ def broken(saving):
         elif saving == "sharing, by shape":
             patch.setattr(Call, "is_same", lambda self, x: self.tensor() is None or self.tensor().shape == x.shape)
         elif saving == "the logits of the last position":
-            cut = lambda model, batch: call(model, {**batch, "logits_to_keep": 1, "labels": None})  # noqa: E731
+            cut = lambda model, batch: call(model, {**batch, LOGITS_TO_KEEP: 1, "labels": None})  # noqa: E731
             patch.setattr(forwards, "default_forward", cut)
         yield
 

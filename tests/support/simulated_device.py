@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torchgen
 from torch import Tensor
+from torch.amp import autocast_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchgen.gen import parse_native_yaml
@@ -91,11 +92,16 @@ class SimulatedDevice(TorchDispatchMode):
     def __enter__(self) -> "SimulatedDevice":
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) then moves a tensor of the CPU, seen here
+        # Models of transformers 4 switch autocast off by the device's name, as one that has it lets them.
+        self._has_autocast = autocast_mode.is_autocast_available
+        autocast_mode.is_autocast_available = lambda kind: kind == self.device.type or self._has_autocast(kind)
+        torch.set_autocast_dtype(self.device.type, torch.bfloat16)
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         torch._C._set_only_lift_cpu_tensors(self._lifts)
+        autocast_mode.is_autocast_available = self._has_autocast
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

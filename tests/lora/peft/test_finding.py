@@ -15,11 +15,13 @@ from eva_lora.peft import planned_config
 from support.models import lora_a_of, tiny_llama, token_batches
 from support.other_kinds import OTHER_KINDS
 from support.ranks import on_ranks
+from support.versions import needs
 from support.wrappers import CHANGEABLE, FIXED, HandsOn
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
 BATCHES = token_batches(3)
+NEEDS = {"fully_shard": needs("torch>=2.7")}  # before, it does not run on a CPU
 CONFIG = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights="eva")
 
 
@@ -69,7 +71,7 @@ def test_a_model_that_is_initialised_in_a_wrapper_saves_and_loads(wrap, tmp_path
 
 
 @pytest.mark.parametrize("dora", [False, pytest.param(True, id="DoRA", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [*CHANGEABLE, *FIXED])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS.get(name, ())) for name in (*CHANGEABLE, *FIXED)])
 def test_the_remedy_for_wrapped_models_works_in_every_wrapper(name, dora, request):
     wrap = {**CHANGEABLE, **FIXED}[name]
     if dora and name == "fully_shard":
