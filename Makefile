@@ -107,7 +107,7 @@ test-oldest test-newest: test-%: $(VENV)/%/.done
 	$(VENV)/$*/bin/eva-lora doctor
 	$(VENV)/$*/bin/python -m pytest -m "not slow" -n 2 --dist loadfile \
 		tests/core tests/kernels tests/faults tests/lora tests/triton_kernels \
-		tests/frontend/test_cli.py tests/frontend/test_textdata.py
+		tests/frontend/test_cli.py tests/frontend/test_textdata.py tests/frontend/test_integrations.py
 	$(VENV)/$*/bin/python -m pytest tests/triton_kernels/test_launchers.py
 
 test-all: $(VENV)/.data

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 OURS = ("peft", "cli", "demo")  # the extras that code of ours needs; the others are for tests and pages
-LEFT_OUT = {"diffusers", "trl", "lycoris-lora", "lightning", "ray", "tensorboard", "playwright"}
+LEFT_OUT = {"diffusers", "trl", "lycoris-lora", "ray", "playwright"}
 
 
 def pinned():
