@@ -14,13 +14,14 @@ from eva_kernels.streaming_svd import refresh
 from eva_kernels.streaming_svd.core import extract_core, refresh_core_runs
 from eva_kernels.symmetric_eigen import symmetric_eigen
 from eva_kernels.symmetric_eigen.core import symmetric_eigen_core
-from support.bounds import deviation, gamma, orthonormality, refreshed_orthonormality
+from support.bounds import deviation, gamma, orthonormality, refreshed_orthonormality, require_as_near
 from support.streams import KINDS, stream
 
 pytestmark = pytest.mark.skipif(
     use_core("auto") is None or not use_core("core").has_refresh(),
     reason="the compiled module is missing or this processor has no AVX-512",
 )
+ZERO = torch.zeros(())
 
 
 def fed(kind, d, q, *, batches=3, rows=200, seed=0, **options):
@@ -44,11 +45,6 @@ def in_float64(members):
     return refresh.combine(basis, type(members[0]).past_eigenvalues(members), difference, approximation)
 
 
-def as_near(ours, theirs, truth, rounding):
-    error, allowed = ((found - truth).abs().max() for found in (ours, theirs))
-    assert error <= 2 * allowed + rounding
-
-
 @given(
     kind=st.sampled_from(KINDS),
     sizes=st.sampled_from([(1, 1), (7, 1), (9, 2), (16, 16), (40, 15), (65, 17), (130, 33), (300, 100)]),
@@ -70,18 +66,18 @@ def test_extraction_equals_that_of_pytorch(kind, sizes, members, seed):
         rounding = gamma(d + 3 * q)  # of one of the products that an entry goes through
         largest = values[0]
 
-        as_near(taken.eigenvalues[i], expected.eigenvalues[i], values, rounding * largest)
+        require_as_near(taken.eigenvalues[i], expected.eigenvalues[i], values, rounding * largest)
         scatters = [
             (b.double() * v) @ b.double().T
             for b, v in ((taken.bases[i], taken.eigenvalues[i]), (expected.basis[i], expected.eigenvalues[i]))
         ]
-        as_near(*scatters, (basis * values) @ basis.T, rounding * largest)
+        require_as_near(*scatters, (basis * values) @ basis.T, rounding * largest)
         statistics[i].basis, statistics[i].eigenvalues = taken.bases[i], taken.eigenvalues[i]
         assert (deviation(taken.bases[i]).abs() <= refreshed_orthonormality(statistics[i], before[i])).all()
         # What it says of the step, beside what its bases say.
         own, plain = (refresh._agreement((before[i].T @ b.double())[None]) for b in (taken.bases[i], expected.basis[i]))
-        as_near(taken.cosines[i] - own[0][0], expected.evidence[i, 0] - plain[0][0], 0, rounding)
-        as_near(taken.overlaps[i] - own[1][0], expected.evidence[i, 1] - plain[1][0], 0, rounding * q)
+        require_as_near(taken.cosines[i] - own[0][0], expected.evidence[i, 0] - plain[0][0], ZERO, rounding)
+        require_as_near(taken.overlaps[i] - own[1][0], expected.evidence[i, 1] - plain[1][0], ZERO, rounding * q)
         if kind.summarises:
             assert torch.equal(taken.samples[i], taken.bases[i].bfloat16().float())
             assert not statistics[i].pending.any()
@@ -126,7 +122,7 @@ def test_columns_of_a_steep_spectrum_come_out_orthonormal(kind, d, q):
     exact, values, _ = in_float64([plain])
     refresh_([plain])
     rounding = gamma(d + 3 * q)
-    as_near(taken.eigenvalues[0], plain.eigenvalues, values[0], rounding * values[0, 0])
+    require_as_near(taken.eigenvalues[0], plain.eigenvalues, values[0], rounding * values[0, 0])
     leading = int((values[0] > refresh.RELATIVE_ORTHOGONAL * values[0, 0]).sum())  # below it float32 tells little apart
     missed, allowed = (
         1 - torch.linalg.svdvals(exact[0, :, :leading].T @ b[:, :leading].double()).min() for b in (basis, plain.basis)
