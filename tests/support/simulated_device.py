@@ -8,6 +8,7 @@ for the device is counted. The device exists for the thread that entered it.
 
 from collections import Counter
 from collections.abc import Collection
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 import torchgen
 from torch import Tensor
-from torch.amp import autocast_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torchgen.gen import parse_native_yaml
@@ -92,16 +92,20 @@ class SimulatedDevice(TorchDispatchMode):
     def __enter__(self) -> "SimulatedDevice":
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) then moves a tensor of the CPU, seen here
-        # Models of transformers 4 switch autocast off by the device's name, as one that has it lets them.
-        self._has_autocast = autocast_mode.is_autocast_available
-        autocast_mode.is_autocast_available = lambda kind: kind == self.device.type or self._has_autocast(kind)
-        torch.set_autocast_dtype(self.device.type, torch.bfloat16)
+        self._plain_autocast = torch.autocast
+        torch.autocast = self._autocast
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         torch._C._set_only_lift_cpu_tensors(self._lifts)
-        autocast_mode.is_autocast_available = self._has_autocast
+        torch.autocast = self._plain_autocast
+
+    def _autocast(self, device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+        """Where it is not on, it may be switched off, as models of transformers 4 do by the device's name."""
+        if device_type == self.device.type and not enabled:
+            return nullcontext()
+        return self._plain_autocast(device_type, *args, enabled=enabled, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
