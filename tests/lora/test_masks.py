@@ -30,8 +30,10 @@ from transformers import (
 )
 
 from eva_lora import EvaConfig, collect, eva_initialize
-from eva_lora.collecting.masks import FITS_NO_MASK, RowMask, RowMemory, row_mask, sides_of
+from eva_lora.collecting.masks import row_mask
+from eva_lora.collecting.origins import Origins
 from eva_lora.collecting.reader import fingerprint
+from eva_lora.collecting.rows import FITS_NO_MASK, IN_NO_KNOWN_ORDER, RowMask, RowMemory, sides_of
 from support.models import captured_share, lora, scatter, tiny_llama, token_batches
 from support.versions import needs
 
@@ -158,6 +160,40 @@ def test_a_mask_that_keeps_all_keeps_all(form):
 def test_masks_whose_meaning_is_not_certain_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         row_mask({**token_batches(1)[0], "attention_mask": mask}, CONFIG, None)
+
+
+QUERIES_AND_KEYS = {
+    "causal": torch.ones(6, 6).tril(),
+    "causal window": torch.ones(6, 6).tril().triu(-2),
+    "packed": torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)),
+    "packed and causal": torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).tril(),
+    "true where it may not": torch.ones(6, 6).triu(1),
+    "packed, true where it may not": 1 - torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", QUERIES_AND_KEYS)
+@pytest.mark.parametrize("form", ["bool", "long", "float", "additive"])
+def test_a_mask_of_queries_and_keys_is_not_taken_for_one_of_tokens(kind, form):
+    kept = QUERIES_AND_KEYS[kind].bool()
+    mask = additive(kept) if form == "additive" else getattr(kept, form)()
+    with pytest.raises(ValueError, match=r"^attention_mask: expected \(batch, tokens\), got what may be \(que"):
+        row_mask({"input_ids": torch.ones(6, 6).long(), "attention_mask": mask}, CONFIG, None)
+    if "not" not in kind:  # of so many tokens it is clear what it is
+        found = row_mask(
+            {"input_ids": torch.ones(4, 6).long(), "attention_mask": mask if form != "float" else kept}, CONFIG, None
+        )
+        assert (found.mask, found.shape, found.num_rows) == (None, (4, 6), 24)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=6, max_size=6), st.booleans())
+def test_masks_of_as_many_padded_sequences_as_tokens_are_read(lengths, left):
+    kept = torch.arange(6) < torch.tensor(lengths)[:, None]
+    batch = {"input_ids": torch.ones(6, 6).long(), "attention_mask": (kept.flip(1) if left else kept).long()}
+    if sorted(lengths) == [*range(1, 7)] and lengths in ([*range(1, 7)], [*range(6, 0, -1)]):
+        return  # the two that are a causal mask as well, or its opposite
+    assert row_mask(batch, CONFIG, None).num_rows == sum(lengths)
 
 
 def test_floats_that_are_all_zero_say_what_those_of_earlier_batches_said():
@@ -326,7 +362,7 @@ def test_a_mask_of_padded_rows_fits_no_nested_tensor():
     mask = RowMask(KEEP, int(KEEP.sum()), "attention_mask")
     for count in (int(KEEP.sum()), KEEP.numel(), len(KEEP)):
         assert mask.of_rows((count,), torch.device("cpu"), "layer", nested=True) == (None, count)
-        assert mask.rules == {"layer": FITS_NO_MASK}
+        assert mask.rules == {"layer": {FITS_NO_MASK}}
 
 
 def test_a_nested_tensor_of_widths_that_vary_is_refused_by_name():
@@ -364,6 +400,22 @@ def test_a_packed_sequence_is_one_argument(wrap):
 
 
 # --- how rows lie
+
+STEPS_OF_ROWS = {
+    "linear": lambda x: nn.functional.linear(x, torch.eye(x.shape[1])),
+    "biased": lambda x: nn.functional.linear(x, torch.eye(x.shape[1]), torch.zeros(x.shape[1])),
+    "product": lambda x: x @ torch.eye(x.shape[1]),
+    "pointwise": lambda x: torch.relu(x) + 0 * x,
+    "in place": lambda x: x.clone().add_(0.0),
+    "heads": lambda x: x.view(len(x), 2, 2).contiguous().view(len(x), 4),
+    "halves": lambda x: torch.cat(x.chunk(2, -1), -1),
+    "gate": lambda x: x * torch.ones(len(x), 1),
+    "narrow": lambda x: x.double().float(),
+    "sort": lambda x: x.sort(0, descending=True).values,
+    "flip": lambda x: x.flip(0),
+    "index": lambda x: x[torch.arange(len(x)).flip(0)],
+    "roll": lambda x: x.roll(1, 0),
+}
 
 
 class TimeMajor(nn.Module):
@@ -442,6 +494,97 @@ def test_a_square_first_batch_whose_reading_proves_right_is_not_remarked_on():
     require_directions_of(model, recorded(model, batches), lambda name, number, x: batches[number]["attention_mask"])
 
 
+class Flattened(nn.Module):
+    """Layers that see (batch·tokens, d), in this order or another; ``down`` sees what no view shows to be flattened."""
+
+    def __init__(self, order):
+        super().__init__()
+        torch.manual_seed(0)
+        self.order = order
+        self.router, self.gate, self.up, self.down = nn.Linear(8, 3), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8, elementwise_affine=False)
+
+    def forward(self, x, attention_mask):
+        shape = x.shape
+        if self.order == "tokens first":
+            x = x.transpose(0, 1)
+        x = x.reshape(-1, 8)
+        scores = self.router(x).argmax(1)
+        if self.order == "sorted":
+            x = x[scores.argsort(stable=True)]
+        x = x + self.down(nn.functional.silu(self.gate(self.norm(x))) * self.up(x))
+        return x.view(shape) if self.order != "tokens first" else x.view(shape[1], shape[0], 8)
+
+
+def flattened(order, shapes):
+    targets = ["router", "gate", "up", "down"]
+    model = peft.get_peft_model(Flattened(order), peft.LoraConfig(r=3, target_modules=targets))
+    return model, time_major(shapes)[1]
+
+
+@pytest.mark.parametrize("order", ["sequences first", "tokens first"])
+@pytest.mark.parametrize("shapes", [[(3, 7), (4, 5)], [(3, 7), (6, 6), (5, 5)]], ids=["", "square ones too"])
+@pytest.mark.filterwarnings("error:the inputs of", "error:the masks of")
+def test_flattened_rows_are_read_in_the_order_they_lie_in(order, shapes):
+    model, batches = flattened(order, shapes)
+    calls = recorded(model, batches)
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
+    masks = [batch["attention_mask"] if order == "sequences first" else batch["attention_mask"].T for batch in batches]
+    require_directions_of(model, calls, lambda name, number, x: masks[number].reshape(-1))
+
+
+def test_rows_that_are_put_in_another_order_count_whole_and_are_named():
+    model, batches = flattened("sorted", [(3, 7), (4, 5)])
+    calls = recorded(model, batches)
+    with pytest.warns(UserWarning, match=r"^the inputs of 3 layers, the first is gate, have one row per token, in an"):
+        report = initialised(model, batches)
+    masks = [batch["attention_mask"].reshape(-1) for batch in batches]
+    assert report.statistic["down"]["rows"] == IN_NO_KNOWN_ORDER
+    require_directions_of(model, calls, lambda name, number, x: masks[number] if name == "router" else None)
+
+
+def test_flattened_rows_of_square_batches_are_read_sequences_first_until_another_batch_tells():
+    model, batches = flattened("sequences first", [(6, 6), (5, 5)])
+    with pytest.warns(UserWarning, match=r"^the masks of 4 layers, .* were read as \(batch, tokens\)"):
+        initialised(model, batches)
+    model, batches = flattened("sequences first", [(6, 6), (3, 7)])
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
+    model, batches = flattened("tokens first", [(6, 6), (3, 7)])
+    with pytest.raises(ValueError, match=r"^layer router: its rows \(21,\) lie \(tokens, batch\), those of earlier"):
+        initialised(model, batches)
+
+
+def test_flattened_rows_of_batches_without_padding_need_no_order():
+    model, batches = flattened("sorted", [(3, 7), (6, 6)])
+    for batch in batches:
+        batch["attention_mask"][:] = True
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from(sorted(STEPS_OF_ROWS)), max_size=6), st.booleans(), st.integers(2, 4), st.integers(5, 6)
+)
+def test_the_order_of_rows_is_followed_or_not_known(steps, sequences_first, batch, tokens):
+    """Each row holds the number of its token, which the steps leave as it is."""
+    number = torch.arange(batch * tokens).reshape(batch, tokens, 1)
+    x = number.expand(-1, -1, 4).float()
+    origins = Origins(shapes=[(batch, tokens)])
+    with torch.no_grad(), origins:
+        rows = (x if sequences_first else x.transpose(0, 1)).reshape(-1, 4)
+        for step in steps:
+            rows = STEPS_OF_ROWS[step](rows)
+        order = origins.is_batch_first(rows)
+    expected = (number if sequences_first else number.transpose(0, 1)).reshape(-1)
+    if order is not None:
+        assert order == sequences_first
+        assert torch.equal(rows[:, 0].round().long(), expected)
+    assert (order is None) == bool({"sort", "flip", "index", "roll"} & set(steps))
+
+
 def test_rows_that_are_no_tokens_are_not_taken_for_them_once_they_are_as_many():
     memory, cpu = RowMemory(), torch.device("cpu")
     first = RowMask(torch.tensor([[True, True, False]] * 2), 4, "attention_mask", memory=memory)
@@ -449,7 +592,7 @@ def test_rows_that_are_no_tokens_are_not_taken_for_them_once_they_are_as_many():
     later = RowMask(torch.tensor([[True] * 4 + [False]] * 2), 8, "attention_mask", memory=memory)
     assert later.of_rows((2, 5), cpu, "patches") == (None, 10)
     assert later.of_rows((2, 5), cpu, "patches") == (None, 10)
-    assert later.rules == {"patches": FITS_NO_MASK}
+    assert later.rules == {"patches": {FITS_NO_MASK}}
     assert later.of_rows((2, 5), cpu, "tokens")[1] == 8
 
 
@@ -470,21 +613,22 @@ def test_an_input_of_any_shape_gets_the_mask_of_its_rows(batch, tokens, data, la
     bits = data.draw(st.lists(st.booleans(), min_size=batch * tokens, max_size=batch * tokens))
     mask = torch.tensor(bits).reshape(batch, tokens)
     labelled = torch.arange(batch * tokens).reshape(batch, tokens)  # every row holds the number of its token
+    rows = labelled[..., None].float()
     shapes = {
-        "tokens": labelled,
-        "flat": labelled.reshape(-1),
-        "transposed": labelled.T,
-        "heads": labelled[:, :, None].expand(batch, tokens, 3),
-        "sequences": labelled[:, 0],
-        "other": torch.zeros(batch + 6, 2, tokens + 7),
+        "tokens": rows,
+        "flat": rows.view(-1, 1),
+        "transposed": rows.transpose(0, 1),
+        "heads": rows[:, :, None].expand(batch, tokens, 3, 1),
+        "sequences": rows[:, 0],
+        "other": torch.zeros(batch + 6, 2, tokens + 7, 1),
     }
-    x = shapes[layout][..., None].float()
+    x = shapes[layout]
     own = RowMask(mask, int(mask.sum()), "given")
     got, count = own.of(x, "layer")
     kept = (x[..., 0] if got is None else x[..., 0][got]).flatten()
     assert count == kept.numel()
     if layout == "other":
-        assert own.rules == {"layer": FITS_NO_MASK}
+        assert own.rules == {"layer": {FITS_NO_MASK}}
         assert got is None
     elif layout == "sequences":
         if tokens > 1:  # else a row is as well a token's
@@ -546,6 +690,64 @@ def test_a_vision_language_model_masks_its_text_and_names_its_images():
             assert rows == 4 * 3 * (4 if "projector" in site.name else 5)  # patches, and a class token in the tower
 
 
+class Looking(nn.Module):
+    """Layers of images, of text, and of both; images and texts have as many rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.patch = nn.Embedding(40, 8), nn.Linear(12, 8)
+        self.vision, self.vision_head = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.key, self.query, self.text = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, pixel_values, attention_mask):
+        seen = torch.tanh(self.vision(self.patch(pixel_values)))
+        seen = self.vision_head(seen)
+        words = self.embed(input_ids)
+        words = words + torch.softmax(self.query(words) @ self.key(seen).mT, -1) @ seen
+        return self.text(words)
+
+
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 5, 7), (5, 7, 7)], ids=str)
+def test_as_many_image_rows_as_tokens_do_not_take_the_texts_mask(lengths):
+    targets = ["vision", "vision_head", "key", "query", "text"]
+    model = peft.get_peft_model(Looking(), peft.LoraConfig(r=3, target_modules=targets))
+    generator, batches = torch.Generator().manual_seed(0), []
+    for length in lengths:
+        ids = torch.randint(0, 40, (3, length), generator=generator)
+        keep = torch.arange(length) < torch.tensor([length, 3, 4])[:, None]
+        pixels = torch.randn(3, 7, 12, generator=generator)
+        batches.append({"input_ids": ids, "pixel_values": pixels, "attention_mask": keep})
+    calls = recorded(model, batches)
+    with pytest.warns(UserWarning, match=r"^the inputs of 3 layers, the first is vision, have rows that fit no mask"):
+        report = initialised(model, batches)
+    for name in targets:
+        of_text = name in ("query", "text")
+        assert report.statistic[name]["rows"] == ("attention_mask" if of_text else FITS_NO_MASK), name
+    masks = [batch["attention_mask"] for batch in batches]
+    require_directions_of(model, calls, lambda name, number, x: masks[number] if name in ("query", "text") else None)
+
+
+def test_a_layer_of_texts_and_images_masks_its_texts_alone():
+    class Shared(Looking):
+        def forward(self, input_ids, pixel_values, attention_mask):
+            return self.text(torch.tanh(self.text(self.patch(pixel_values))) + self.text(self.embed(input_ids)))
+
+    model = peft.get_peft_model(Shared(), peft.LoraConfig(r=3, target_modules=["text"]))
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(4):
+        keep = torch.arange(7) < torch.tensor([7, 3, 4])[:, None]
+        ids = torch.randint(0, 40, (3, 7), generator=generator)
+        batches.append({"input_ids": ids, "pixel_values": torch.randn(3, 7, 12, generator=generator),
+                        "attention_mask": keep})  # fmt: skip
+    calls = recorded(model, batches)  # of images, of text, of both
+    with pytest.warns(UserWarning, match=r"have rows that fit no mask"):
+        initialised(model, batches)
+    number_of = {id(x): i % 3 for i, (_, x) in enumerate(calls["text"])}
+    keep = batches[0]["attention_mask"]
+    require_directions_of(model, calls, lambda name, number, x: None if number_of[id(x)] == 0 else keep)
+
+
 # --- an encoder and a decoder
 
 
@@ -588,9 +790,19 @@ def test_encoder_and_decoder_rows_have_masks_of_their_own():
     assert statistics.num_rows == encoder
 
 
+def test_encoder_and_decoder_of_one_length_are_told_apart_by_what_their_rows_are_made_of():
+    model, batches = t5(), seq2seq_batches([(6, 6), (6, 6), (5, 5)])
+    calls = recorded(model, batches)
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask", "labels"}
+    require_directions_of(model, calls, t5_rows(batches))
+
+
 def test_encoder_and_decoder_that_cannot_be_told_apart_are_refused_by_name():
+    compiled = t5()
+    compiled.base_model.model = torch.compile(compiled.base_model.model, backend="eager")  # no look into its forward
     with pytest.raises(ValueError, match=r"^layer decoder\.block\.0\..*q: its input has rows \(3, 6\), and so have"):
-        run(seq2seq_batches([(6, 6)]), t5())
+        run(seq2seq_batches([(6, 6)]), compiled)
 
 
 class Wrapper(nn.Module):
@@ -749,8 +961,9 @@ def whisper(lengths):
     return model, batches
 
 
-def test_whisper_masks_its_transcripts_and_counts_all_of_its_sound():
-    model, batches = whisper([6, 10, 7])  # the second as long as the sound
+@pytest.mark.parametrize("lengths", [[6, 10, 7], [10, 10]], ids=str)  # 10: as long as the sound
+def test_whisper_masks_its_transcripts_and_counts_all_of_its_sound(lengths):
+    model, batches = whisper(lengths)
     calls = recorded(model, batches)
     initialised(model, batches)
 
@@ -761,28 +974,43 @@ def test_whisper_masks_its_transcripts_and_counts_all_of_its_sound():
     require_directions_of(model, calls, kept)
 
 
-def test_whisper_whose_first_transcripts_are_as_long_as_its_sound_is_refused():
-    model, batches = whisper([10, 6])
-    with pytest.raises(ValueError, match=r"^layer model\.decoder\..*: its input has rows \(3, 10\), and so have"):
-        initialised(model, batches)
-
-
-def test_wav2vec2_whose_mask_is_of_samples_counts_all_of_its_frames_and_says_so():
+def wav2vec2(samples, **options):
+    """Models of sound, padded with silence, and how many of the frames count in each batch."""
     torch.manual_seed(0)
     config = Wav2Vec2Config(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, feat_extract_norm="layer", mask_time_prob=0.0,
+        num_conv_pos_embedding_groups=2, feat_extract_norm="layer", mask_time_prob=0.0, **options,
     )  # fmt: skip
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"]
     model = peft.get_peft_model(Wav2Vec2ForCTC(config), peft.LoraConfig(r=2, target_modules=targets))
     generator, batches = torch.Generator().manual_seed(0), []
-    for samples in (200, 240, 160):
-        mask = torch.arange(samples) < torch.tensor([samples, 120, 90])[:, None]
+    for length in samples:
+        mask = torch.arange(length) < torch.tensor([length, length - 90, length - 30])[:, None]
+        mask |= torch.tensor(length % 40 == 0)  # without padding
         labels = torch.randint(1, 20, (3, 4), generator=generator)
         labels[2, 2:] = -100
-        values = torch.randn(3, samples, generator=generator) * mask
+        values = torch.randn(3, length, generator=generator) * mask
         batches.append({"input_values": values, "attention_mask": mask.long(), "labels": labels})
+    return model, batches
+
+
+def frames_of(batch):  # kernels of 10 and 3 samples, in steps of 5 and 2
+    lengths = ((batch["attention_mask"].sum(1) - 10) // 5 + 1 - 3) // 2 + 1
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+@pytest.mark.parametrize("samples", [(210, 250, 170), (200, 250, 170)], ids=["padded", "a first batch without padding"])
+def test_wav2vec2_whose_mask_is_of_samples_masks_its_frames(samples):
+    model, batches = wav2vec2(samples)
+    calls = recorded(model, batches)
+    report = initialised(model, batches)
+    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
+    require_directions_of(model, calls, lambda name, number, x: frames_of(batches[number]))
+
+
+def test_wav2vec2_with_frames_of_two_kinds_counts_all_of_them_and_says_so():
+    model, batches = wav2vec2((210, 250, 170), add_adapter=True, output_hidden_size=16)
     calls = recorded(model, batches)
     with pytest.warns(UserWarning, match=r"^the inputs of 12 layers, the first is .*, have rows that fit no mask"):
         report = initialised(model, batches)

@@ -93,7 +93,7 @@ class ExpertsSite(LoraSite):
             if len(mine):
                 x = hidden[mine]
                 rows = _after_gate(experts, expert, x) if self.parameter == "down_proj" else x
-                yield LayerInput(rows, expert, mine, (len(hidden),))
+                yield LayerInput(rows, expert, mine, (len(hidden),), hidden)
 
 
 def _after_gate(experts: Any, expert: int, x: Tensor) -> Tensor:  # (n, intermediate)

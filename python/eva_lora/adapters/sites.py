@@ -29,12 +29,14 @@ class LayerInput:
         tokens: (n,) int64, for each row the index of the token it is, in a batch of shape ``batch``. None:
             the rows are laid out as the batch's tokens are.
         batch: Shape of the batch that ``tokens`` counts in.
+        of: The batch's tokens, (*batch, d), if ``tokens`` counts in them: what is known of their order is known of it.
     """
 
     tensor: Tensor
     part: int = 0
     tokens: Tensor | None = None
     batch: tuple[int, ...] = ()
+    of: Tensor | None = None
 
 
 class Rows(Protocol):

@@ -67,7 +67,7 @@ class GroupedExpertsSite(ParameterSite):
             if len(mine):
                 if self.a == ("lora_down_a",):
                     rows = experts.act_fn(rows @ experts.gate_proj[expert]) * (rows @ experts.up_proj[expert])
-                yield LayerInput(rows, expert, mine, (len(x),))
+                yield LayerInput(rows, expert, mine, (len(x),), x)
 
     def write(self, rank: int, lora_a: Tensor | None, *, adjust_scaling: bool) -> None:
         if rank != self.rank and not adjust_scaling:

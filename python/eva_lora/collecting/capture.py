@@ -14,8 +14,8 @@ from eva_kernels.streaming_svd import Statistic, SubspaceStatistic
 from ..adapters import LayerInput, LoraSite, Rows
 from .ending import ForwardEnd
 from .inputs import BatchShare, Call, DistinctInput, version_of
-from .masks import RowMask, rows_of
 from .restoring import without_autocast
+from .rows import RowMask, rows_of
 from .tensor_parallel import TensorParallel
 
 MakeStatistic = Callable[[int], tuple[Statistic, str]]  # stream -> its statistic, and why this kind
@@ -201,7 +201,8 @@ class Capture:
         if width != site.in_features and kind != "block":
             raise ValueError(f"layer {site.name}: expected an input of width {site.in_features}, got shape {shape}")
         layout = given.batch or (shape[:-1] if rows is None else rows.shape(x))
-        mask, num_rows = rows_mask.of_rows(layout, x.device, site.name, nested=nested)
+        made = x if given.tokens is None else given.of
+        mask, num_rows = rows_mask.of_rows(layout, x.device, site.name, nested=nested, made=made)
         entry.batch_rows += sign * num_rows
         tick = time.perf_counter()
         with without_autocast(x.device):

@@ -19,8 +19,8 @@ from ..adapters import is_lora
 from ..planning import Trace, storage, versions
 from .convergence import LayerConvergence
 from .inputs import DistinctInput
-from .masks import RowMemory
 from .reader import DIGEST_BYTES, Position
+from .rows import RowMemory
 from .run import Run
 
 __all__ = ["DEFAULT_CHECKPOINT_EVERY", "Checkpoint"]

@@ -17,7 +17,7 @@ from ..config import DEFAULT_MAX_BATCHES, EvaConfig
 from .batches import default_forward, to_device
 from .ending import ForwardEnd, output_head
 from .making import StatisticMaker
-from .masks import RowMask
+from .rows import RowMask
 from .run import Run
 
 __all__ = ["Estimate", "estimate", "matmul_rate"]

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Collection
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..adapters import ModelOutline, waits_for_others
+from ..adapters import ModelOutline, is_partitioned, waits_for_others, wrapper_of
 from .batches import ForwardFn, default_forward, named_fields, to_device
 from .ending import KEPT, WHOLE_AT_FIRST
 from .inputs import version_of
 from .making import device_of
-from .masks import INSIDE, RowMask, RowMaskFn, row_mask, sides_of
+from .masks import RowMaskFn, frame_mask_of, origins_of, row_mask
+from .rows import INSIDE, RowMask, sides_of
 from .run import Run
 
 __all__ = ["Forwards"]
@@ -41,6 +43,8 @@ class Forwards:
         self._forward = forward_fn or default_forward
         self._two_sided, inside = sides_of(outline.modules, run.sites)
         run.row_rules.memory.sides.update(dict.fromkeys(inside, INSIDE))
+        self._frame_mask = frame_mask_of(outline.modules)
+        self._is_plain = wrapper_of(outline) is None and not any(map(is_partitioned, outline.parameters))
         self._with_buffers = [module for module in outline.modules if module._buffers]
         self.device, self.in_step = _input_device(outline), waits_for_others(outline)
 
@@ -55,14 +59,16 @@ class Forwards:
         # The mask first: counted where the loader left it, no device has to be waited for.
         mask = row_mask(
             batch, run.config, self._row_mask_fn, encoder_decoder=self._two_sided, invocation=run.invocation,
-            memory=run.row_rules.memory,
+            frame_mask=self._frame_mask, memory=run.row_rules.memory,
         ).to(self.device)  # fmt: skip
         if mask.num_rows == 0:
             if self.in_step:
                 self.idle(batch)
             return mask
         tick = time.perf_counter()
-        with run.capture.batch(mask, only=only):
+        if self._is_plain and mask.leaves_rows_out and mask.memory.is_unsure():
+            mask.origins = origins_of(batch, mask, run.config)
+        with mask.origins or nullcontext(), run.capture.batch(mask, only=only):
             self._run_forward(batch)
         run.seconds["forward"] += time.perf_counter() - tick
         if not run.refresh_tells_nonfinite():

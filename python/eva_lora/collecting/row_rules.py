@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Iterable
 
-from .masks import ALL_ROWS, ASSUMED, FITS_NO_MASK, SQUARE, UNKNOWN, RowMask, RowMemory
+from .masks import UNKNOWN
+from .rows import ALL_ROWS, ASSUMED, FITS_NO_MASK, IN_NO_KNOWN_ORDER, SQUARE, RowMask, RowMemory
 
 __all__ = ["RowRules"]
 
@@ -24,8 +25,8 @@ class RowRules:
 
     def take(self, mask: RowMask, inputs: Iterable[list[str]]) -> None:
         """What a batch's mask found out; ``inputs``: the layers of each distinct input."""
-        for name, rule in mask.rules.items():
-            self.rules.setdefault(name, set()).add(rule)
+        for name, rules in mask.rules.items():
+            self.rules.setdefault(name, set()).update(rules)
         for names in inputs:
             if len(names) == 1:
                 continue
@@ -50,6 +51,14 @@ class RowRules:
             warnings.warn(
                 f"the inputs of {len(astray)} layers, the first is {astray[0]}, have rows that fit no mask of the "
                 "batch; all of their rows counted, padding included; see report.statistic[name]['rows']",
+                stacklevel=stacklevel + 1,
+            )
+        unordered = [name for name, rules in self.rules.items() if IN_NO_KNOWN_ORDER in rules]
+        if unordered:
+            warnings.warn(
+                f"the inputs of {len(unordered)} layers, the first is {unordered[0]}, have one row per token, in an "
+                "order that was not seen; all of their rows counted, padding included; see "
+                "report.statistic[name]['rows']",
                 stacklevel=stacklevel + 1,
             )
         unknown = sorted({rule for rules in self.rules.values() for rule in rules if rule.startswith(UNKNOWN)})

@@ -17,9 +17,9 @@ from .ending import ForwardEnd
 from .inputs import DistinctInput
 from .local import LocalStatistics
 from .making import StatisticMaker
-from .masks import RowMask
 from .restoring import without_autocast
 from .row_rules import RowRules
+from .rows import RowMask
 from .tensor_parallel import TensorParallel
 
 __all__ = ["Run"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eva_kernels._double import double
 
 from ..adapters import LoraSite, ModelOutline, is_lora
-from .masks import RowMask
+from .rows import RowMask
 
 __all__ = ["Part", "TensorParallel"]
 

@@ -9,10 +9,10 @@ from .batches import named_fields
 from .checkpoint import Checkpoint
 from .forwards import Forwards
 from .inputs import BatchShare
-from .masks import RowMask
 from .pooling import PooledStatistics
 from .progress import Progress
 from .reader import END, BatchReader
+from .rows import RowMask
 from .run import Run
 
 __all__ = ["run_together"]
