@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from eva_lora import EvaConfig, collect, eva_initialize
 from support.agreement import (
@@ -12,6 +14,7 @@ from support.agreement import (
     require_ranks_equal_but_for_ties,
     rounding_of_scatters,
 )
+from support.bounds import product_rounding
 from support.models import (
     layer_inputs,
     load_minilm,
@@ -23,6 +26,7 @@ from support.models import (
     token_batches,
 )
 from support.ranks import on_ranks
+from support.tiny import tiny_batches
 
 MINILM = {"target_modules": ["query", "intermediate.dense"], "layers_to_transform": [0, 3], "r": 8}
 
@@ -63,6 +67,31 @@ def test_exact_statistics_are_those_of_one_rank_to_rounding(size):
     require_same_bits(results)
     require_equal(results[0], one, rounding_of_scatters(lambda: lora(tiny_llama()), batches))
     require_ranks_equal_but_for_ties(one, results[0])
+
+
+class Counting(nn.Module):
+    """Counts its calls in a plain number, and goes by it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.calls, self.a = 0, nn.Linear(12, 12)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.a(x * self.calls)
+
+
+def test_the_first_batch_which_runs_twice_is_one_call_to_a_model_that_counts():
+    make = lambda: get_peft_model(Counting(), LoraConfig(r=2, target_modules=["a"]))  # noqa: E731
+    batches = [{"x": batch["x"]} for batch in tiny_batches(3, (4, 9))]
+    options = {"statistic": "gram", "max_batches": 3}
+    one = collected(make(), batches, **options)
+    results = on_ranks(2, lambda rank: collected(make(), [shard(b, rank, 2) for b in batches], **options))
+    require_same_bits(results)
+    require_equal(
+        results[0], one, product_rounding("reference", 3 * 4 * 9, 12)
+    )  # the rows are the same to the last bit
 
 
 @pytest.fixture(scope="module")

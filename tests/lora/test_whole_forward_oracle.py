@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
+from eva_lora import EvaConfig, collect
 from eva_lora.collecting import ending, forwards
 from eva_lora.collecting.capture import Capture
 from eva_lora.collecting.inputs import Call
@@ -21,6 +22,7 @@ from support.models import lora, tiny_llama, token_batches
 from support.oracle import assert_rows_are_the_plain_calls, rows_taken
 from support.other_kinds import OTHER_KINDS
 from support.peft_kinds import KINDS
+from support.tiny import fingerprint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at", "ignore:the inputs of")
 
@@ -62,7 +64,8 @@ class Scripted(nn.Module):
     Steps: a layer's name calls it, with ":kwargs" by keyword, with ":aside" without going on from its output; "head" is
     its output embedding; "feed" goes on from the logits, "keep" keeps a part of them and "recall" adds it in a later
     forward; "edit" changes the hidden state in place, "branch" goes on depending on a value, "count" edits a buffer,
-    "look" writes a value to it, "recount" adds it and "noise" draws random numbers.
+    "look" writes a value to it, "recount" adds it and "noise" draws random numbers; "tally" counts in a number,
+    "log" in a list, and both change the hidden state.
     """
 
     def __init__(self):
@@ -72,7 +75,7 @@ class Scripted(nn.Module):
         self.tied.weight = self.b.weight
         self.head = nn.Linear(D, 2 * D)
         self.register_buffer("counter", torch.zeros(()))
-        self.kept = None
+        self.kept, self.tally, self.log = None, 0, []
 
     def get_output_embeddings(self):
         return self.head
@@ -99,6 +102,12 @@ class Scripted(nn.Module):
                 hidden = hidden + self.counter
             elif name == "noise":
                 torch.rand(())
+            elif name == "tally":
+                self.tally += 1
+                hidden = hidden * self.tally if self.tally % 2 else hidden + self.tally
+            elif name == "log":
+                self.log.append(name)
+                hidden = hidden / len(self.log)
             elif name == "branch":
                 hidden = hidden + 1 if float((hidden if logits is None else logits).sum()) > 0 else hidden * 0.5
             else:
@@ -187,7 +196,7 @@ def test_a_layer_that_is_always_called_after_the_head_is_no_news(recwarn):
 STEPS = st.sampled_from(
     [
         "a", "b", "tied", "head", "a:aside", "b:aside", "tied:aside", "b:kwargs", "feed", "edit", "branch", "count",
-        "noise", "keep", "recall", "look", "recount",
+        "noise", "keep", "recall", "look", "recount", "tally", "log",
     ]
 )  # fmt: skip
 SCRIPTS = st.lists(st.lists(STEPS, min_size=1, max_size=8), min_size=1, max_size=5)
@@ -230,12 +239,77 @@ def test_a_batch_that_was_changed_in_place_is_not_run_again():
     assert_rows_are_the_plain_calls(make, batches, 4, forward=run, early_stop=False)
 
 
-def test_a_model_that_reads_what_it_kept_is_not_run_again():
-    batches = script_batches([["recall", *PLAIN, "keep"]] * 4)
-    says = r"^batch 3: something keeps .*"
+@pytest.mark.filterwarnings("ignore:batch .* every forward runs whole")
+@pytest.mark.parametrize("steps", [["tally"], ["log"], ["tally", "log"], ["recall"]], ids=" ".join)
+@pytest.mark.parametrize("later", [[*PLAIN, "a"], [*PLAIN, "keep"], [*PLAIN, "branch", "tally", "log", "a"]], ids=str)
+def test_a_forward_that_is_run_again_finds_the_attributes_that_the_first_one_found(steps, later):
+    scripts = [[*steps, *PLAIN]] * 3 + [[*steps, *later]] + [[*steps, *PLAIN]] * 2
+    assert_rows_are_the_plain_calls(scripted(), script_batches(scripts), 6, forward=run)
+
+
+class Box:
+    """What no copy of a module's attributes looks into."""
+
+    value = 0
+
+
+def test_a_model_that_reads_what_it_kept_in_an_object_is_not_run_again():
+    class Boxing(Scripted):
+        def __init__(self):
+            super().__init__()
+            self.box = Box()
+
+        def forward(self, x, steps, labels=None):
+            hidden, logits, loss = super().forward(x + self.box.value, steps, labels)
+            self.box.value = logits[..., :D]
+            return hidden, logits, loss
+
+    def make():
+        return peft.get_peft_model(Boxing(), peft.LoraConfig(r=2, target_modules=["a", "b", "tied"]))
+
+    batches, says = script_batches([PLAIN] * 4), r"^batch 3: something keeps .*"
     with pytest.warns(UserWarning, match=says), pytest.raises(RuntimeError, match=says + "early_stop=False"):
-        assert_rows_are_the_plain_calls(scripted(), batches, 4, forward=run)
-    assert_rows_are_the_plain_calls(scripted(), batches, 4, forward=run, early_stop=False)
+        assert_rows_are_the_plain_calls(make, batches, 4, forward=run)
+    assert_rows_are_the_plain_calls(make, batches, 4, forward=run, early_stop=False)
+
+
+def test_a_batch_with_an_object_that_the_forward_changes_runs_whole(recwarn):
+    class Counting(Scripted):
+        def forward(self, x, steps, box, labels=None):
+            box.value += 1
+            return super().forward(x * box.value, steps, labels)
+
+    def make():
+        return peft.get_peft_model(Counting(), peft.LoraConfig(r=2, target_modules=["a", "b", "tied"]))
+
+    scripts = [PLAIN] * 3 + [LATER["called after the head"], PLAIN]
+    batches = [{**batch, "box": Box()} for batch in script_batches(scripts)]
+    assert_rows_are_the_plain_calls(make, batches, 5, forward=run)
+    assert not any("has to be run again" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("cut", [4, 5])
+def test_a_pass_that_goes_on_after_the_saving_was_given_up_goes_on_whole(cut, tmp_path, recwarn):
+    batches = script_batches([PLAIN] * 3 + [LATER["called after the head"]] + [PLAIN] * 3)
+
+    def statistics(loader, **options):
+        model, values = scripted()(), []
+        model.base_model.model.head.register_forward_hook(lambda _, args, out: values.append(not out.is_meta))
+        made = collect(model, loader, EvaConfig(max_batches=len(batches), tau=1.0), progress=False, **options)
+        return fingerprint_of(made), values
+
+    def cut_off():
+        yield from batches[:cut]
+        raise KeyboardInterrupt
+
+    expected, values = statistics(batches)
+    assert values == [True, True, False, False, True, True, True, True]  # the fourth is run again
+    options = {"checkpoint": tmp_path / "pass.safetensors", "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        statistics(cut_off(), **options)
+    recwarn.clear()
+    assert statistics(batches, **options) == (expected, [True] * (len(batches) - cut))
+    assert not any("output head" in str(warning.message) for warning in recwarn)
 
 
 def test_the_heads_product_is_spared():
@@ -305,6 +379,8 @@ def broken(saving):
             patch.setattr(ending.ForwardEnd, "run", ended_at_the_head)
         elif saving == "the forward again, with everything folded in twice":
             patch.setattr(Capture, "again", lambda self: None)
+        elif saving == "the forward again, with attributes as the first one left them":
+            patch.setattr(forwards, "attributes", lambda modules: lambda: None)
         elif saving == "sharing, by shape":
             patch.setattr(Call, "is_same", lambda self, x: self.tensor() is None or self.tensor().shape == x.shape)
         elif saving == "the logits of the last position":
@@ -335,6 +411,10 @@ def ended_at_the_head(self, forward, number):
         (
             "the forward again, with everything folded in twice", scripted(),
             script_batches([PLAIN] * 3 + [LATER["fed from the logits"]]), run, None,
+        ),
+        (
+            "the forward again, with attributes as the first one left them", scripted(),
+            script_batches([PLAIN] * 3 + [["tally", *LATER["fed from the logits"]]]), run, None,
         ),
         (
             "sharing, by shape", scripted(),

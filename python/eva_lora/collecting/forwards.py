@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from .ending import KEPT, WHOLE_AT_FIRST
 from .inputs import version_of
 from .making import device_of
 from .masks import RowMaskFn, frame_mask_of, origins_of, row_mask
+from .restoring import attributes
 from .rows import INSIDE, RowMask, sides_of
 from .run import Run
 
@@ -45,6 +46,7 @@ class Forwards:
         run.row_rules.memory.sides.update(dict.fromkeys(inside, INSIDE))
         self._frame_mask = frame_mask_of(outline.modules)
         self._is_plain = wrapper_of(outline) is None and not any(map(is_partitioned, outline.parameters))
+        self._with_attributes = [m for m in outline.modules if not type(m).__module__.startswith("torch.nn.modules.")]
         self._with_buffers = [module for module in outline.modules if module._buffers]
         self.device, self.in_step = _input_device(outline), waits_for_others(outline)
 
@@ -79,7 +81,11 @@ class Forwards:
         """One forward, spared its rest where that is safe; where it turns out not to be, again, and whole."""
         number, end = self._run.num_batches, self._run.capture.end
         spared, versions = end.spares, self._versions(batch)
-        again = end.run(lambda: self._forward(self._model, to_device(batch, self.device)), number)
+        restore = self.noted_attributes() if spared else None
+        # A batch with objects that a forward may change cannot be run again: it runs whole, as the first one does.
+        again = end.run(
+            lambda: self._forward(self._model, to_device(batch, self.device)), number if _is_plain(batch) else 0
+        )
         if spared and not end.spares and number >= WHOLE_AT_FIRST:
             warnings.warn(
                 f"batch {number + 1}: {end.reason}, as in no batch before; no row is missed, but from here on every "
@@ -93,6 +99,8 @@ class Forwards:
                     "batch or a buffer; run with early_stop=False"
                 )
             self._run.capture.again()
+            if restore is not None:
+                restore()
             try:
                 self._forward(self._model, to_device(batch, self.device))
             except Exception as error:
@@ -103,10 +111,13 @@ class Forwards:
                     "kept; run with early_stop=False"
                 ) from error
 
+    def noted_attributes(self) -> Callable[[], None]:
+        """Note the attributes of the model's modules; the function returned makes them what they were."""
+        return attributes(self._with_attributes)
+
     def _versions(self, batch: Any) -> list[tuple[int, int | None]]:
         """Which edit of each of a batch's tensors, and of the model's buffers, there is."""
-        fields = named_fields(batch)
-        leaves = tree_leaves(batch if fields is None else dict(fields))
+        leaves = _leaves(batch)
         buffers = (buffer for module in self._with_buffers for buffer in module._buffers.values())
         return [(id(x), version_of(x)) for x in (*leaves, *buffers) if isinstance(x, Tensor)]
 
@@ -122,6 +133,16 @@ class Forwards:
         """Run a batch of which nothing counts, for the ranks that would wait for this one."""
         with self._run.capture.batch(RowMask(None, 0), only=()):
             self._forward(self._model, to_device(batch, self.device))
+
+
+def _leaves(batch: Any) -> list[Any]:
+    fields = named_fields(batch)
+    return tree_leaves(batch if fields is None else dict(fields))
+
+
+def _is_plain(batch: Any) -> bool:
+    """Whether there is nothing in a batch but tensors, numbers and text, and containers of them."""
+    return all(leaf is None or isinstance(leaf, (Tensor, str, bytes, int, float, complex)) for leaf in _leaves(batch))
 
 
 def _input_device(outline: ModelOutline) -> torch.device:

@@ -48,6 +48,7 @@ def run_together(
                 sum(sizes[r] for r in sorted({*pooled.leaders}) if r < leader), sizes[leader]
             )
         idle = _stand_in(batch, sizes, ranks) if forwards.in_step else END
+        restore = forwards.noted_attributes()
         mask = _run(forwards, ranks, batch, idle)
         num_rows = run.capture.rows_in_batch if has_batch else 0
         had, all_rows, changed, rows = pooled.count(has_batch, num_rows)
@@ -65,6 +66,7 @@ def run_together(
         if changed:
             started = pooled.unify()
             if started:
+                restore()
                 _run(forwards, ranks, batch, idle, only=started)
                 num_rows = max(num_rows, run.capture.rows_in_batch) if has_batch else 0
             had, all_rows, changed, rows = pooled.count(has_batch, num_rows)
