@@ -1,7 +1,6 @@
 """Which rows count, for every way in which a batch, a model or a caller may say so: read right, or refused by name."""
 
 import math
-from dataclasses import replace
 
 import peft
 import pytest
@@ -13,20 +12,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import (
     BartConfig,
     BartModel,
-    BertConfig,
-    BertModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
-    Wav2Vec2Config,
-    Wav2Vec2ForCTC,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 
 from eva_lora import EvaConfig, collect, eva_initialize
@@ -34,55 +21,16 @@ from eva_lora.collecting.masks import row_mask
 from eva_lora.collecting.origins import Origins
 from eva_lora.collecting.reader import fingerprint
 from eva_lora.collecting.rows import FITS_NO_MASK, IN_NO_KNOWN_ORDER, RowMask, RowMemory, sides_of
-from support.models import captured_share, lora, scatter, tiny_llama, token_batches
-from support.versions import needs
+from support.models import lora, tiny_llama, token_batches
+from support.plain_calls import EXACT, initialised, recorded, require_directions_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
 CONFIG = EvaConfig(max_batches=4, tau=1.0)
-EXACT = EvaConfig(max_batches=3, tau=1.0, rho=1.0, statistic="gram")
-ENOUGH = 0.999  # of the variance that any subspace of the rank can hold
 
 
 def run(loader, model, config=CONFIG, **options):
     return collect(model, loader, config, progress=False, **options)
-
-
-def recorded(model, batches, call=lambda model, batch: model(**batch)):
-    """Layer → what plain calls bring it, one (batch's number, input) for each of its calls."""
-    calls, handles, now = {}, [], [0]
-    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    for name, layer in layers.items():
-        calls[name] = []
-        handles.append(
-            layer.register_forward_pre_hook(lambda _, args, name=name: calls[name].append((now[0], args[0].clone())))
-        )
-    model.eval()
-    with torch.no_grad(), model.disable_adapter():
-        for now[0], batch in enumerate(batches):
-            call(model, batch)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
-def require_directions_of(model, calls, kept=lambda name, number, x: None):
-    """Each A holds the leading directions of the rows that ``kept`` keeps (None: all) of a layer's recorded calls."""
-    layers = dict(model.get_base_model().named_modules())
-    for name, inputs in calls.items():
-        rows = []
-        for number, x in inputs:
-            keep = kept(name, number, x)
-            rows.append((x if keep is None else x[keep]).reshape(-1, x.shape[-1]).double())
-        share = captured_share(layers[name].lora_A["default"].weight.detach(), scatter(torch.cat(rows)))
-        assert share >= ENOUGH, f"{name} holds {share:.4f}"
-
-
-def initialised(model, batches, **options):
-    """EVA on each batch once, and its report."""
-    batches = [*batches]
-    config = replace(EXACT, max_batches=len(batches))
-    return eva_initialize(model, batches, config, progress=False, **options)
 
 
 # --- what the values of a mask say
@@ -660,36 +608,6 @@ def test_layers_whose_rows_fit_no_mask_count_whole_and_are_named():
     assert "all rows: they fit no mask of the batch; attention_mask" in str(report)
 
 
-@needs("transformers>=4.52")  # its parts have other names before
-def test_a_vision_language_model_masks_its_text_and_names_its_images():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes), image_token_id=59,
-        text_config=LlamaConfig(vocab_size=60, num_key_value_heads=2, **sizes),
-        vision_feature_layer=-1, vision_feature_select_strategy="default",
-    )  # fmt: skip
-    model = peft.get_peft_model(
-        LlavaForConditionalGeneration(config), peft.LoraConfig(r=2, target_modules="all-linear")
-    )
-    generator, loader = torch.Generator().manual_seed(0), []
-    for _ in range(4):
-        ids = torch.randint(0, 58, (3, 12), generator=generator)
-        ids[:, 1:5] = 59
-        keep = torch.arange(12).expand(3, 12) < torch.tensor([12, 9, 7])[:, None]
-        pixels = torch.randn(3, 3, 16, 16, generator=generator)
-        loader.append({"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels})
-    with pytest.warns(UserWarning, match=r"^the inputs of 14 layers, the first is model\.vision_tower\."):
-        statistics = run(loader, model)
-    for site in statistics.sites:
-        rows = statistics.inputs[site.input].num_rows
-        if site.name.startswith("model.language_model"):
-            assert (site.rows, rows) == ("attention_mask", 4 * (12 + 9 + 7))
-        else:
-            assert site.rows == FITS_NO_MASK
-            assert rows == 4 * 3 * (4 if "projector" in site.name else 5)  # patches, and a class token in the tower
-
-
 class Looking(nn.Module):
     """Layers of images, of text, and of both; images and texts have as many rows."""
 
@@ -938,172 +856,3 @@ def test_an_activated_lora_without_tokens_to_look_at_is_refused():
     assert {state["rows"] for state in report.statistic.values()} == {"row_mask_fn"}
     with pytest.raises(ValueError, match=r"^model: expected a decoder alone with alora_invocation_tokens"):
         row_mask(batches[0], CONFIG, None, encoder_decoder=True, invocation=[5, 6])
-
-
-# --- families, each with rows of its own
-
-
-def whisper(lengths):
-    """The encoder has 10 rows; transcripts are as long as ``lengths`` says."""
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        vocab_size=40, num_mel_bins=6, max_source_positions=10, max_target_positions=12, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=3, **SIZES,
-    )  # fmt: skip
-    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-    base = WhisperForConditionalGeneration(config)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
-    generator, batches = torch.Generator().manual_seed(0), []
-    for length in lengths:
-        labels = torch.randint(4, 40, (3, length), generator=generator)
-        labels[1, 3:] = -100
-        batches.append({"input_features": torch.randn(3, 6, 20, generator=generator), "labels": labels})
-    return model, batches
-
-
-@pytest.mark.parametrize("lengths", [[6, 10, 7], [10, 10]], ids=str)  # 10: as long as the sound
-def test_whisper_masks_its_transcripts_and_counts_all_of_its_sound(lengths):
-    model, batches = whisper(lengths)
-    calls = recorded(model, batches)
-    initialised(model, batches)
-
-    def kept(name, number, x):
-        of_sound = ".encoder." in name or "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
-        return None if of_sound else batches[number]["labels"] != -100
-
-    require_directions_of(model, calls, kept)
-
-
-def wav2vec2(samples, **options):
-    """Models of sound, padded with silence, and how many of the frames count in each batch."""
-    torch.manual_seed(0)
-    config = Wav2Vec2Config(
-        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, feat_extract_norm="layer", mask_time_prob=0.0, **options,
-    )  # fmt: skip
-    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"]
-    model = peft.get_peft_model(Wav2Vec2ForCTC(config), peft.LoraConfig(r=2, target_modules=targets))
-    generator, batches = torch.Generator().manual_seed(0), []
-    for length in samples:
-        mask = torch.arange(length) < torch.tensor([length, length - 90, length - 30])[:, None]
-        mask |= torch.tensor(length % 40 == 0)  # without padding
-        labels = torch.randint(1, 20, (3, 4), generator=generator)
-        labels[2, 2:] = -100
-        values = torch.randn(3, length, generator=generator) * mask
-        batches.append({"input_values": values, "attention_mask": mask.long(), "labels": labels})
-    return model, batches
-
-
-def frames_of(batch):  # kernels of 10 and 3 samples, in steps of 5 and 2
-    lengths = ((batch["attention_mask"].sum(1) - 10) // 5 + 1 - 3) // 2 + 1
-    return torch.arange(int(lengths.max())) < lengths[:, None]
-
-
-@pytest.mark.parametrize("samples", [(210, 250, 170), (200, 250, 170)], ids=["padded", "a first batch without padding"])
-def test_wav2vec2_whose_mask_is_of_samples_masks_its_frames(samples):
-    model, batches = wav2vec2(samples)
-    calls = recorded(model, batches)
-    report = initialised(model, batches)
-    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
-    require_directions_of(model, calls, lambda name, number, x: frames_of(batches[number]))
-
-
-def test_wav2vec2_with_frames_of_two_kinds_counts_all_of_them_and_says_so():
-    model, batches = wav2vec2((210, 250, 170), add_adapter=True, output_hidden_size=16)
-    calls = recorded(model, batches)
-    with pytest.warns(UserWarning, match=r"^the inputs of 12 layers, the first is .*, have rows that fit no mask"):
-        report = initialised(model, batches)
-    assert {state["rows"] for state in report.statistic.values()} == {FITS_NO_MASK}
-    require_directions_of(model, calls)
-
-
-@needs("transformers>=4.52")  # its parts have other names before
-def test_clip_masks_its_texts_and_counts_all_of_its_images():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={"vocab_size": 60, "max_position_embeddings": 16, "eos_token_id": 2, **sizes},
-        vision_config={"image_size": 16, "patch_size": 8, **sizes}, projection_dim=8,
-    )  # fmt: skip
-    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-    model = peft.get_peft_model(CLIPModel(config), peft.LoraConfig(r=2, target_modules=targets))
-    generator, batches = torch.Generator().manual_seed(0), []
-    for length in (8, 5, 6):  # the second as long as an image: four patches and the class token
-        ids = torch.randint(3, 58, (3, length), generator=generator)
-        keep = torch.arange(length) < torch.tensor([length, 4, 3])[:, None]
-        pixels = torch.randn(3, 3, 16, 16, generator=generator)
-        batches.append({"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels})
-    calls = recorded(model, batches)
-    with pytest.warns(UserWarning, match=r"^the inputs of 6 layers, the first is vision_model"):
-        initialised(model, batches)
-    masks = [batch["attention_mask"].bool() for batch in batches]
-    require_directions_of(model, calls, lambda name, number, x: masks[number] if "text" in name else None)
-
-
-def test_a_sentence_encoder_masks_its_tokens():
-    class Sentences(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-            self.bert, self.head = BertModel(BertConfig(vocab_size=60, **sizes), False), nn.Linear(16, 16)
-
-        def forward(self, attention_mask, **tokens):
-            hidden = self.bert(attention_mask=attention_mask, **tokens).last_hidden_state
-            weights = attention_mask[..., None] / attention_mask.sum(1)[:, None, None]
-            return self.head((hidden * weights).sum(1))
-
-    targets = ["query", "key", "value", "dense", "head"]
-    model = peft.get_peft_model(Sentences(), peft.LoraConfig(r=2, target_modules=targets))
-    generator, batches = torch.Generator().manual_seed(0), []
-    for length in (9, 6, 7):  # the second has as many sequences as tokens
-        ids = torch.randint(0, 60, (6, length), generator=generator)
-        keep = torch.arange(length) < torch.randint(1, length + 1, (6, 1), generator=generator)
-        batches.append({"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": keep.long()})
-    calls = recorded(model, batches)
-    report = initialised(model, batches)
-    assert {state["rows"] for state in report.statistic.values()} == {"attention_mask"}
-    masks = [batch["attention_mask"].bool() for batch in batches]
-    require_directions_of(model, calls, lambda name, number, x: masks[number] if x.ndim == 3 else None)
-
-
-@needs("transformers>=4.56")  # has it first
-def test_florence_2_masks_its_two_sides_and_counts_all_of_its_images():
-    from transformers import Florence2Config, Florence2ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = Florence2Config(
-        text_config={"model_type": "bart", "vocab_size": 60, "max_position_embeddings": 32, **SIZES},
-        vision_config={
-            "embed_dim": (8, 8), "num_heads": (2, 2), "num_groups": (2, 2), "depths": (1, 1), "patch_size": (7, 3),
-            "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True), "window_size": 2,
-            "projection_dim": 16, "max_temporal_embeddings": 4, "max_position_embeddings": 8,
-        },
-        image_token_id=59,
-    )  # fmt: skip
-    base = Florence2ForConditionalGeneration(config)
-    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "qkv"]
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
-    generator, batches = torch.Generator().manual_seed(0), []
-    for prompt, answer in ((9, 6), (7, 7), (8, 5)):
-        ids = torch.randint(3, 58, (3, prompt), generator=generator)
-        ids[:, :5] = 59
-        keep = torch.arange(prompt) < torch.tensor([prompt, 6, 7])[:, None]
-        labels = torch.randint(3, 58, (3, answer), generator=generator)
-        labels[1, 2:] = -100
-        pixels = torch.randn(3, 3, 16, 16, generator=generator)
-        batch = {"input_ids": ids, "attention_mask": keep.long(), "pixel_values": pixels}
-        batches.append({**batch, "labels": labels, "decoder_input_ids": labels.clamp(min=0)})
-    calls = recorded(model, batches)
-    with pytest.warns(UserWarning, match=r"have rows that fit no mask of the batch"):
-        report = initialised(model, batches)
-
-    def kept(name, number, x):
-        if "language_model" not in name:
-            assert report.statistic[name]["rows"] == FITS_NO_MASK
-            return None
-        of_prompt = ".encoder." in name or "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
-        return batches[number]["attention_mask"].bool() if of_prompt else batches[number]["labels"] != -100
-
-    require_directions_of(model, calls, kept)
