@@ -482,6 +482,23 @@ def test_flattened_rows_are_read_in_the_order_they_lie_in(order, shapes):
     require_directions_of(model, calls, lambda name, number, x: masks[number].reshape(-1))
 
 
+def test_a_forward_that_fails_where_it_is_looked_at_runs_without(recwarn):
+    class Shy(Flattened):
+        def forward(self, x, attention_mask):
+            rows = super().forward(x, attention_mask)  # after its layers were called
+            if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+                raise NotImplementedError
+            return rows
+
+    base, (_, batches) = Shy("sequences first"), flattened("", [(3, 7), (4, 5)])
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["router", "gate", "down"]))
+    calls = recorded(model, batches)
+    report = initialised(model, batches)
+    assert report.num_rows == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    masks = [batch["attention_mask"].reshape(-1) for batch in batches]
+    require_directions_of(model, calls, lambda name, number, x: masks[number])
+
+
 def test_rows_that_are_put_in_another_order_count_whole_and_are_named():
     model, batches = flattened("sorted", [(3, 7), (4, 5)])
     calls = recorded(model, batches)

@@ -1,9 +1,10 @@
 """Forward passes of the frozen model, whose rows are folded into a run's statistics."""
 
 import time
+import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from .ending import KEPT, WHOLE_AT_FIRST
 from .inputs import version_of
 from .making import device_of
 from .masks import RowMaskFn, frame_mask_of, origins_of, row_mask
+from .origins import Origins
 from .restoring import attributes
 from .rows import INSIDE, RowMask, sides_of
 from .run import Run
@@ -45,7 +47,7 @@ class Forwards:
         self._two_sided, inside = sides_of(outline.modules, run.sites)
         run.row_rules.memory.sides.update(dict.fromkeys(inside, INSIDE))
         self._frame_mask = frame_mask_of(outline.modules)
-        self._is_plain = wrapper_of(outline) is None and not any(map(is_partitioned, outline.parameters))
+        self._can_look = wrapper_of(outline) is None and not any(map(is_partitioned, outline.parameters))
         self._with_attributes = [m for m in outline.modules if not type(m).__module__.startswith("torch.nn.modules.")]
         self._with_buffers = [module for module in outline.modules if module._buffers]
         self.device, self.in_step = _input_device(outline), waits_for_others(outline)
@@ -68,14 +70,32 @@ class Forwards:
                 self.idle(batch)
             return mask
         tick = time.perf_counter()
-        if self._is_plain and mask.leaves_rows_out and mask.memory.is_unsure():
+        if self._can_look and mask.leaves_rows_out and mask.memory.is_unsure():
             mask.origins = origins_of(batch, mask, run.config)
-        with mask.origins or nullcontext(), run.capture.batch(mask, only=only):
-            self._run_forward(batch)
+        with run.capture.batch(mask, only=only):
+            if mask.origins is None:
+                self._run_forward(batch)
+            else:
+                self._look(batch, mask, mask.origins)
         run.seconds["forward"] += time.perf_counter() - tick
         if not run.refresh_tells_nonfinite():
             run.require_finite(run.num_batches + 1, partial(self.count_nonfinite, batch, mask, only=only))
         return mask
+
+    def _look(self, batch: Any, mask: RowMask, origins: Origins) -> None:
+        """One forward, looked at operation by operation; where that is what some operation fails of, again without."""
+        restore, versions = self.noted_attributes(), self._versions(batch)
+        try:
+            with origins:
+                self._run_forward(batch)
+        except Exception as error:
+            innermost = deque(traceback.walk_tb(error.__traceback__), 1)[0][0].f_globals.get("__name__", "")
+            if innermost.startswith(("eva_lora.", "eva_kernels.")) or self._versions(batch) != versions:
+                raise
+            mask.origins, self._can_look = None, False
+            self._run.capture.again()
+            restore()
+            self._run_forward(batch)
 
     def _run_forward(self, batch: Any) -> None:
         """One forward, spared its rest where that is safe; where it turns out not to be, again, and whole."""

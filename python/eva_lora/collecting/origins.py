@@ -61,6 +61,11 @@ class Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether flat rows lie one sequence after another; False: one token of each after another. None: not seen."""
         return self._batch_first.get(x, None)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled functions run compiled within it; what they make is not seen."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
