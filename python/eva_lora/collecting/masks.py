@@ -98,7 +98,8 @@ def row_mask(
             side.memory = reader.memory
             side.has_tokens = side.shape is not None and reader.shape(prefix) == side.shape
     if frame_mask is not None and found.shape is not None and len(found.shape) == 2 and not found.has_tokens:
-        found.frames = frame_mask(torch.ones(found.shape, dtype=torch.bool) if found.mask is None else found.mask)
+        every = torch.ones(found.shape, dtype=torch.bool, device="cpu")
+        found.frames = frame_mask(every if found.mask is None else found.mask)
     if found.decoder is not None and found.num_rows is None and found.shape is not None:
         found.num_rows = math.prod(found.shape)
     found.skip_nonfinite = config.nonfinite == "skip"
@@ -130,7 +131,9 @@ def frame_mask_of(modules: Iterable[nn.Module]) -> FrameMask | None:
         return None
 
     def frame_mask(samples: Tensor) -> Tensor | None:
-        frames = int(model._get_feat_extract_output_lengths(torch.tensor(samples.shape[1], dtype=torch.int64)))
+        frames = int(
+            model._get_feat_extract_output_lengths(torch.tensor(samples.shape[1], dtype=torch.int64, device="cpu"))
+        )
         made: Tensor = model._get_feature_vector_attention_mask(frames, samples.long())
         return made.bool() if made.shape == (len(samples), frames) else None
 
