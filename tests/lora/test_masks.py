@@ -18,7 +18,7 @@ from transformers import (
 
 from eva_lora import EvaConfig, collect, eva_initialize
 from eva_lora.collecting.masks import row_mask
-from eva_lora.collecting.origins import Origins
+from eva_lora.collecting.origins import OF_ENCODER, OF_OTHERS, Origins
 from eva_lora.collecting.reader import fingerprint
 from eva_lora.collecting.rows import FITS_NO_MASK, IN_NO_KNOWN_ORDER, RowMask, RowMemory, sides_of
 from support.models import lora, tiny_llama, token_batches
@@ -623,6 +623,41 @@ def test_layers_whose_rows_fit_no_mask_count_whole_and_are_named():
     assert report.statistic["vision"]["rows"] == "all rows: they fit no mask of the batch"
     assert report.statistic["text"]["rows"] == "attention_mask"
     assert "all rows: they fit no mask of the batch; attention_mask" in str(report)
+
+
+def written_into(buffer, x):
+    buffer[1] = x
+    return buffer
+
+
+WAYS = {
+    "pointwise": lambda x: torch.tanh(x) + 1,
+    "a view": lambda x: x.transpose(0, 1)[:2],
+    "a product": lambda x: torch.ones(5, 3) @ x,
+    "in place": lambda x: torch.zeros(3, 4).add_(x),
+    "written into": lambda x: written_into(torch.zeros(2, 3, 4), x),
+    "written through a view": lambda x: written_into(torch.zeros(4, 3, 4)[::2], x)._base,
+    "out": lambda x: torch.add(x, 1, out=torch.zeros(3, 4)),
+    "scattered": lambda x: torch.zeros(3, 4).masked_scatter(torch.ones(3, 4).bool(), x),
+    "put": lambda x: torch.zeros(3, 4).index_put((torch.arange(3),), x),
+    "looked up": lambda x: nn.functional.embedding((x > 0).long(), torch.ones(2, 3)),
+    "attention": lambda x: nn.functional.scaled_dot_product_attention(*[x[None]] * 3),
+    "vmap": lambda x: torch.vmap(lambda row: row * 2)(x),
+    "one of two branches": lambda x: torch.cond(x.sum() > 9, lambda x: x + 1, lambda x: x - 1, (x,)),
+    "in a list": lambda x: torch._foreach_mul([x, x], 2)[1],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_tensor_is_made_of_is_seen(way):
+    tokens, image = torch.randn(3, 4), torch.randn(3, 4)
+    origins = Origins([tokens], (), [image])
+    with torch.no_grad(), origins:
+        assert origins.of(WAYS[way](tokens)) == OF_ENCODER
+        assert origins.of(WAYS[way](image)) == OF_OTHERS
+        assert origins.of(WAYS[way](image * 2 + tokens)) == OF_ENCODER | OF_OTHERS
+        assert origins.of(WAYS[way](torch.randn(3, 4))) == 0
+    assert origins.of(tokens) == OF_ENCODER
 
 
 class Looking(nn.Module):
