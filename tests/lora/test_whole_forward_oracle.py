@@ -1,6 +1,7 @@
 """Whatever the pass spares itself, its layers are fed what a plain call of the model would have fed them."""
 
 import inspect
+import itertools
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -17,6 +18,8 @@ from eva_lora import EvaConfig, collect
 from eva_lora.collecting import ending, forwards
 from eva_lora.collecting.capture import Capture
 from eva_lora.collecting.inputs import Call
+from eva_lora.collecting.origins import Origins
+from eva_lora.collecting.rows import RowMask, RowMemory
 from support.kinds import call
 from support.models import lora, tiny_llama, token_batches
 from support.oracle import assert_rows_are_the_plain_calls, rows_taken
@@ -32,7 +35,20 @@ LOGITS_TO_KEEP = next(name for name in PARAMETERS if name.endswith("logits_to_ke
 SPARED_FROM = 3  # the first batch, from 1, whose forward may be spared its rest
 
 
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Every other forward is looked at, operation by operation, as are those that shapes do not tell enough of."""
+    looks = itertools.cycle([False, True])
+    monkeypatch.setattr(RowMask, "leaves_rows_out", True)
+    monkeypatch.setattr(RowMemory, "is_unsure", lambda self: next(looks))
+    looked = []
+    monkeypatch.setattr(Origins, "__enter__", lambda self, enter=Origins.__enter__: looked.append(1) or enter(self))
+    yield
+    assert looked
+
+
 @pytest.mark.parametrize("kind", [*(kind.parameter() for kind in KINDS), *OTHER_KINDS])
+@pytest.mark.usefixtures("looked_at")
 def test_every_kind_of_layer(kind):
     batches = kind.batches()
     assert_rows_are_the_plain_calls(kind.model, batches, max(len(batches), SPARED_FROM + 2), **kind.config)
@@ -166,6 +182,7 @@ HARMLESS = {"called more often", "called less often", "a buffer changed after th
 @pytest.mark.parametrize("later", LATER)
 @pytest.mark.parametrize("at", [0, 2, 3])
 @pytest.mark.filterwarnings("ignore:batch .* every forward runs whole")
+@pytest.mark.usefixtures("looked_at")
 def test_what_only_some_batches_do(later, at):
     scripts = [PLAIN] * 6
     scripts[at] = LATER[later]
