@@ -31,8 +31,9 @@ def attributes(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
     def restore() -> None:
         for names, before in noted:
-            names.clear()
-            names.update(before)
+            names.update(before)  # never empty, should an interrupt come
+            for name in names.keys() - before.keys():
+                del names[name]
         for value, content in held:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(content)
