@@ -56,13 +56,14 @@ def recorded(model: Any, batches: Batches, name: str) -> list[Tensor]:
     return rows
 
 
-def full_forward(model: Any, batches: Batches) -> list[float]:
-    """Seconds of each full forward: adapters off, LM head included, no cache."""
+def full_forward(model: Any, batches: Batches, *, loss: bool = False) -> list[float]:
+    """Seconds of each full forward: adapters off, LM head included, no cache; the batch's loss too where asked for."""
+    fields = ("input_ids", "attention_mask", *(["labels"] if loss else []))
     times = []
     with torch.no_grad(), model.disable_adapter():
         for batch in batches:
             start = time.perf_counter()
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model(**{name: batch[name] for name in fields}, use_cache=False)
             times.append(time.perf_counter() - start)
     return times
 
@@ -245,14 +246,18 @@ def main(
     shares = parts(run)
     print("   of it " + ", ".join(f"{part} {value / sum(shares.values()):.1%}" for part, value in shares.items()))
 
-    resting = resident_peak(lambda: full_forward(model, batches[:3]), "cpu")
-    extra = (resident_peak(run, "cpu") or 0) - (resting or 0)
+    full, with_loss = (
+        resident_peak(lambda loss=loss: full_forward(model, batches[:3], loss=loss), "cpu") or 0  # type: ignore[misc]
+        for loss in (False, True)
+    )
+    peak = resident_peak(run, "cpu") or 0
     collected, eva_plan = run()
     states = sum(entry.nbytes for entry in collected.inputs)
     widest = max(entry.components.shape[0] for entry in collected.inputs)
     projected = 4 * 4 * tokens * widest  # float32
-    sizes = f"{extra / 2**20:.0f} MiB; states {states / 2**20:.0f}, P {projected / 2**20:.1f}"
-    print(f"   peak memory over a full forward's: {sizes}")
+    extra = f"{(peak - full) / 2**20:.0f} MiB; over one with its loss: {(peak - with_loss) / 2**20:.0f}"
+    print(f"   peak memory over a full forward's: {extra}")
+    print(f"   states {states / 2**20:.0f} MiB, P {projected / 2**20:.1f}")
 
     if with_peft:
         before = timed()

@@ -46,7 +46,7 @@ class EvaConfig:
         equal_data: Keep all layers accumulating until all have converged, so that their ratios come from
             the same rows. False frees a layer's hook as soon as it has converged.
         early_stop: Compute nothing from the model's output head on, where no layer is called there: neither logits nor
-            loss. That none is, is seen in every forward; the first two, and 3 % of the others, run whole. "auto":
+            loss. That none is, is seen in every forward; the first, and 3 % of the others, run whole. "auto":
             unless the model is offloaded, compiled, wrapped for distribution, or called through a ``forward_fn``;
             then, and with False, every forward is a plain call.
         share_inputs: Keep one statistic for layers that are fed the very same tensor (q, k and v, say).

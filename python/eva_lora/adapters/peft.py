@@ -44,10 +44,8 @@ def find(model: nn.Module) -> "PeftAdapter | PeftAdapters | None":
     installed = importlib.metadata.version("peft")
     if tuple(int(number) for number in re.findall(r"\d+", installed)[:2]) < _OLDEST:
         raise ValueError(f"model: expected layers of PEFT {_OLDEST[0]}.{_OLDEST[1]} or later, {installed} is installed")
-    roots = base_models(model)
-    if len(roots) == 1:
-        return PeftAdapter(model)
-    return PeftAdapters({path: PeftAdapter(model, root=root) for path, root in roots.items()})
+    adapters = {path: PeftAdapter(model, root=root) for path, root in base_models(model).items()}
+    return PeftAdapters(adapters) if len(adapters) > 1 else next(iter(adapters.values()))
 
 
 class PeftAdapter:
@@ -56,7 +54,7 @@ class PeftAdapter:
     Args:
         model: A ``PeftModel``, a ``LoraModel``, a model with adapters injected into it, or what wraps one of these.
         name: The adapter's name. None: the one that is active.
-        root: The base model that it is in, where ``model`` has several.
+        root: The base model that it is in. None: the only one in ``model``.
 
     Raises:
         ValueError: as :func:`find`; or there are several PEFT models in ``model``, and no ``root`` says which is meant.

@@ -14,11 +14,10 @@ from ..adapters import LoraAdapter, LoraSite, ModelOutline, is_partitioned, wrap
 from ..config import EvaConfig
 from .batches import ForwardFn
 
-__all__ = ["KEPT", "WHOLE_AT_FIRST", "ForwardEnd", "output_head"]
+__all__ = ["WHOLE_AT_FIRST", "ForwardEnd", "output_head"]
 
-WHOLE_AT_FIRST = 2  # forwards that run whole before any is spared its rest
+WHOLE_AT_FIRST = 1  # forwards that run whole before any is spared its rest
 WHOLE_SHARE = 0.03  # of the later ones, drawn
-KEPT = "something keeps what the output head gives"
 
 
 class CalledAfterHead(Exception):
@@ -37,8 +36,8 @@ class ForwardEnd:
     or where something without values is kept (for the next forward, perhaps), the forward has to be run again, whole,
     and from then on all run whole.
 
-    The first ``WHOLE_AT_FIRST`` forwards run whole, and a drawn share of the later ones. Where a layer is called after
-    the head in one of them, all further ones run whole.
+    The first forward runs whole, and a drawn share of the later ones. Where a layer is called after the head in one of
+    them, all further ones run whole. More than one at first would tell little: the others go to their end too.
 
     Args:
         head: The model's output head; None: every forward runs whole.
@@ -47,11 +46,12 @@ class ForwardEnd:
     Attributes:
         spares: Whether forwards are spared their rest, but for those that are to run whole.
         reason: Why they no longer are; "" as long as nothing has told against it.
+        kept: Whether the last forward has left tensors without values behind.
     """
 
     def __init__(self, head: nn.Module | None = None, *, seed: int = 0) -> None:
         self.head, self.spares, self._seed = head, head is not None, seed
-        self.reason = ""
+        self.reason, self.kept = "", False
         self._watches = self._spared = self._past_head = False
         self._rest: WithoutValues | None = None
 
@@ -91,8 +91,9 @@ class ForwardEnd:
                 rest.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if failed and not self.reason:
             self.reason = "what follows the output head needs its values"
-        if rest is not None and not self.reason and rest.is_kept():
-            self.reason = KEPT
+        self.kept = rest is not None and rest.is_kept()
+        if self.kept and not self.reason:
+            self.reason = "something keeps what the output head gives"
         self.spares = self.spares and not self.reason
         return rest is not None and bool(self.reason)
 

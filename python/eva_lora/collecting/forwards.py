@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..adapters import ModelOutline, is_partitioned, waits_for_others, wrapper_of
 from .batches import ForwardFn, default_forward, named_fields, to_device
-from .ending import KEPT, WHOLE_AT_FIRST
+from .ending import WHOLE_AT_FIRST
 from .inputs import version_of
 from .making import device_of
 from .masks import RowMaskFn, frame_mask_of, origins_of, row_mask
@@ -121,7 +121,7 @@ class Forwards:
             try:
                 self._forward(self._model, to_device(batch, self.device))
             except Exception as error:
-                if end.reason != KEPT:
+                if not end.kept:
                     raise
                 raise RuntimeError(
                     f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it reads what was "

@@ -153,7 +153,7 @@ def test_the_head_runs_in_peft_only(call):
         assert computed == len(calls) >= 3
     else:
         assert len(calls) == 8
-        assert 2 <= computed < len(calls) / 2  # the first two batches, and perhaps one that was drawn
+        assert 1 <= computed < len(calls) / 2  # the first batch, and perhaps one that was drawn
 
 
 def test_scaling_drifts_under_rslora_in_peft_only():
