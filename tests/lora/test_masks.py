@@ -23,6 +23,7 @@ from eva_lora.collecting.reader import fingerprint
 from eva_lora.collecting.rows import FITS_NO_MASK, IN_NO_KNOWN_ORDER, RowMask, RowMemory, sides_of
 from support.models import lora, tiny_llama, token_batches
 from support.plain_calls import EXACT, initialised, recorded, require_directions_of
+from support.versions import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 

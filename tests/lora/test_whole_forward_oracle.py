@@ -407,7 +407,7 @@ def broken(saving):
         yield
 
 
-def ended_at_the_head(self, forward, number):
+def ended_at_the_head(self, forward, number, *, whole=False):
     class Done(Exception):
         pass
 

@@ -68,14 +68,15 @@ class ForwardEnd:
         is_safe = _is_safe(outline, forward_fn) if config.early_stop == "auto" else config.early_stop
         return cls(output_head(model, adapter.sites) if is_safe else None, seed=config.seed)
 
-    def run(self, forward: Callable[[], Any], number: int) -> bool:
+    def run(self, forward: Callable[[], Any], number: int, *, whole: bool = False) -> bool:
         """Run a forward. Returns whether it has to be run again, as it is, for what layers have missed.
 
         Args:
             forward: Calls the model.
             number: Of the forward, from 0.
+            whole: Spare it nothing, whatever its number.
         """
-        self._spared = self.spares and not self._is_whole(number)
+        self._spared = self.spares and not (whole or self._is_whole(number))
         self._watches, self._past_head = True, False
         failed = False
         try:

@@ -99,9 +99,9 @@ class Forwards:
         number, end = self._run.num_batches, self._run.capture.end
         spared, versions = end.spares, self._versions(batch)
         restore = self.noted_attributes() if spared else None
-        # A batch with objects that a forward may change cannot be run again: it runs whole, as the first one does.
+        # A batch with objects that a forward may change cannot be run again.
         again = end.run(
-            lambda: self._forward(self._model, to_device(batch, self.device)), number if _is_plain(batch) else 0
+            lambda: self._forward(self._model, to_device(batch, self.device)), number, whole=not _is_plain(batch)
         )
         if spared and not end.spares and number >= WHOLE_AT_FIRST:
             warnings.warn(
