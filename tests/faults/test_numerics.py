@@ -84,7 +84,7 @@ def test_constant_rows_have_no_variance(kind, impl, value):
     assert_sound(statistic)
     from_the_shift = gamma(50 + 2) * abs(value)  # the mean of 50 equal rows, summed in float32
     assert float(statistic.total_scatter()) <= 200 * 12 * from_the_shift**2
-    assert statistic.explained_variance_ratio().sum() <= 1
+    assert statistic.explained_variance_ratio().sum() <= 1 + gamma(6 + 1, torch.float64)
 
 
 @KINDS
