@@ -88,14 +88,14 @@ def test_repeating_the_data_converges(criterion):
         assert criterion == "subspace" or report.components_converged[name] >= rank
 
 
-def test_the_heads_product_is_spared_from_the_third_forward_on():
+def test_the_heads_product_is_spared_from_the_second_forward_on():
     values = {}
     for early_stop in ("auto", True, False):
         model = lora(tiny_llama())
         seen = values[early_stop] = []
         model.base_model.model.lm_head.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.is_meta))
         initialise(model, early_stop=early_stop)
-    spared = [False, False, True, True, True, True]
+    spared = [False, True, True, True, True, True]
     assert values == {"auto": spared, True: spared, False: [False] * 6}
 
 
@@ -103,8 +103,8 @@ def test_a_share_of_the_later_forwards_runs_whole_and_the_seed_draws_which():
     whole = [[end._is_whole(number) for number in range(10_000)] for end in (ForwardEnd(seed=s) for s in (0, 0, 1))]
     assert whole[0] == whole[1] != whole[2]
     for drawn in whole:
-        assert drawn[:2] == [True, True]
-        assert sum(drawn) <= 2 + 0.03 * 10_000 + 5 * (0.03 * 0.97 * 10_000) ** 0.5  # five standard deviations
+        assert drawn[0]
+        assert sum(drawn) <= 1 + 0.03 * 10_000 + 5 * (0.03 * 0.97 * 10_000) ** 0.5  # five standard deviations
 
 
 def test_a_model_is_called_with_its_batch_and_nothing_else():
