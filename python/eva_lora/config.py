@@ -57,9 +57,7 @@ class EvaConfig:
             to be called, and if it never is (experts nobody was routed to) it keeps its rank and its initial A.
         impl: Implementation of the accumulating ops; "auto" takes Triton on a GPU, compiled code on a CPU that
             has the instructions, and the reference elsewhere. A name never falls back.
-        deterministic: Bit-equal reruns on one device. False allows sums in any order; every kernel there is today
-            keeps one order all the same, since none is faster without.
-        seed: Of the random start; the global generators are never touched.
+        seed: Of the random start; the global generators are never touched. Reruns on one device are bit-equal.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -88,7 +86,6 @@ class EvaConfig:
     nonfinite: Literal["error", "skip"] = "error"
     uncalled: Literal["error", "default"] = "error"
     impl: str = "auto"
-    deterministic: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,14 +99,7 @@ class EvaConfig:
         self._integer("seed", 0)
         self._integer("label_mask_value", None)
         self._names("label_names")
-        for name in (
-            "use_label_mask",
-            "whiten",
-            "adjust_scaling_factors",
-            "equal_data",
-            "share_inputs",
-            "deterministic",
-        ):
+        for name in ("use_label_mask", "whiten", "adjust_scaling_factors", "equal_data", "share_inputs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._choice("convergence", ("component", "subspace", "captured"))
@@ -158,7 +148,7 @@ class EvaConfig:
             raise TypeError(f"config: expected its fields, got {type(values).__name__}")
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"config: unknown fields {unknown}; written by a newer version?")
+            raise ValueError(f"config: unknown fields {unknown}; written by another version?")
         return cls(**values)
 
     def _names(self, field: str) -> None:
