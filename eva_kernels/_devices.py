@@ -1,5 +1,8 @@
 """Which devices PyTorch sees here, and what runs on each."""
 
+import subprocess
+from pathlib import Path
+
 import torch
 
 from ._dispatch import choose_impl
@@ -41,3 +44,25 @@ def device_info(device: torch.device) -> dict[str, str]:
         "eigen": "core" if eigen_core_runs(small) else eigen,
         "float64": str(home),
     }
+
+
+def card_of(device: torch.device) -> str:
+    """A GPU in one line: its name, what kernels are compiled for, its driver, and what PyTorch was built with."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        architecture, built = properties.gcnArchName.partition(":")[0], f"HIP {torch.version.hip}"
+    else:
+        architecture, built = f"sm_{properties.major}{properties.minor}", f"CUDA {torch.version.cuda}"
+    return f"{properties.name} ({architecture}), driver {driver_version()}, {built}"
+
+
+def driver_version() -> str:
+    """Of the GPUs' driver, as the driver itself says it; "unknown" where it cannot be asked."""
+    try:
+        if torch.version.hip is not None:
+            return Path("/sys/module/amdgpu/version").read_text(encoding="ascii").strip()
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return asked.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"

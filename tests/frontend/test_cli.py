@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import platform
 import subprocess
 import sys
 from importlib.metadata import version
+from math import nan
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from eva_kernels._devices import driver_version
 from eva_kernels._double import home_of
+from eva_kernels.kernel_check import KernelCheck
 from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, plan
 from eva_lora.cli import COMMANDS, main
 from eva_lora.cli.pretrained import Pretrained
@@ -374,6 +379,54 @@ def test_doctor_cannot_check_kernels_without_a_gpu():
     done = invoke("doctor", "--kernels")
     assert done.exit_code == 1
     assert "expected a CUDA or HIP device" in done.output
+
+
+@pytest.mark.parametrize(
+    ("hip", "card"),
+    [
+        (None, "A card (sm_90), driver 580.65.06, CUDA 13.0"),
+        ("7.1", "A card (gfx942), driver 580.65.06, HIP 7.1"),
+    ],
+)
+def test_doctor_ends_with_one_line_for_a_report(hip, card, monkeypatch):
+    properties = SimpleNamespace(name="A card", major=9, minor=0, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr("eva_kernels._devices.driver_version", lambda: "580.65.06")
+    checks = [KernelCheck("gram", 1e-7, 2e-7), KernelCheck("subspace", 1e-7, 2e-7)]
+    monkeypatch.setattr("eva_kernels.check_kernels", lambda device: checks)
+    done = invoke("doctor", "--kernels")
+    assert done.exit_code == 0, done.output
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith(f"python {platform.python_version()}, eva-kernels ")
+    assert f"torch {version('torch')}" in line
+    assert line.endswith(f"; {card}; 2 of 2 kernel checks passed")
+
+    checks[1:] = [KernelCheck("subspace", nan, 2e-7), KernelCheck("eigen", nan, nan, "OutOfResources: " + 300 * "x")]
+    done = invoke("doctor", "--kernels")
+    assert done.exit_code == 1
+    wrong = "subspace: error nan, allowed 2.0e-07; eigen: OutOfResources: " + 144 * "x"
+    printed, _, mistake = done.output.partition(wrong)  # some versions of click keep errors apart, some do not
+    assert printed.endswith(f"; {card}; 1 of 3 kernel checks passed; ")
+    assert "a kernel is wrong on this device" in mistake
+    decoder = json.JSONDecoder(parse_constant=pytest.fail)
+    said, _ = decoder.raw_decode(invoke("doctor", "--kernels", "--json").stdout)
+    assert said["report"].endswith(wrong)
+    assert said["kernels"][1] == {
+        "name": "subspace", "passed": False, "failure": None, "error": None, "allowed": 2e-7
+    }  # fmt: skip
+
+
+def test_a_driver_that_cannot_be_asked_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert driver_version() == "unknown"
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    program.chmod(0o755)
+    assert driver_version() == "580.65.06"
 
 
 @pytest.mark.slow

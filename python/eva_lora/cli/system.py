@@ -1,10 +1,17 @@
 """``eva-lora demo``, ``eva-lora doctor`` and ``eva-lora completion``."""
 
+from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .running import Command, json_option, print_json
+
+if TYPE_CHECKING:
+    from eva_kernels.kernel_check import KernelCheck
+
+LONGEST_OUTCOME = 160  # characters of one check in the line for reports; compilers write pages
 
 
 @click.command(cls=Command, name="demo")
@@ -23,7 +30,8 @@ def demo(output: Path, max_batches: int, steps: int) -> None:
 
 
 @click.command(cls=Command, name="doctor")
-@click.option("--kernels", is_flag=True, help="Run every Triton kernel against its reference on this machine's GPU.")
+@click.option("--kernels", is_flag=True, help="Run every Triton kernel against its reference on this machine's GPU; "
+              "the last line says it all, for a report.")  # fmt: skip
 @json_option
 def doctor(kernels: bool, as_json: bool) -> None:
     """Say what is built and what is not, why, and what to do about it; and what runs on each device there is."""
@@ -35,8 +43,10 @@ def doctor(kernels: bool, as_json: bool) -> None:
     info = build_info()
     devices = {str(device): device_info(device) for device in seen_devices()}
     checks = _check_kernels() if kernels else []
+    report = _in_one_line(versions(), checks) if kernels else None
     if as_json:
-        print_json({"versions": versions(), **info, "devices": devices, "kernels": checks})
+        found = {"devices": devices, "kernels": [*map(_as_json, checks)], "report": report}
+        print_json({"versions": versions(), **info, **found})
     else:
         remedies = info.pop("remedies")
         for name, value in {**versions(), **info}.items():
@@ -47,23 +57,44 @@ def doctor(kernels: bool, as_json: bool) -> None:
         for remedy in remedies:
             click.echo(f"-> {remedy}")
         for check in checks:
-            state = "ok" if check["passed"] else "WRONG"
-            click.echo(f"{state:<6} {check['name']:<40} error {check['error']:.1e}, allowed {check['allowed']:.1e}")
-    if not all(check["passed"] for check in checks):
+            state = "ok" if check.passed else "WRONG"
+            click.echo(f"{state:<6} {check.name:<40} {_outcome(check)}")
+        if report is not None:
+            click.echo(report)
+    if not all(check.passed for check in checks):
         raise click.ClickException("--kernels: a kernel is wrong on this device; set impl='reference' and report it")
 
 
-def _check_kernels() -> list[dict[str, object]]:
+def _outcome(check: "KernelCheck") -> str:
+    return check.failure or f"error {check.error:.1e}, allowed {check.allowed:.1e}"
+
+
+def _as_json(check: "KernelCheck") -> dict[str, object]:
+    numbers = {name: getattr(check, name) for name in ("error", "allowed")}
+    finite = {name: value if isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
+    return {"name": check.name, "passed": check.passed, "failure": check.failure, **finite}
+
+
+def _in_one_line(versions: dict[str, str], checks: list["KernelCheck"]) -> str:
+    """What a report to us has to say of this machine."""
+    import torch
+
+    from eva_kernels._devices import card_of
+
+    wrong = [f"{check.name}: {_outcome(check)[:LONGEST_OUTCOME]}" for check in checks if not check.passed]
+    passed = f"{len(checks) - len(wrong)} of {len(checks)} kernel checks passed"
+    known = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return "; ".join([known, card_of(torch.device("cuda", torch.cuda.current_device())), passed, *wrong])
+
+
+def _check_kernels() -> list["KernelCheck"]:
     import torch
 
     from eva_kernels import check_kernels
 
     if not torch.cuda.is_available():
         raise click.ClickException("--kernels: expected a CUDA or HIP device, torch finds none")
-    return [
-        {"name": check.name, "passed": check.passed, "error": check.error, "allowed": check.allowed}
-        for check in check_kernels("cuda")
-    ]
+    return check_kernels("cuda")
 
 
 @click.command(cls=Command, name="completion")

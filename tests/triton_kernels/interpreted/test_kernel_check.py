@@ -24,3 +24,22 @@ def test_a_kernel_that_forgets_the_shift_fails(monkeypatch):
     right = kernel_check.gram_accumulate_
     monkeypatch.setattr(kernel_check, "gram_accumulate_", forgetful)
     assert {check.passed for check in kernel_check.check_kernels("cpu") if check.name.startswith("gram")} == {False}
+
+
+def test_a_kernel_that_does_not_run_leaves_the_others_to_be_checked(monkeypatch):
+    def unable(*_, **options):
+        raise RuntimeError("out of resource:\n  shared memory")
+
+    monkeypatch.setattr(kernel_check, "subspace_accumulate_", unable)
+    checks = kernel_check.check_kernels("cpu")
+    assert len(checks) == 2 * 2 * 3 + 1
+    failed = [check for check in checks if not check.passed]
+    assert {check.failure for check in failed} == {"RuntimeError: out of resource: shared memory"}
+    assert {check.name.partition(" ")[0] for check in failed} == {"subspace"}
+    assert len(failed) == 2 * 3
+
+
+def test_a_device_that_triton_does_not_run_on_is_an_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=r"^impl: expected CUDA or HIP tensors for 'triton'"):
+        kernel_check.check_kernels("cpu")
