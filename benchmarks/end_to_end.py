@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py --dtype float32
     python benchmarks/end_to_end.py --dtype bfloat16
+    python benchmarks/end_to_end.py --dtype bfloat16 --device cuda
     python benchmarks/end_to_end.py --batches 40 --tokens 336 --no-peft      (accuracy with more data)
 
 SmolLM2-135M, real text packed to 4 × 256 tokens, LoRA r = 16 on all linear layers, rho 2, 12 batches, every layer sees
@@ -30,6 +31,7 @@ from eva_kernels.streaming_svd import Statistic
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, collect, plan
 from eva_lora.cli.demo import load_smollm2, packed_text
 from eva_lora.collecting.capture import Capture
+from harness.machine import synchronize
 from harness.memory import resident_peak
 from peers import variance_missed
 from timing import time_calls
@@ -38,13 +40,14 @@ RANK, RHO = 16, 2.0
 Batches = list[dict[str, Tensor]]
 
 
-def load_model(dtype: torch.dtype, count: int, tokens: int = 256) -> tuple[Any, Batches]:
-    """SmolLM2-135M with LoRA on all linear layers, and that many batches of real text."""
+def load_model(dtype: torch.dtype, count: int, tokens: int = 256, device: str = "cpu") -> tuple[Any, Batches]:
+    """SmolLM2-135M with LoRA on all linear layers, and that many batches of real text, both on ``device``."""
     base, tokenizer = load_smollm2()
-    batches = packed_text(tokenizer, sequences=4, tokens=tokens)[:count]
+    packed = packed_text(tokenizer, sequences=4, tokens=tokens)[:count]
+    batches = [{name: value.to(device) for name, value in batch.items()} for batch in packed]
     eva = peft.EvaConfig(rho=RHO, tau=1.0)
     lora = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights="eva", eva_config=eva)
-    return peft.get_peft_model(base.to(dtype).eval(), lora), batches
+    return peft.get_peft_model(base.to(device, dtype).eval(), lora), batches
 
 
 def recorded(model: Any, batches: Batches, name: str) -> list[Tensor]:
@@ -62,8 +65,10 @@ def full_forward(model: Any, batches: Batches, *, loss: bool = False) -> list[fl
     times = []
     with torch.no_grad(), model.disable_adapter():
         for batch in batches:
+            synchronize(model.device.type)
             start = time.perf_counter()
             model(**{name: batch[name] for name in fields}, use_cache=False)
+            synchronize(model.device.type)
             times.append(time.perf_counter() - start)
     return times
 
@@ -104,7 +109,7 @@ class ExactScatter:
     def captured(self, components: Tensor) -> tuple[Tensor, Tensor]:
         """Variance along each of the orthonormal rows, and all eigenvalues of the scatter, descending."""
         scatter = self.moment - torch.outer(self.total, self.total) / self.rows
-        v = components.double()
+        v = components.to(scatter)
         return ((v @ scatter) * v).sum(1), torch.linalg.eigvalsh(scatter).flip(0)
 
     def losses(self, components: Tensor) -> list[float]:
@@ -158,6 +163,7 @@ def peft_steps(model: Any, batches: Batches) -> float:
     starts: list[float] = []
 
     def forward(inner: Any, inputs: dict[str, Tensor]) -> None:
+        synchronize(inner.device.type)
         starts.append(time.perf_counter())
         if len(starts) == len(batches) + 2:  # the first call is for hashes
             raise Enough
@@ -204,6 +210,7 @@ def summary(pairs: list[list[float]]) -> str:
 @click.option("--passes", default=3, show_default=True, help="Of ours, to take the median of.")
 @click.option("--with-peft/--no-peft", default=True, show_default=True)
 @click.option("--with-accuracy/--no-accuracy", default=True, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def main(
     dtype: str,
     statistic: str,
@@ -213,18 +220,22 @@ def main(
     passes: int,
     with_peft: bool,
     with_accuracy: bool,
+    device: str,
 ) -> None:
     warnings.simplefilter("ignore")
-    model, batches = load_model(getattr(torch, dtype), count, tokens)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, statistic={statistic}")
+    model, batches = load_model(getattr(torch, dtype), count, tokens, device)
+    name = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {name}, {dtype}, statistic={statistic}")
     print(f"{len(batches)} batches of 4 x {tokens} tokens")
 
     def run(kind: str = statistic) -> tuple[EvaStatistics, EvaPlan]:
         return eva_pass(model, batches, kind, oversampling)
 
     def timed() -> float:
+        synchronize(device)
         start = time.perf_counter()
         run()
+        synchronize(device)
         return (time.perf_counter() - start) / len(batches)
 
     full_forward(model, batches[:2])
@@ -247,10 +258,10 @@ def main(
     print("   of it " + ", ".join(f"{part} {value / sum(shares.values()):.1%}" for part, value in shares.items()))
 
     full, with_loss = (
-        resident_peak(lambda loss=loss: full_forward(model, batches[:3], loss=loss), "cpu") or 0  # type: ignore[misc]
+        resident_peak(lambda loss=loss: full_forward(model, batches[:3], loss=loss), device) or 0  # type: ignore[misc]
         for loss in (False, True)
     )
-    peak = resident_peak(run, "cpu") or 0
+    peak = resident_peak(run, device) or 0
     collected, eva_plan = run()
     states = sum(entry.nbytes for entry in collected.inputs)
     widest = max(entry.components.shape[0] for entry in collected.inputs)
