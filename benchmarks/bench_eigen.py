@@ -32,12 +32,18 @@ def bench_eigen(compare: Callable[..., Any], device: str, quick: bool, k: int) -
     root = torch.randn(count, 2 * k, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
     matrix = root.mT @ root
     arrays = matrix.cpu().numpy()
+
+    def kernel() -> Any:  # which "auto" takes or not, by size and version
+        return symmetric_eigen(matrix, impl="triton")
+
+    on_a_gpu = {"our kernel": Candidate(kernel, lambda: residual(matrix, *kernel()))} if device != "cpu" else {}
     compare(
         Case(
             "Eigenproblems",
             f"{count} of {k} x {k}, float64",
             Candidate(lambda: symmetric_eigen(matrix), lambda: residual(matrix, *symmetric_eigen(matrix))),
             {
+                **on_a_gpu,
                 "torch.linalg.eigh": Candidate(
                     lambda: torch.linalg.eigh(matrix), lambda: residual(matrix, *torch.linalg.eigh(matrix))
                 ),

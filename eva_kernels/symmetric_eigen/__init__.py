@@ -11,6 +11,8 @@ from .reference import symmetric_eigen_reference
 __all__ = ["symmetric_eigen"]
 
 MAX_SIZE = 256  # of a matrix the kernel takes
+CACHED_SIZE = 128  # up to it float64 matrices, one for each multiprocessor, stay in the L2 cache
+BATCHED_SINCE = (2, 12)  # before, PyTorch's eigh on CUDA solves matrices beyond 32 x 32 one after the other
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -23,7 +25,8 @@ def symmetric_eigen(
 
     An eigenvalue that rounding has made negative comes back as its magnitude from the kernel and as it is
     from the reference; both are of the size of the rounding. "auto" takes the kernel on a GPU for k up to 256,
-    and on a CPU with AVX-512 compiled code for float64 and k up to 128.
+    and on a CPU with AVX-512 compiled code for float64 and k up to 128. From torch 2.12 on, whose own solver on CUDA
+    takes all matrices at once, it takes the kernel for k up to 128 only.
 
     Raises:
         TypeError: ``matrix`` is neither float32 nor float64.
@@ -35,7 +38,7 @@ def symmetric_eigen(
     if matrix.dtype not in _DTYPES:
         raise TypeError(f"matrix: expected dtype float32 or float64, got {matrix.dtype}")
     chosen = choose_impl(impl, matrix, matrix, dtypes=_DTYPES, accumulators=_DTYPES)
-    fits = matrix.shape[-1] <= MAX_SIZE
+    fits = matrix.shape[-1] <= (CACHED_SIZE if impl == "auto" and eigh_is_batched() else MAX_SIZE)
     if impl == "triton" and not fits:
         raise ValueError(f"matrix: expected k up to {MAX_SIZE} for impl='triton', got {matrix.shape[-1]}")
     if chosen == "triton" and fits:
@@ -48,3 +51,9 @@ def symmetric_eigen(
     if impl == "auto" and core_runs(matrix):
         return symmetric_eigen_core(matrix)
     return symmetric_eigen_reference(matrix)
+
+
+def eigh_is_batched() -> bool:
+    """Whether PyTorch's ``eigh`` solves a batch of matrices of any size on CUDA at once, and not in a loop."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return torch.version.hip is None and version >= BATCHED_SINCE

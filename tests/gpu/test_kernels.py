@@ -98,10 +98,11 @@ def test_offsets_beyond_31_bits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 5, 33, 64, 100, 256])
-def test_symmetric_eigen(k, dtype):
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_symmetric_eigen(impl, k, dtype):
     root = torch.randn(16, k, k, device=DEVICE, dtype=torch.float64)
     matrix = (root @ root.mT).to(dtype)
-    values, vectors = symmetric_eigen(matrix, impl="triton")
+    values, vectors = symmetric_eigen(matrix, impl=impl)
     exact = torch.linalg.eigvalsh(matrix.double()).flip(-1)
     largest = matrix.double().abs().amax((1, 2))[:, None]
     eps = torch.finfo(dtype).eps
