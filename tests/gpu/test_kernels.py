@@ -109,3 +109,19 @@ def test_symmetric_eigen(impl, k, dtype):
     assert ((values.double() - exact).abs() <= 4 * k * eps * largest).all()
     gram = vectors.double().mT @ vectors.double()
     assert (gram - torch.eye(k, dtype=torch.float64, device=DEVICE)).abs().max() <= 8 * k * eps
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("k", [128, 256])
+def test_geometric_spectra_converge(k, ratio):
+    """They take the most sweeps: 40 at k = 256, where noise takes 13."""
+    generator = torch.Generator(DEVICE).manual_seed(k)
+    q = torch.linalg.qr(torch.randn(2, k, k, generator=generator, device=DEVICE, dtype=torch.float64)).Q
+    spectrum = ratio ** torch.arange(k, device=DEVICE, dtype=torch.float64)
+    matrix = (q * spectrum) @ q.mT
+    matrix = (matrix + matrix.mT) / 2
+    values, vectors = symmetric_eigen(matrix, impl="triton")
+    eps = torch.finfo(torch.float64).eps
+    assert ((values - torch.linalg.eigvalsh(matrix).flip(-1)).abs() <= 4 * k * eps).all()  # the largest one is 1
+    residual = torch.linalg.vector_norm(matrix @ vectors - vectors * values[:, None, :], dim=1)
+    assert (residual <= 8 * k * eps).all()
