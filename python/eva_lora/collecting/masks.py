@@ -103,6 +103,10 @@ class RowMask:
     encoder_rows: tuple[int, ...] | None = None
     rules: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    # What was found for rows of a shape, on a device, of a layer of which that much was known: many are alike.
+    _found: dict[tuple[Any, ...], tuple[str, Tensor | None, int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.mask is not None:
@@ -141,6 +145,11 @@ class RowMask:
             ValueError: encoder and decoder rows have the same shape, and no earlier batch told them apart; or the rows
                 lie (tokens, batch), and those of an earlier batch (batch, tokens), or the other way round.
         """
+        layouts, plain = self.memory.layouts, self.decoder is None and not nested
+        key = rows, device, layouts.get(site)
+        if plain and not self.astray and key in self._found:
+            self.rules[site], mask, count = self._found[key]
+            return mask, count
         side = self if self.decoder is None else self._side(rows, site)
         layout, rule = side._layout(rows, site, self.astray, nested), side.rule
         if layout is None:
@@ -151,11 +160,14 @@ class RowMask:
                 rule = NESTED
         else:
             own = None if side.mask is None else _laid_out(side.mask, layout, rows)
-            if own is not None and self.memory.layouts.get(site) == SQUARE and layout == TOKENS:
+            if own is not None and layouts.get(site) == SQUARE and layout == TOKENS:
                 rule += ASSUMED
         self.rules[site] = rule
         count = math.prod(rows) if own is None else side._count(own)
-        return None if own is None or count == own.numel() else own.to(device), count
+        mask = None if own is None or count == own.numel() else own.to(device)
+        if plain and not self.astray and layouts.get(site) == key[-1]:  # nothing was learnt that would be missed
+            self._found[key] = rule, mask, count
+        return mask, count
 
     def _layout(self, rows: tuple[int, ...], site: str, astray: set[str], nested: bool) -> str | None:
         """How rows lie beside the batch's tokens, None where they are other rows. Remembers what is certain.
