@@ -9,36 +9,36 @@ widths, so that the host sets their pace, in bfloat16 with LoRA on all linear la
 Counts decide, times are shown: on a shared machine the process time of one call moves by a quarter from minute to
 minute, and a change of 10 % does not show. A count is the same in every run of the same Python, PyTorch and Triton;
 with others nothing is compared. What is counted: launches of kernels, PyTorch's operators (allocations among them),
-calls of functions that are not written in Python, and Python's instructions. Times are medians of process time, of one
-thread.
+calls of functions that are not written in Python, and Python's instructions. Times are the least process time of one
+thread; of hooks, in calls of modules that do nothing, with what a forward has brought.
 """
 
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench_hooks import nothing_folded
 from eva_kernels import GramStatistic, Statistic, SubspaceStatistic
 from eva_lora import EvaConfig
 from eva_lora.adapters import ModelOutline, find_adapter
-from eva_lora.collecting.ending import ForwardEnd
 from eva_lora.collecting.forwards import Forwards
-from eva_lora.collecting.masks import row_mask
+from eva_lora.collecting.masks import RowMask, row_mask
 from eva_lora.collecting.restoring import borrowed
 from eva_lora.collecting.run import Run
+from harness.machine import processor
 from null_device import Launches, null_device
 from shapes import MODELS, Model
 
@@ -49,7 +49,7 @@ ROWS, COLUMNS = 2048, 80  # of a batch; of a basis at r = 16 and rho 2
 ALLOWED = 0.10  # what a count may grow by
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS, RANK = 32, 4  # of a batch of the tiny models; with rho 2 their bases have 20 columns
-REPEATS, CALLS = 7, 20
+REPEATS, CALLS = 15, 20
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Counts:
         """Which counts are more than ``ALLOWED`` above those before."""
         mine, its = asdict(self), asdict(before)
         return [name for name, value in mine.items() if value > its[name] + ALLOWED * abs(its[name])]
+
+
+COUNTED = tuple(field.name for field in fields(Counts))
 
 
 class _Operators(TorchDispatchMode):
@@ -112,15 +115,15 @@ def _steps(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def seconds(calls: list[Callable[[], object]], number: int) -> list[float]:
-    """Median process time of each call, all of them taking turns."""
-    taken: list[list[float]] = [[] for _ in calls]
+    """Least process time of each call, all of them taking turns: what disturbs one only adds to it."""
+    least = [float("inf") for _ in calls]
     for _ in range(REPEATS):
-        for call, mine in zip(calls, taken, strict=True):
+        for i, call in enumerate(calls):
             start = time.process_time()
             for _ in range(number):
                 call()
-            mine.append((time.process_time() - start) / number)
-    return [statistics.median(mine) for mine in taken]
+            least[i] = min(least[i], (time.process_time() - start) / number)
+    return least
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def update_figures(name: str, launches: Launches) -> Iterator[tuple[str, Figure]
 
 
 @contextmanager
-def tiny(model: Model, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[Any, Run, Forwards]]:
+def tiny(model: Model, dtype: torch.dtype) -> Iterator[tuple[Any, ModelOutline, Run]]:
     """A transformer of a model's depth, ready for a pass and not yet hooked, and the run that would hook it."""
     import peft
     import transformers
@@ -165,46 +168,69 @@ def tiny(model: Model, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[An
         transformers.LlamaForCausalLM(config).to(dtype), peft.LoraConfig(r=RANK, target_modules="all-linear")
     )
     adapter, settings, outline = find_adapter(lora), EvaConfig(impl="triton", statistic="subspace"), ModelOutline(lora)
-    run = Run(adapter, settings, end=ForwardEnd.of(lora, outline, adapter, settings, None))
+    run = Run(adapter, settings)
     with borrowed(outline), adapter.disabled():
-        yield lora, run, Forwards(lora, outline, run, None, None)
+        yield lora, outline, run
+
+
+def calls_of(run: Run, forward: Callable[[], object]) -> list[tuple[nn.Module, torch.Tensor]]:
+    """The inputs of hooked layers in a forward, in order, each with a module that does nothing and is hooked alike."""
+    calls: list[tuple[nn.Module, torch.Tensor]] = []
+    with ExitStack() as stack:
+        for i, site in enumerate(run.sites):
+            stand_in = nn.Identity()
+            stand_in.register_forward_pre_hook(run.capture._hook(i), with_kwargs=True)
+            take = lambda _, args, stand_in=stand_in: calls.append((stand_in, args[0]))  # noqa: E731
+            stack.callback(site.module.register_forward_pre_hook(take).remove)
+        with run.capture.batch(RowMask(None, 0), only=()):
+            forward()
+    return calls
+
+
+def replay(calls: list[tuple[nn.Module, torch.Tensor]]) -> None:
+    for module, x in calls:
+        module(x)
 
 
 def pass_figures(name: str, launches: Launches) -> Iterator[tuple[str, Figure]]:
     """A forward, what hooked layers and a batch add to it, and a refresh of all inputs.
 
-    The forward is timed in float32, of which a CPU makes less ado; what is added to it is taken from one in bfloat16.
+    The forward is one in float32, of which a CPU makes less ado; what is added to it is of bfloat16 rows.
     """
     ids = torch.arange(TOKENS).view(2, TOKENS // 2)
     mask = torch.ones_like(ids)
     mask[1, TOKENS // 3 :] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
     with ExitStack() as stack:
-        single, half = (stack.enter_context(tiny(MODELS[name], dtype))[0] for dtype in (torch.float32, torch.bfloat16))
-        model, run, forwards = stack.enter_context(tiny(MODELS[name]))
-        stack.enter_context(run.capture.hooks())
+        single, *_ = stack.enter_context(tiny(MODELS[name], torch.float32))
+        model, outline, run = stack.enter_context(tiny(MODELS[name], torch.bfloat16))
+        hooked = calls_of(run, lambda: model(**batch))
+        bare = [(nn.Identity(), x) for _, x in hooked]
         rows = row_mask(batch, run.config, None)
+        forwards = Forwards(model, outline, run, lambda *_: replay(hooked), None)
 
-        def hooked() -> None:
+        def with_hooks() -> None:
             with nothing_folded(), run.capture.batch(rows):
-                model(**batch)
+                replay(hooked)
 
         def whole_batch() -> None:
             run.finish_batch(forwards.fold(batch))
 
         for _ in range(3):
-            whole_batch()  # starts, refreshes; from the third forward on the rest after the head is spared
+            whole_batch()  # the first starts and refreshes
             for entry in run.capture.inputs:
                 entry.pending_batches = -(2**40)  # no refresh is due any more
-        calls: list[Callable[[], object]] = [lambda: single(**batch), lambda: half(**batch), hooked, whole_batch]
+        calls: list[Callable[[], object]] = [
+            lambda: single(**batch), lambda: replay(bare), with_hooks, whole_batch,
+        ]  # fmt: skip
         for call in calls:
             call()
-        forward, plain, hooks, whole = (count(call, launches) for call in calls)
+        forward, nothing, hooks, whole = (count(call, launches) for call in calls)
         taken = [1e6 * each for each in seconds(calls, 1)]
         shape = f"{len(run.sites)} layers, {len(run.capture.inputs)} inputs"
         yield f"{name}: a forward, {MODELS[name].blocks} blocks", Figure(forward, taken[0])
-        yield f"{name}: its hooks, {shape}", Figure(hooks - plain, taken[2] - taken[1])
-        yield f"{name}: a batch beside it", Figure(whole - plain, taken[3] - taken[1])
+        yield f"{name}: its hooks, {shape}", Figure(hooks - nothing, taken[2] - taken[1])
+        yield f"{name}: a batch beside it", Figure(whole - nothing, taken[3] - taken[1])
 
         def refresh() -> None:
             for entry in run.capture.inputs:
@@ -275,16 +301,22 @@ def main() -> int:
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     figures, here = measure(), versions()
-    known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"versions": here, "counts": {}}
+    known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {"versions": here, "figures": {}}
     recorded: dict[str, Counts] = {}
     if known["versions"] == here:
-        recorded = {case: Counts(**entry) for case, entry in known["counts"].items()}
+        recorded = {case: Counts(*(entry[name] for name in COUNTED)) for case, entry in known["figures"].items()}
     else:
         print(f"recorded with {known['versions']}, here {here}: not compared\n")
     print(table(figures, recorded), "", *(summary(name, figures) for name in SHOWN), sep="\n")
     if arguments.record:
-        kept = {case: asdict(figure.counts) for case, figure in figures.items()}
-        RECORDED.write_text(json.dumps({"versions": here, "counts": kept}, indent=1) + "\n")
+        kept = {
+            case: {**asdict(figure.counts), "microseconds": round(figure.microseconds, 1)}
+            for case, figure in figures.items()
+        }
+        RECORDED.write_text(
+            json.dumps({"versions": here, "processor": processor(), "figures": kept}, indent=1, ensure_ascii=False)
+            + "\n"
+        )
         return 0
     return int(any(figure.counts.grown(recorded[case]) for case, figure in figures.items() if case in recorded))
 
