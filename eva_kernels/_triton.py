@@ -1,7 +1,9 @@
-"""What the Triton ops share: how rows are addressed, and their column sums and sum of squares."""
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""What the Triton ops share: how they are launched, how rows are addressed, and the totals of rows."""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import os
+import threading
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from ._rows import row_views, validate_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 VECTOR = 8  # elements: 16 bytes of a 16-bit dtype, the widest asynchronous copy
@@ -17,6 +23,8 @@ VECTOR = 8  # elements: 16 bytes of a 16-bit dtype, the widest asynchronous copy
 FOREIGN = [
     "shift_ptr", "mask_ptr", "g_ptr", "basis_ptr", "column_sum_ptr", "square_sum_ptr", "target_ptr",
 ]  # fmt: skip
+CONSTANTS_TOO = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # a compiled kernel is called with them
+MAX_PLANS = 256  # kept of one device and stream; batches of ever new lengths would fill it
 TOTALS_ROWS, TOTALS_COLUMNS, TOTALS_STEP = 256, 128, 16  # of one program's float32 sums, and rows a pass
 WARPS, STAGES = 4, 3  # of a launch that names none
 # Where lanes of a warp hold the same sum and store it to one place, products must not be fused with additions: lanes
@@ -32,7 +40,8 @@ class Rows:
         x: (n, d) each; one dtype, one pair of strides.
         shifts: (d,) float32 each, contiguous.
         masks: (n,) bool each, contiguous, or None.
-        table: (3, layers) int64 addresses of x, shift and mask; None for a single layer.
+        table: (6, layers) int64 addresses of x, shift and mask, and of what the rows are added to: a matrix, column
+            sums and sum of squares; None for a single layer.
     """
 
     x: list[Tensor]
@@ -51,21 +60,17 @@ class Rows:
             and all(x.data_ptr() % 16 == 0 for x in self.x)
         )
 
-    @property
-    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x, shift, mask and table as every kernel takes them; without a mask its place is never read."""
-        return self.x[0], self.shifts[0], (self.masks or self.x)[0], self.table
-
 
 def make_rows(
     x: list[Tensor],  # (n, d) each
     shifts: list[Tensor],  # (d,) each
     masks: list[Tensor] | None,  # (n,) each
+    *targets: list[Tensor],  # what the rows are added to
 ) -> Rows:
     """Bundle the rows of one launch. Shifts and masks are made contiguous; rows are taken as they lie."""
     shifts = [s.contiguous() for s in shifts]
     masks = None if masks is None else [m.contiguous() for m in masks]
-    table = None if len(x) == 1 else address_table(x, shifts, masks or x)
+    table = None if len(x) == 1 else address_table(x, shifts, masks or x, *targets)
     return Rows(x, shifts, masks, table)
 
 
@@ -107,6 +112,133 @@ def launch_options(kernel: Any, warps: int = WARPS, stages: int = STAGES) -> dic
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel.fn.__name__ not in UNFUSED}
 
 
+class Workspace:
+    """Scratch memory for launches that follow one another on one device and stream, and what is known of them.
+
+    A buffer has a name, grows and never shrinks. What programs count their arrivals with is zero whenever no launch is
+    under way.
+
+    Attributes:
+        plans: By everything that decides it, how an update is launched. A plan holds buffers: where one has to grow,
+            all plans are forgotten.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.plans = device, dict[Hashable, Any]()
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._origin = torch.empty(0, dtype=torch.float32, device=device)
+
+    def buffer(self, name: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:  # (size or more,)
+        """Memory that holds anything."""
+        return self._held(name, size, dtype, self._origin.new_empty)
+
+    def counters(self, size: int) -> Tensor:  # (size or more,) int32
+        """Memory that holds zeros, and must again when a launch is over."""
+        return self._held("counters", size, torch.int32, self._origin.new_zeros)
+
+    def _held(self, name: str, size: int, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:
+        held = self._buffers.get((name, dtype))
+        if held is None or held.numel() < size:
+            self._buffers[name, dtype] = held = make(size, dtype=dtype)
+            self.plans.clear()
+        return held
+
+    def keep(self, key: Hashable, plan: Any) -> None:
+        """Remember a plan."""
+        if len(self.plans) >= MAX_PLANS:
+            self.plans.clear()
+        self.plans[key] = plan
+
+
+_OWN = threading.local()  # launches of two threads may come between each other, and so share nothing
+
+
+def workspace_of(device: torch.device, stream: int) -> Workspace:
+    """This thread's workspace for launches on a device's stream."""
+    owned: dict[tuple[torch.device, int], Workspace] | None = getattr(_OWN, "workspaces", None)
+    if owned is None:
+        owned = _OWN.workspaces = {}
+    workspace = owned.get((device, stream))
+    if workspace is None:
+        workspace = owned[device, stream] = Workspace(device)
+    return workspace
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream that launches on a device go to."""
+    return 0 if INTERPRETED else int(driver.active.get_current_stream(device.index))
+
+
+def kind_of(x: Tensor, row_mask: Tensor | None, target: Tensor) -> tuple[Hashable, ...]:
+    """All that decides how rows are added to a target, but what they are multiplied with: equal for equal launches."""
+    mask = None if row_mask is None else (row_mask.shape, row_mask.stride(), row_mask.dtype, row_mask.device)
+    aligned = x.data_ptr() % 16 == 0
+    return x.shape, x.stride(), x.dtype, aligned, mask, target.shape, target.stride(), target.device
+
+
+def one_view(
+    x: Tensor,  # (..., d)
+    shift: Tensor,  # (d,)
+    row_mask: Tensor | None,  # (...)
+    target: Tensor,
+) -> Tensor | None:  # (n, d)
+    """The rows of a kind that is new, validated; None where they do not lie in one view that kernels can take as it is.
+
+    Raises:
+        TypeError, ValueError: rows, shift, mask and target do not fit together.
+    """
+    validate_rows(x, shift, row_mask)
+    for name, tensor in {"target": target, "row_mask": row_mask}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device}, where the rows are, got one on {tensor.device}")
+    views = list(row_views(x, row_mask)) if x.numel() else []
+    plain = shift.is_contiguous() and (row_mask is None or row_mask.is_contiguous())
+    return views[0][0] if plain and len(views) == 1 else None
+
+
+class Launch:
+    """A launch whose grid and constants are decided: through Triton's JIT first, then of what the JIT has compiled.
+
+    So the JIT sees one launch of many, and all must be alike where it looks: in the arguments' dtypes, in those that
+    are None, and in the alignment of pointers that are not ``FOREIGN``.
+
+    Args:
+        launch: Launches with these arguments through the JIT, and returns what that gives.
+        grid: Of the launch, three-dimensional.
+        constants: The kernel's, in its order.
+    """
+
+    def __init__(
+        self, launch: Callable[..., Any], grid: tuple[int, int, int], constants: dict[str, Any] | None = None
+    ) -> None:
+        self._launch, self._grid = launch, grid
+        self._constants = tuple((constants or {}).values()) if CONSTANTS_TOO else ()
+        self._direct: Callable[..., Any] | None = None
+
+    def __call__(self, stream: int, *arguments: Any) -> None:
+        """Launch with the kernel's arguments, in its order."""
+        if self._direct is not None:
+            self._direct(*arguments, *self._constants, stream=stream)
+            return
+        compiled = self._launch(*arguments)
+        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            self._direct = compiled[self._grid]
+
+
+@triton.jit
+def arrives_last(counter_ptr, programs):
+    """Whether this is the last of so many programs to come here; it then sees all that the others stored before.
+
+    Nobody waits: the others are done. The counter is zero before the first and after the last.
+    """
+    tl.debug_barrier()  # the stores of all threads come before the one arrival
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    is_last = before == programs - 1
+    if is_last:
+        tl.store(counter_ptr, 0)
+    return is_last
+
+
 @triton.jit
 def row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED: tl.constexpr):
     """The pointers to one layer's rows: the arguments themselves, or looked up in the table of a group."""
@@ -117,19 +249,77 @@ def row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED: 
     return x_ptr, shift_ptr, mask_ptr
 
 
-@triton.jit(do_not_specialize=["n", "d", "stride_xm", "stride_xd"], do_not_specialize_on_alignment=FOREIGN)
+@triton.jit
+def target_pointer(target_ptr, table_ptr, which: tl.constexpr, layer, layers, GROUPED: tl.constexpr):
+    """The pointer to what one layer's rows are added to: row ``which`` of the table of a group, or the argument."""
+    if GROUPED:
+        target_ptr = tl.load(table_ptr + which * layers + layer).to(target_ptr.dtype)
+    return target_ptr
+
+
+@triton.jit
+def _half(part, second: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The first or second half of N columns."""
+    left, right = tl.split(tl.permute(tl.reshape(part, (M, 2, N // 2)), (0, 2, 1)))
+    return right if second else left
+
+
+@triton.jit
+def piece_of(acc, piece: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns piece · COLUMNS … of a tile, halved until they are left. The compiler halves once for all pieces.
+
+    A loop, since versions of Triton before 3.5 do not survive a kernel that calls itself.
+    """
+    part = acc
+    for level in tl.static_range(8):
+        if N >> level > COLUMNS:
+            part = _half(part, (piece * COLUMNS // (N >> level + 1)) % 2, M, N >> level)
+    return part
+
+
+@triton.jit
+def add_column_sums(column_sum_ptr, sums_ptr, parts, columns, d, sign, COLUMNS: tl.constexpr):
+    """Add the parts of Σ z, (parts, d) float32, to the column sums: in order, in float64. Returns their sum."""
+    inside = columns < d
+    total = tl.zeros((COLUMNS,), tl.float64)
+    sums_ptr += columns
+    for _ in range(parts):
+        total += tl.load(sums_ptr, mask=inside, other=0.0).to(tl.float64)
+        sums_ptr += d
+    old = tl.load(column_sum_ptr + columns, mask=inside)
+    tl.store(column_sum_ptr + columns, old + sign * total, mask=inside)
+    return total
+
+
+@triton.jit
+def total_of(values_ptr, count, AT_ONCE: tl.constexpr):
+    """The sum of ``count`` float32 values in float64, always in one order."""
+    total = tl.zeros((AT_ONCE,), tl.float64)
+    for start in range(0, count, AT_ONCE):
+        i = start + tl.arange(0, AT_ONCE)
+        total += tl.load(values_ptr + i, mask=i < count, other=0.0).to(tl.float64)
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=["n", "d", "stride_xm", "stride_xd", "sign"], do_not_specialize_on_alignment=FOREIGN)
 def _totals_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
     mask_ptr,  # (n,) bool
-    table_ptr,  # (3, layers) int64
+    table_ptr,  # (6, layers) int64
     sums_ptr,  # (layers, chunks, d) float32
     squares_ptr,  # (layers, chunks, column blocks) float32
     counts_ptr,  # (layers, chunks) float32
+    counter_ptr,  # (layers, column blocks + 1) int32
+    column_sum_ptr,  # (d,) float64
+    square_sum_ptr,  # () float64
+    batch_sum_ptr,  # (layers, d) float32
+    batch_count_ptr,  # (layers,) float32
     n,
     d,
     stride_xm: tl.int64,
     stride_xd: tl.int64,
+    sign: tl.float32,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -137,9 +327,14 @@ def _totals_kernel(
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    """Σ z, Σ z² and the number of unmasked rows in one chunk of rows and one block of columns, z = x − s."""
+    """Σ z, Σ z² and the number of unmasked rows in one chunk of rows and one block of columns, z = x − s.
+
+    The last program of a block of columns adds its chunks to the totals with their sign, and to the batch's own sums;
+    the last of these does so for the squares.
+    """
     chunk, block, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, tl.num_programs(2), GROUPED)
+    chunks, blocks, layers = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
     if ALIGNED:
         d, stride_xm, stride_xd = d // 8 * 8, stride_xm // 8 * 8, 1
         x_ptr = tl.multiple_of(x_ptr, 16)
@@ -161,91 +356,19 @@ def _totals_kernel(
         sums += z
         squares += z * z
         count += keep.to(tl.float32)
-    index = layer.to(tl.int64) * tl.num_programs(0) + chunk
-    tl.store(sums_ptr + index * d + columns, tl.sum(sums, 0), mask=inside)
-    tl.store(squares_ptr + index * tl.num_programs(1) + block, tl.sum(squares))
+    first = layer.to(tl.int64) * chunks
+    sums_ptr, squares_ptr, counts_ptr = sums_ptr + first * d, squares_ptr + first * blocks, counts_ptr + first
+    tl.store(sums_ptr + chunk.to(tl.int64) * d + columns, tl.sum(sums, 0), mask=inside)
+    tl.store(squares_ptr + chunk * blocks + block, tl.sum(squares))
     if block == 0:
-        tl.store(counts_ptr + index, tl.sum(count))
-
-
-@triton.jit(do_not_specialize=["d", "chunks", "sign"], do_not_specialize_on_alignment=FOREIGN)
-def _add_totals_kernel(
-    sums_ptr,  # (layers, chunks, d) float32
-    squares_ptr,  # (layers, chunks, column blocks) float32
-    counts_ptr,  # (layers, chunks) float32
-    column_sum_ptr,  # (d,) float64
-    square_sum_ptr,  # () float64
-    totals_table_ptr,  # (2, layers) int64: addresses of the two above
-    batch_sum_ptr,  # (layers, d) float32
-    batch_count_ptr,  # (layers,) float32
-    d,
-    chunks,
-    sign: tl.float32,
-    COLUMNS: tl.constexpr,
-    GROUPED: tl.constexpr,
-):
-    """Add the chunks in order, in float64: to the totals with their sign, and to the batch's own sums."""
-    block, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if GROUPED:
-        column_sum_ptr = tl.load(totals_table_ptr + layer).to(column_sum_ptr.dtype)
-        square_sum_ptr = tl.load(totals_table_ptr + tl.num_programs(1) + layer).to(square_sum_ptr.dtype)
-    columns = block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < d
-    total = tl.zeros((COLUMNS,), tl.float64)
-    for chunk in range(chunks):
-        part = tl.load(sums_ptr + (layer * chunks + chunk) * d + columns, mask=inside, other=0.0)
-        total += part.to(tl.float64)
-    old = tl.load(column_sum_ptr + columns, mask=inside)
-    tl.store(column_sum_ptr + columns, old + sign * total, mask=inside)
-    tl.store(batch_sum_ptr + layer * d + columns, total.to(tl.float32), mask=inside)
-    if block == 0:
-        squares = tl.zeros((COLUMNS,), tl.float64)
-        counts = tl.zeros((COLUMNS,), tl.float64)
-        parts = chunks * tl.num_programs(0)
-        for start in range(0, parts, COLUMNS):
-            i = start + tl.arange(0, COLUMNS)
-            squares += tl.load(squares_ptr + layer * parts + i, mask=i < parts, other=0.0).to(tl.float64)
-            counts += tl.load(counts_ptr + layer * chunks + i, mask=i < chunks, other=0.0).to(tl.float64)
-        tl.store(square_sum_ptr, tl.load(square_sum_ptr) + sign * tl.sum(squares))
-        tl.store(batch_count_ptr + layer, tl.sum(counts).to(tl.float32))
-
-
-def add_totals_(
-    column_sums: list[Tensor],  # (d,) float64 each
-    square_sums: list[Tensor],  # () float64 each
-    rows: Rows,
-    sign: float,
-) -> tuple[Tensor, Tensor]:  # (layers, d) float32, (layers,) float32
-    """Add Σ z and Σ ‖z‖² to the totals of every layer; return this batch's own Σ z and number of rows."""
-    x, layers = rows.x[0], len(rows.x)
-    n, d = x.shape
-    chunks, blocks = triton.cdiv(n, TOTALS_ROWS), triton.cdiv(d, TOTALS_COLUMNS)
-    sums = x.new_empty(layers, chunks, d, dtype=torch.float32)
-    squares = sums.new_empty(layers, chunks, blocks)
-    counts = sums.new_empty(layers, chunks)
-    _totals_kernel[(chunks, blocks, layers)](
-        *rows.pointers, sums, squares, counts, n, d, *x.stride(),
-        ROWS=TOTALS_ROWS, COLUMNS=TOTALS_COLUMNS, STEP=TOTALS_STEP,
-        ALIGNED=rows.aligned, MASKED=rows.masks is not None, GROUPED=layers > 1, **launch_options(_totals_kernel),
-    )  # fmt: skip
-    return finish_totals_(column_sums, square_sums, sums, squares, counts, TOTALS_COLUMNS, sign)
-
-
-def finish_totals_(
-    column_sums: list[Tensor],  # (d,) float64 each
-    square_sums: list[Tensor],  # () float64 each
-    sums: Tensor,  # (layers, chunks, d) float32
-    squares: Tensor,  # (layers, chunks, column blocks) float32
-    counts: Tensor,  # (layers, chunks) float32
-    columns: int,  # in a block
-    sign: float,
-) -> tuple[Tensor, Tensor]:  # (layers, d) float32, (layers,) float32
-    """Add the totals of chunks of rows to those of every layer; return the batch's own Σ z and number of rows."""
-    layers, chunks, d = sums.shape
-    batch_sums, batch_counts = sums.new_empty(layers, d), sums.new_empty(layers)
-    table = address_table(column_sums, square_sums) if layers > 1 else None
-    _add_totals_kernel[(squares.shape[2], layers)](
-        sums, squares, counts, column_sums[0], square_sums[0], table, batch_sums, batch_counts,
-        d, chunks, sign, COLUMNS=columns, GROUPED=layers > 1, **launch_options(_add_totals_kernel),
-    )  # fmt: skip
-    return batch_sums, batch_counts
+        tl.store(counts_ptr + chunk, tl.sum(count))
+    counter_ptr += layer * (blocks + 1)
+    if arrives_last(counter_ptr + block, chunks):
+        column_sum_ptr = target_pointer(column_sum_ptr, table_ptr, 4, layer, layers, GROUPED)
+        total = add_column_sums(column_sum_ptr, sums_ptr, chunks, columns, d, sign, COLUMNS)
+        tl.store(batch_sum_ptr + layer.to(tl.int64) * d + columns, total.to(tl.float32), mask=inside)
+        if arrives_last(counter_ptr + blocks, blocks):
+            square_sum_ptr = target_pointer(square_sum_ptr, table_ptr, 5, layer, layers, GROUPED)
+            square = total_of(squares_ptr, chunks * blocks, COLUMNS)
+            tl.store(square_sum_ptr, tl.load(square_sum_ptr) + sign * square)
+            tl.store(batch_count_ptr + layer, total_of(counts_ptr, chunks, COLUMNS).to(tl.float32))

@@ -1,5 +1,8 @@
 """G += (X − s)ᵀ (X − s) over the unmasked rows of X, with their column sums and sum of squares."""
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -7,7 +10,7 @@ from .._dispatch import choose_impl
 from .._rows import validate_rows
 from .reference import gram_reference
 
-__all__ = ["gram_accumulate_"]
+__all__ = ["gram_accumulate_", "gram_add_", "mirror_"]
 
 
 def gram_accumulate_(
@@ -43,6 +46,47 @@ def gram_accumulate_(
         gram_reference(gram, column_sum, square_sum, x, shift, row_mask, sign)
 
 
+def gram_add_(
+    gram: Tensor,  # (d, d) float32 or float64
+    column_sum: Tensor,  # (d,) float64
+    square_sum: Tensor,  # () float64
+    x: Tensor,  # (..., d) float32, bfloat16, float16 or float64
+    shift: Tensor,  # (d,) gram's dtype
+    row_mask: Tensor | None = None,  # (...) bool, False rows are left out
+    *,
+    sign: float = 1.0,
+    impl: str = "auto",
+) -> bool:
+    """:func:`gram_accumulate_` for batches that go into one matrix. Returns whether all of it was added to.
+
+    If not, its lower triangle was, and :func:`mirror_` makes the upper one of it. On a GPU kinds of rows are validated
+    when they are new. It launches past ``torch.compile``, and with scratch memory that it keeps.
+
+    Raises:
+        TypeError, ValueError: as :func:`gram_accumulate_`; or tensors are on different devices.
+    """
+    if choose_impl(impl, x, gram) == "triton":
+        _kernels().add_rows_(gram, column_sum, square_sum, x, shift, row_mask, sign)
+        return False
+    gram_accumulate_(gram, column_sum, square_sum, x, shift, row_mask, sign=sign, impl=impl)
+    return True
+
+
+def mirror_(
+    gram: Tensor,  # (d, d) float32
+) -> None:
+    """Copy the lower triangle onto the upper one, after :func:`gram_add_` has left it alone."""
+    _kernels().mirror_triangle_(gram)
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Triton is imported when it is needed, and looked up once."""
+    from . import triton
+
+    return triton
+
+
 @torch.library.custom_op("eva_kernels::gram_accumulate_", mutates_args=("gram", "column_sum", "square_sum"))
 def _gram_op(
     gram: Tensor,
@@ -54,9 +98,7 @@ def _gram_op(
     sign: float,
 ) -> None:
     """The kernel as ``torch.compile`` and fake tensors see it; Triton is imported when it runs."""
-    from .triton import gram_triton
-
-    gram_triton(gram, column_sum, square_sum, x, shift, row_mask, sign)
+    _kernels().gram_triton(gram, column_sum, square_sum, x, shift, row_mask, sign)
 
 
 @_gram_op.register_fake

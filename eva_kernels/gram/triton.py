@@ -15,21 +15,31 @@ from .._rows import row_views
 from .._triton import (
     FOREIGN,
     INTERPRETED,
-    add_totals_,
-    address_table,
+    TOTALS_COLUMNS,
+    TOTALS_ROWS,
+    TOTALS_STEP,
+    Launch,
+    Workspace,
+    _totals_kernel,
     architecture,
+    arrives_last,
+    current_stream,
     dot_precision,
+    kind_of,
     launch_options,
     make_rows,
     multiprocessors,
+    one_view,
+    piece_of,
     row_pointers,
+    target_pointer,
+    workspace_of,
 )
 
 FLUSH_COLUMNS = 32  # columns of a tile flushed at a time: more of them spill
-REDUCE_ROWS = 8  # rows of a tile one program of the reduction adds up
 MIRROR_BLOCK = 64
 MIN_SPLIT_ROWS = 256  # a shorter share of the rows costs more in its flush than it gains in its loop
-SPLIT_COST = 256  # rows' worth of loop that writing and reducing one share takes
+SPLIT_COST = 128  # rows' worth of loop that writing one share, and reading it again, takes
 MAX_SPLITS = 8  # of tiles that fill more than half a wave
 
 
@@ -101,7 +111,8 @@ def plan_gram(n: int, d: int, layers: int, tile: GramTile, processors: int) -> G
     rest = tiles * layers % processors
 
     def cost(splits: int) -> int:
-        return triton.cdiv(rest * splits, processors) * (n if splits == 1 else triton.cdiv(n, splits) + SPLIT_COST)
+        shares = triton.cdiv(rest * splits, processors)
+        return shares * n if splits == 1 else shares * triton.cdiv(n, splits) + splits * SPLIT_COST
 
     choices = range(1, max(processors // rest, MAX_SPLITS) + 1) if rest else range(1, 2)
     splits = min((s for s in choices if s == 1 or n >= s * MIN_SPLIT_ROWS), key=cost)
@@ -146,26 +157,6 @@ def _fold(acc, shift_ptr, sum_ptr, count, rows, columns, d):
 
 
 @triton.jit
-def _half(part, second: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The first or second half of N columns."""
-    left, right = tl.split(tl.permute(tl.reshape(part, (M, 2, N // 2)), (0, 2, 1)))
-    return right if second else left
-
-
-@triton.jit
-def _piece(acc, piece: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns piece · COLUMNS … of a tile, halved until they are left. The compiler halves once for all pieces.
-
-    A loop, since versions of Triton before 3.5 do not survive a kernel that calls itself.
-    """
-    part = acc
-    for level in tl.static_range(8):
-        if N >> level > COLUMNS:
-            part = _half(part, (piece * COLUMNS // (N >> level + 1)) % 2, M, N >> level)
-    return part
-
-
-@triton.jit
 def _flush(
     acc, g_ptr, shift_ptr, sum_ptr, count, partial_ptr, whole, row, column, d, stride_gm, sign,
     M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
@@ -176,7 +167,7 @@ def _flush(
     in a launch, so the order of the adds cannot matter.
     """
     for piece in tl.static_range(N // COLUMNS):
-        part = _piece(acc, piece, M, N, COLUMNS)
+        part = piece_of(acc, piece, M, N, COLUMNS)
         inner = piece * COLUMNS + tl.arange(0, COLUMNS)
         if whole:
             rows, columns = row + tl.arange(0, M), column + inner
@@ -189,9 +180,32 @@ def _flush(
             tl.store(partial_ptr + tl.arange(0, M)[:, None] * N + inner[None, :], part)
 
 
+@triton.jit
+def _reduce(
+    partial_ptr, step, splits, g_ptr, shift_ptr, sum_ptr, count, row, column, d, stride_gm, sign,
+    M: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """G += sign · Σ of a tile's shares, ``step`` apart and added in order; COLUMNS at a time."""
+    rows = row + tl.arange(0, M)
+    for first in range(0, N, COLUMNS):
+        inner = first + tl.arange(0, COLUMNS)
+        shares = partial_ptr + tl.arange(0, M)[:, None] * N + inner[None, :]
+        acc = tl.zeros((M, COLUMNS), tl.float32)
+        for _ in range(splits):
+            acc += tl.load(shares)
+            shares += step
+        columns = column + inner
+        if FOLD:
+            acc = _fold(acc, shift_ptr, sum_ptr, count, rows, columns, d)
+        address = g_ptr + rows.to(tl.int64)[:, None] * stride_gm + columns[None, :]
+        inside = (rows[:, None] < d) & (columns[None, :] < d)
+        tl.store(address, tl.load(address, mask=inside) + sign * acc, mask=inside)
+
+
 @triton.jit(
     do_not_specialize=[
-        "n", "d", "stride_xm", "stride_xd", "stride_gm", "sign", "layers", "tiles", "whole", "split", "split_rows",
+        "n", "d", "stride_xm", "stride_xd", "stride_gm", "layers", "tiles", "whole", "split", "splits", "split_rows",
+        "sign",
     ],
     do_not_specialize_on_alignment=FOREIGN,
 )  # fmt: skip
@@ -199,23 +213,24 @@ def _gram_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
     mask_ptr,  # (n,) bool
-    table_ptr,  # (3, layers) int64: addresses of the three above
-    g_ptr,  # (d, d) float32, lower triangle
-    g_table_ptr,  # (1, layers) int64: addresses of the Gram matrices
+    table_ptr,  # (6, layers) int64
     sum_ptr,  # (layers, d) float32: Σ z of this batch
     count_ptr,  # (layers,) float32: its unmasked rows
     partial_ptr,  # (splits, split, BLOCK_M, BLOCK_N) float32
+    counter_ptr,  # (split,) int32
+    g_ptr,  # (d, d) float32, lower triangle
     n,
     d,
     stride_xm: tl.int64,
     stride_xd: tl.int64,
     stride_gm: tl.int64,
-    sign: tl.float32,
     layers,
     tiles,
     whole,
     split,
+    splits,
     split_rows,
+    sign: tl.float32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -231,8 +246,8 @@ def _gram_kernel(
     """G += sign · Σ z zᵀ over one tile of the triangle and all unmasked rows or one share of them, z = x − s.
 
     FOLD multiplies raw rows and subtracts the shift from the tile afterwards; otherwise it is subtracted from
-    the rows as they are loaded. A share is left in the workspace, unfolded. UPCAST is for the interpreter,
-    whose product of bfloat16 is wrong.
+    the rows as they are loaded. A share is left in the workspace, unfolded; the last program of a tile adds up its
+    shares, in order. UPCAST is for the interpreter, whose product of bfloat16 is wrong.
     """
     program = tl.program_id(0)
     index, start, stop = program, 0, n
@@ -270,61 +285,23 @@ def _gram_kernel(
         acc = tl.dot(a.to(OPERAND), b.to(OPERAND), acc, input_precision=PRECISION)
         a_ptrs += step
         b_ptrs += step
-    if GROUPED:
-        g_ptr = tl.load(g_table_ptr + layer).to(g_ptr.dtype)
+    g_ptr = target_pointer(g_ptr, table_ptr, 3, layer, layers, GROUPED)
     sum_ptr += layer.to(tl.int64) * d
-    partial_ptr += tl.maximum(program - whole, 0).to(tl.int64) * BLOCK_M * BLOCK_N
+    count = tl.load(count_ptr + layer)
+    own_ptr = partial_ptr + tl.maximum(program - whole, 0).to(tl.int64) * BLOCK_M * BLOCK_N
     _flush(
-        acc, g_ptr, shift_ptr, sum_ptr, tl.load(count_ptr + layer), partial_ptr, program < whole, row, column,
+        acc, g_ptr, shift_ptr, sum_ptr, count, own_ptr, program < whole, row, column,
         d, stride_gm, sign, BLOCK_M, BLOCK_N, COLUMNS, FOLD,
     )  # fmt: skip
-
-
-@triton.jit(
-    do_not_specialize=["d", "stride_gm", "sign", "layers", "tiles", "whole", "split", "splits"],
-    do_not_specialize_on_alignment=FOREIGN,
-)
-def _reduce_kernel(
-    shift_ptr,  # (d,) float32
-    table_ptr,  # (3, layers) int64: addresses of x, shift and mask
-    g_ptr,  # (d, d) float32, lower triangle
-    g_table_ptr,  # (1, layers) int64
-    sum_ptr,  # (layers, d) float32
-    count_ptr,  # (layers,) float32
-    partial_ptr,  # (splits, split, BLOCK_M, BLOCK_N) float32
-    d,
-    stride_gm: tl.int64,
-    sign: tl.float32,
-    layers,
-    tiles,
-    whole,
-    split,
-    splits,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BAND: tl.constexpr,
-    ROWS: tl.constexpr,
-    FOLD: tl.constexpr,
-    GROUPED: tl.constexpr,
-):
-    """G += sign · Σ of a tile's shares, added in order; one program for a few rows of a tile."""
-    tile, inner = tl.program_id(0), tl.program_id(1) * ROWS
-    layer = (whole + tile) // tiles
-    if GROUPED:
-        shift_ptr = tl.load(table_ptr + layers + layer).to(shift_ptr.dtype)
-        g_ptr = tl.load(g_table_ptr + layer).to(g_ptr.dtype)
-    row, column = _tile_origin((whole + tile) % tiles, d, BLOCK_M, BLOCK_N, BAND)
-    offset = (inner + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for share in range(splits):
-        block = (share * split + tile).to(tl.int64)
-        acc += tl.load(partial_ptr + block * BLOCK_M * BLOCK_N + offset)
-    rows, columns = row + inner + tl.arange(0, ROWS), column + tl.arange(0, BLOCK_N)
-    if FOLD:
-        acc = _fold(acc, shift_ptr, sum_ptr + layer.to(tl.int64) * d, tl.load(count_ptr + layer), rows, columns, d)
-    address = g_ptr + rows.to(tl.int64)[:, None] * stride_gm + columns[None, :]
-    inside = (rows[:, None] < d) & (columns[None, :] < d)
-    tl.store(address, tl.load(address, mask=inside) + sign * acc, mask=inside)
+    if program >= whole:
+        tile = (program - whole) % split
+        if arrives_last(counter_ptr + tile, splits):
+            partial_ptr += tile.to(tl.int64) * BLOCK_M * BLOCK_N
+            step = tl.full((), BLOCK_M * BLOCK_N, tl.int64) * split
+            _reduce(
+                partial_ptr, step, splits, g_ptr, shift_ptr, sum_ptr, count, row, column, d, stride_gm, sign,
+                BLOCK_M, BLOCK_N, COLUMNS, FOLD,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["d", "stride_gm"], do_not_specialize_on_alignment=FOREIGN)
@@ -349,9 +326,79 @@ def mirror_triangle_(
 ) -> None:
     """Copy the lower triangle onto the upper one."""
     blocks = triton.cdiv(gram.shape[0], MIRROR_BLOCK)
-    _mirror_kernel[(blocks * (blocks + 1) // 2,)](
-        gram, gram.shape[0], gram.stride(0), BLOCK=MIRROR_BLOCK, **launch_options(_mirror_kernel)
-    )
+    with torch.cuda.device_of(gram):  # kernels are launched on the current device
+        _mirror_kernel[(blocks * (blocks + 1) // 2,)](
+            gram, gram.shape[0], gram.stride(0), BLOCK=MIRROR_BLOCK, **launch_options(_mirror_kernel)
+        )
+
+
+class GramUpdate:
+    """Updates of one kind: everything decided that does not change from one to the next.
+
+    Args:
+        x: (n, d), the rows of each layer; only how they are laid out is looked at.
+        layers: How many there are.
+        aligned: Whether every row can be read by 16-byte copies.
+        masked: Whether rows are left out.
+        gram: (d, d), laid out as what rows are added to.
+        workspace: Of the device and stream.
+    """
+
+    def __init__(
+        self, x: Tensor, layers: int, *, aligned: bool, masked: bool, gram: Tensor, workspace: Workspace
+    ) -> None:
+        (n, d), grouped = x.shape, layers > 1
+        fold = aligned and x.dtype != torch.float32
+        tile = choose_tile(architecture(x.device), x.dtype, aligned, d)
+        plan = plan_gram(n, d, layers, tile, multiprocessors(x.device))
+        chunks, blocks = triton.cdiv(n, TOTALS_ROWS), triton.cdiv(d, TOTALS_COLUMNS)
+        sums = workspace.buffer("sums", layers * chunks * d)
+        squares = workspace.buffer("squares", layers * chunks * blocks)
+        counts = workspace.buffer("counts", layers * chunks)
+        batch = workspace.buffer("batch_sums", layers * d), workspace.buffer("batch_counts", layers)
+        partial = workspace.buffer("partial", plan.splits * plan.split * tile.block_m * tile.block_n)
+        counters = workspace.counters(max(layers * (blocks + 1), plan.split))
+        self._totals_buffers, self._batch, self._totals_numbers = (sums, squares, counts, counters), batch, (n, d)
+        self._gram_buffers, self._strides = (*batch, partial, counters), x.stride()
+        self._gram_numbers = gram.stride(0), layers, plan.tiles, plan.whole, plan.split, plan.splits, plan.split_rows
+
+        kind = {"ALIGNED": aligned, "MASKED": masked, "GROUPED": grouped}
+        totals = {"ROWS": TOTALS_ROWS, "COLUMNS": TOTALS_COLUMNS, "STEP": TOTALS_STEP, **kind}
+        blocks_of_tile = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BAND": tile.band}
+        triangle = {
+            **blocks_of_tile, "COLUMNS": FLUSH_COLUMNS, "ALIGNED": aligned, "FOLD": fold, "MASKED": masked,
+            "GROUPED": grouped, "PRECISION": dot_precision(x.dtype), "UPCAST": INTERPRETED,
+        }  # fmt: skip
+        totals_grid, gram_grid = (chunks, blocks, layers), (plan.programs, 1, 1)
+        self._totals = Launch(
+            lambda *arguments: _totals_kernel[totals_grid](*arguments, **totals, **launch_options(_totals_kernel)),
+            totals_grid,
+            totals,
+        )
+        self._triangle = Launch(
+            lambda *arguments: _gram_kernel[gram_grid](
+                *arguments, **triangle, **launch_options(_gram_kernel, tile.warps, tile.stages)
+            ),
+            gram_grid,
+            triangle,
+        )
+
+    def launch(
+        self,
+        rows: tuple[Tensor, Tensor, Tensor, Tensor | None],  # x, shift, mask (without one: anything), and the table
+        targets: tuple[Tensor, Tensor, Tensor],  # gram, column_sum, square_sum
+        sign: float,
+        stream: int,
+    ) -> None:
+        """Two launches: the totals, then the lower triangle."""
+        gram, *totals = targets
+        strides = self._strides
+        self._totals(
+            stream, *rows, *self._totals_buffers, *totals, *self._batch, *self._totals_numbers, *strides, sign
+        )  # fmt: skip
+        self._triangle(
+            stream, *rows, *self._gram_buffers, gram, *self._totals_numbers, *strides, *self._gram_numbers, sign
+        )  # fmt: skip
 
 
 def accumulate_triangles_(
@@ -362,42 +409,29 @@ def accumulate_triangles_(
     shifts: list[Tensor],  # (d,) float32 each
     row_masks: list[Tensor] | None,  # (n,) bool each
     sign: float = 1.0,
+    workspace: Workspace | None = None,
 ) -> None:
-    """Fold rows into the lower triangles of one or more layers' Gram matrices, in one launch.
+    """Fold rows into the lower triangles of one or more layers' Gram matrices, in two launches.
 
     Entries above the diagonal are left in any state; :func:`mirror_triangle_` restores them. Rows that are not
-    aligned 16-bit rows go one layer at a time. All tensors are on the current device.
+    aligned 16-bit rows go one layer at a time. All tensors are on the current device. Without a ``workspace`` of the
+    current stream one is made.
     """
-    (n, d), layers, device = x[0].shape, len(x), x[0].device
-    rows = make_rows(x, shifts, row_masks)
-    fold = rows.aligned and x[0].dtype != torch.float32
-    if layers > 1 and not fold:
+    layers, device = len(x), x[0].device
+    rows = make_rows(x, shifts, row_masks, grams, column_sums, square_sums)
+    if layers > 1 and not (rows.aligned and x[0].dtype != torch.float32):
         for i in range(layers):
-            mask = None if row_masks is None else row_masks[i : i + 1]
-            one = slice(i, i + 1)
-            accumulate_triangles_(grams[one], column_sums[one], square_sums[one], x[one], shifts[one], mask, sign)
+            mask, one = None if row_masks is None else row_masks[i : i + 1], slice(i, i + 1)
+            accumulate_triangles_(
+                grams[one], column_sums[one], square_sums[one], x[one], shifts[one], mask, sign, workspace
+            )
         return
-    sums, counts = add_totals_(column_sums, square_sums, rows, sign)
-    tile = choose_tile(architecture(device), x[0].dtype, rows.aligned, d)
-    plan = plan_gram(n, d, layers, tile, multiprocessors(device))
-    partial = sums.new_empty(plan.splits * plan.split, tile.block_m, tile.block_n)
-    g_table = address_table(grams) if layers > 1 else None
-    stride_gm = grams[0].stride(0)
-    _gram_kernel[(plan.programs,)](
-        *rows.pointers, grams[0], g_table, sums, counts, partial, n, d, *x[0].stride(), stride_gm, sign,
-        layers, plan.tiles, plan.whole, plan.split, plan.split_rows,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BAND=tile.band, COLUMNS=FLUSH_COLUMNS,
-        ALIGNED=rows.aligned, FOLD=fold, MASKED=rows.masks is not None, GROUPED=layers > 1,
-        PRECISION=dot_precision(x[0].dtype), UPCAST=INTERPRETED,
-        **launch_options(_gram_kernel, tile.warps, tile.stages),
+    update = GramUpdate(
+        x[0], layers, aligned=rows.aligned, masked=rows.masks is not None, gram=grams[0],
+        workspace=workspace or Workspace(device),
     )  # fmt: skip
-    if plan.split:
-        _reduce_kernel[(plan.split, tile.block_m // REDUCE_ROWS)](
-            rows.shifts[0], rows.table, grams[0], g_table, sums, counts, partial, d, stride_gm, sign,
-            layers, plan.tiles, plan.whole, plan.split, plan.splits,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BAND=tile.band, ROWS=REDUCE_ROWS,
-            FOLD=fold, GROUPED=layers > 1, **launch_options(_reduce_kernel),
-        )  # fmt: skip
+    first = x[0], rows.shifts[0], (rows.masks or x)[0], rows.table
+    update.launch(first, (grams[0], column_sums[0], square_sums[0]), sign, current_stream(device))
 
 
 def gram_triton(
@@ -416,3 +450,50 @@ def gram_triton(
             masks = None if mask is None else [mask]
             accumulate_triangles_([gram], [column_sum], [square_sum], [rows], [shift], masks, sign)
         mirror_triangle_(gram)
+
+
+def add_rows_(
+    gram: Tensor,  # (d, d) float32
+    column_sum: Tensor,  # (d,) float64
+    square_sum: Tensor,  # () float64
+    x: Tensor,  # (..., d)
+    shift: Tensor,  # (d,) float32
+    row_mask: Tensor | None,  # (...)
+    sign: float,
+) -> None:
+    """:func:`gram_triton` for rows of a kind that comes again, without the mirror: what it takes is found out once.
+
+    A kind is all that its tensors' shapes, strides and dtypes say; arguments are validated when it is new. Rows that
+    lie in one view take two launches and nothing else.
+    """
+    device = x.device
+    if device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            add_rows_(gram, column_sum, square_sum, x, shift, row_mask, sign)
+        return
+    stream = current_stream(device)
+    workspace = workspace_of(device, stream)
+    key = "gram", kind_of(x, row_mask, gram), dot_precision(x.dtype)
+    try:
+        update = workspace.plans[key]
+    except KeyError:
+        update = _update_for(gram, x, shift, row_mask, workspace)
+        workspace.keep(key, update)
+    if update is not None:
+        rows = x, shift, x if row_mask is None else row_mask, None
+        update.launch(rows, (gram, column_sum, square_sum), sign, stream)
+        return
+    for view, part in row_views(x, row_mask) if x.numel() else ():
+        masks = None if part is None else [part]
+        accumulate_triangles_([gram], [column_sum], [square_sum], [view], [shift], masks, sign, workspace)
+
+
+def _update_for(
+    gram: Tensor, x: Tensor, shift: Tensor, row_mask: Tensor | None, workspace: Workspace
+) -> GramUpdate | None:
+    """The update of rows of this kind; None where there is nothing to do, or it takes more than one."""
+    rows = one_view(x, shift, row_mask, gram)
+    if rows is None:
+        return None
+    aligned = make_rows([rows], [shift], None).aligned
+    return GramUpdate(rows, 1, aligned=aligned, masked=row_mask is not None, gram=gram, workspace=workspace)

@@ -7,8 +7,23 @@ import torch
 from torch import Tensor
 
 from .._double import double, like
-from ..gram import gram_accumulate_
+from ..gram import gram_add_, mirror_
 from .statistics import Statistic
+
+
+class _Symmetric:
+    """The Gram matrix as an attribute of a statistic: whole where it is read, its lower triangle alone until then."""
+
+    def __get__(self, statistic: "GramStatistic", owner: type) -> Tensor:
+        gram: Tensor = vars(statistic)["gram"]
+        if not statistic.is_symmetric:
+            mirror_(gram)
+            statistic.is_symmetric = True
+        return gram
+
+    def __set__(self, statistic: "GramStatistic", value: Tensor) -> None:
+        vars(statistic)["gram"] = value
+        statistic.is_symmetric = True
 
 
 class GramStatistic(Statistic):
@@ -16,6 +31,8 @@ class GramStatistic(Statistic):
 
     kind = "gram"
     summarises = False
+    gram = _Symmetric()  # (d, d)
+    is_symmetric: bool  # as it is kept
 
     def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
         super().__init__(num_features, num_components, **options)
@@ -28,7 +45,9 @@ class GramStatistic(Statistic):
 
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
         assert self.shift is not None
-        gram_accumulate_(self.gram, *self._totals(), x, self.shift, row_mask, sign=sign, impl=self.impl)
+        gram = vars(self)["gram"]
+        is_whole = gram_add_(gram, *self._totals(), x, self.shift, row_mask, sign=sign, impl=self.impl)
+        self.is_symmetric = self.is_symmetric and is_whole
 
     def _merge_(self, other: "GramStatistic", offset: Tensor) -> None:
         cross = torch.outer(offset, other.column_sum)

@@ -20,7 +20,8 @@ from .count_sketch import count_sketch_core, count_sketch_reference
 
 S = TypeVar("S", bound="Statistic")
 
-_OPTIONS = {"num_features", "num_components", "impl", "shared_image"}  # attributes that are none of what rows leave
+# Attributes that are none of what rows leave.
+_OPTIONS = {"num_features", "num_components", "impl", "shared_image", "is_symmetric", "_prepared"}
 _HELD = (Tensor, DistantSum)
 
 

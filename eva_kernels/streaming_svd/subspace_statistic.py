@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._double import double, like
 from .._rows import add_totals_, shifted_chunks
-from ..subspace import subspace_accumulate_
+from ..subspace import Sample, subspace_add_
 from .statistics import Sketch, Statistic
 
 
@@ -25,7 +25,8 @@ class SubspaceStatistic(Statistic):
 
     def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
         super().__init__(num_features, num_components, **options)
-        self._sample = self.basis  # (d, q): unit vectors are the same when rounded
+        self._sample = self.basis  # (d, q): unit vectors are the same when rounded; replaced, never written to
+        self._prepared: Sample | None = None  # that and the shift, and what kernels have made of them
         self.pending = torch.zeros_like(self.basis)  # (d, q): Σ z (zᵀ sample) over the pending rows
         self.past_rows = 0  # rows summarised by basis and eigenvalues
         self.past_sum = torch.zeros_like(self.column_sum)  # (d,): Σ z over those rows
@@ -51,6 +52,9 @@ class SubspaceStatistic(Statistic):
         both = torch.stack([pending / m, pending / m - past / n], 1)
         return like(weights[:, :, None] * both, members[0].basis)
 
+    def nbytes(self) -> int:
+        return super().nbytes() + (0 if self._prepared is None else self._prepared.nbytes)
+
     def start_(self, sketch: Sketch) -> None:
         super().start_(sketch)
         self._sample = _rounded(self.basis)
@@ -61,9 +65,10 @@ class SubspaceStatistic(Statistic):
 
     def _accumulate_(self, x: Tensor, row_mask: Tensor | None, sign: float) -> None:
         assert self.shift is not None
-        subspace_accumulate_(
-            self.pending, *self._totals(), x, self._sample, self.shift, row_mask, sign=sign, impl=self.impl
-        )
+        prepared = self._prepared
+        if prepared is None or prepared.basis is not self._sample or prepared.shift is not self.shift:
+            prepared = self._prepared = Sample(self._sample, self.shift)
+        subspace_add_(self.pending, *self._totals(), x, prepared, row_mask, sign=sign, impl=self.impl)
 
     def accumulate_block_(
         self,

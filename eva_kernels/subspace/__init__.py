@@ -1,5 +1,8 @@
 """Y += (X − s)ᵀ ((X − s) Q) over the unmasked rows of X, with their column sums and sum of squares."""
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -7,8 +10,9 @@ from .._dispatch import choose_impl
 from .._rows import validate_rows
 from .core import core_runs, subspace_core
 from .reference import subspace_reference
+from .sample import Sample
 
-__all__ = ["subspace_accumulate_"]
+__all__ = ["Sample", "subspace_accumulate_", "subspace_add_"]
 
 
 def subspace_accumulate_(
@@ -49,6 +53,41 @@ def subspace_accumulate_(
         subspace_reference(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
 
 
+def subspace_add_(
+    product: Tensor,  # (d, q) the sample's dtype
+    column_sum: Tensor,  # (d,) float64
+    square_sum: Tensor,  # () float64
+    x: Tensor,  # (..., d) float32, bfloat16, float16 or float64
+    sample: Sample,  # a basis (d, q)
+    row_mask: Tensor | None = None,  # (...) bool, False rows are left out
+    *,
+    sign: float = 1.0,
+    impl: str = "auto",
+) -> None:
+    """:func:`subspace_accumulate_` for batches that go into one product: what they have in common is made once.
+
+    On a GPU kinds of rows are validated when they are new. It launches past ``torch.compile``, and with scratch memory
+    that it keeps.
+
+    Raises:
+        TypeError, ValueError: as :func:`subspace_accumulate_`; or tensors are on different devices.
+    """
+    if choose_impl(impl, x, product) == "triton":
+        _kernels().add_rows_(product, column_sum, square_sum, x, sample, row_mask, sign)
+    else:
+        subspace_accumulate_(
+            product, column_sum, square_sum, x, sample.basis, sample.shift, row_mask, sign=sign, impl=impl
+        )
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Triton is imported when it is needed, and looked up once."""
+    from . import triton
+
+    return triton
+
+
 @torch.library.custom_op("eva_kernels::subspace_accumulate_", mutates_args=("product", "column_sum", "square_sum"))
 def _subspace_op(
     product: Tensor,
@@ -61,9 +100,7 @@ def _subspace_op(
     sign: float,
 ) -> None:
     """The kernel as ``torch.compile`` and fake tensors see it; Triton is imported when it runs."""
-    from .triton import subspace_triton
-
-    subspace_triton(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
+    _kernels().subspace_triton(product, column_sum, square_sum, x, basis, shift, row_mask, sign)
 
 
 @_subspace_op.register_fake

@@ -1,11 +1,13 @@
-"""The subspace product in Triton: two thin products a chunk of rows, the second from the L2 cache.
+"""The subspace product in Triton: two launches a chunk of rows, a thin product each, the second from the L2 cache.
 
-For each chunk: P = Z Q (:func:`_project_kernel`, split over columns, then :func:`_settle_kernel`) and
-Y += Zᵀ P with the totals of Z (:func:`_lift_kernel`). The derivation is in this folder's README.
+P = Z Q (:func:`_project_kernel`) and Y += Zᵀ P with the totals of Z (:func:`_lift_kernel`). Either is split where it
+would leave the chip idle, and the last program to arrive adds up what was split. The derivation is in this folder's
+README.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 import triton
@@ -16,19 +18,30 @@ from .._rows import row_views
 from .._triton import (
     FOREIGN,
     INTERPRETED,
+    Launch,
+    Workspace,
+    add_column_sums,
     address_table,
     architecture,
-    finish_totals_,
+    arrives_last,
+    current_stream,
+    kind_of,
     l2_bytes,
     launch_options,
     make_rows,
     multiprocessors,
+    one_view,
+    piece_of,
     row_pointers,
+    target_pointer,
+    total_of,
+    workspace_of,
 )
+from .sample import Sample
 
 PREPARE_ROWS = 32  # rows of Q one program converts
-SETTLE_ROWS = 32  # rows of P one program settles
-FINISH_ROWS = 16  # rows of Y one program adds up
+SUMS_AT_ONCE = 16  # sums of P that are loaded together
+FLUSH_COLUMNS = 32  # of the widest Y, added to at a time: more of them spill
 MIN_COLUMNS, MAX_COLUMNS = 32, 256  # of Q in one pass, padded to a power of two; more do not fit in registers
 GENERIC_COLUMNS = 64  # the same for rows that are not aligned 16-bit rows: one variant for all bases
 
@@ -88,12 +101,16 @@ class SubspacePlan:
 def plan_subspace(
     n: int, d: int, layers: int, itemsize: int, tile: SubspaceTile, processors: int, cache: int
 ) -> SubspacePlan:
-    """Chunks of half the L2 cache, every product split until it fills the multiprocessors once."""
+    """Chunks of half the L2 cache, every product split until it fills the multiprocessors once.
+
+    And no further than the root of what there is to split: adding up a share costs its program about as much as a
+    block of its loop, so that beyond it the last to arrive would take longer than splitting saves.
+    """
     fitting = cache // 2 // (d * itemsize * layers) // tile.rows * tile.rows
     chunk = min(max(fitting, tile.rows), triton.cdiv(n, tile.rows) * tile.rows)
     blocks, columns = triton.cdiv(chunk, tile.rows), triton.cdiv(d, tile.columns)
-    column_splits = max(1, min(processors // (blocks * layers), columns))
-    row_splits = max(1, min(processors // (columns * layers), blocks))
+    column_splits = max(1, min(processors // (blocks * layers), isqrt(columns)))
+    row_splits = max(1, min(processors // (columns * layers), isqrt(blocks)))
     split_columns = triton.cdiv(columns, column_splits) * tile.columns
     split_rows = triton.cdiv(blocks, row_splits) * tile.rows
     return SubspacePlan(chunk, triton.cdiv(d, split_columns), split_columns, triton.cdiv(chunk, split_rows), split_rows)
@@ -133,24 +150,37 @@ def _prepare_kernel(
     tl.store(shift_product_ptr + (layer * tl.num_programs(0) + block) * PADDED + columns, share)
 
 
+@triton.jit
+def sum_of_shares(shares, splits, step: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of what programs have left, ``step`` apart, in order."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(splits):
+        total += tl.load(shares)
+        shares += step
+    return total
+
+
 @triton.jit(
-    do_not_specialize=["start", "stop", "d", "stride_xm", "stride_xd", "chunk", "split_columns"],
+    do_not_specialize=["d", "stride_xm", "stride_xd", "split_columns", "start", "stop"],
     do_not_specialize_on_alignment=FOREIGN,
 )
 def _project_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
     mask_ptr,  # (n,) bool
-    table_ptr,  # (3, layers) int64
+    table_ptr,  # (6, layers) int64
     operand_ptr,  # (layers, d, PADDED)
-    partial_ptr,  # (layers, column splits, chunk, PADDED) float32
-    start,
-    stop,
+    shift_product_ptr,  # (layers, PADDED) float32
+    partial_ptr,  # (layers, blocks, splits, ROWS, PADDED) float32
+    product_ptr,  # (layers, blocks, ROWS, PADDED) in the dtype of the products
+    product_sum_ptr,  # (layers, blocks, PADDED) float32
+    counter_ptr,  # (layers, blocks) int32
     d,
     stride_xm: tl.int64,
     stride_xd: tl.int64,
-    chunk,
     split_columns,
+    start,
+    stop,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -159,15 +189,19 @@ def _project_kernel(
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    """Partial P = X Q (or Z Q unless FOLD) over one share of the columns, for the rows start … stop."""
+    """P = Z Q for the rows start … stop, a share of the columns a program; zero for rows left out. Also Σ P.
+
+    FOLD multiplies raw rows and subtracts sᵀQ afterwards. The last program of a block of rows adds up the shares, in
+    order.
+    """
     share, block, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     layers = tl.num_programs(2)
     x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
     if ALIGNED:
         x_ptr = tl.multiple_of(x_ptr, 16)
         d, stride_xm, stride_xd = d // 8 * 8, stride_xm // 8 * 8, 1
-    local = block * ROWS + tl.arange(0, ROWS)
-    rows = start + local
+    local = tl.arange(0, ROWS)
+    rows = start + block * ROWS + local
     keep = rows < stop
     if MASKED:
         keep = keep & (tl.load(mask_ptr + rows, mask=keep, other=0) != 0)
@@ -187,76 +221,61 @@ def _project_kernel(
         acc = tl.dot(x.to(q.dtype), q, acc, input_precision="ieee")
         x_ptrs += tl.full((), COLUMNS, tl.int64) * stride_xd
         q_ptrs += COLUMNS * PADDED
-    target = ((layer * tl.num_programs(0) + share).to(tl.int64) * chunk + local)[:, None] * PADDED
-    tl.store(partial_ptr + target + padded[None, :], acc, mask=(local < chunk)[:, None])
-
-
-@triton.jit(
-    do_not_specialize=["start", "stop", "chunk", "splits", "index", "blocks"], do_not_specialize_on_alignment=FOREIGN
-)
-def _settle_kernel(
-    mask_ptr,  # (n,) bool
-    table_ptr,  # (3, layers) int64: addresses of x, shift and mask
-    partial_ptr,  # (layers, splits, chunk, PADDED) float32
-    shift_product_ptr,  # (layers, PADDED) float32
-    product_ptr,  # (layers, chunk, PADDED) in the dtype of the products
-    product_sum_ptr,  # (layers, blocks, PADDED) float32
-    start,
-    stop,
-    chunk,
-    splits,
-    index,
-    blocks,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    FOLD: tl.constexpr,
-    MASKED: tl.constexpr,
-    GROUPED: tl.constexpr,
-):
-    """P = Σ of its shares, in order, minus sᵀQ if FOLD; zero for rows left out. Also Σ P over these rows."""
-    block, layer = tl.program_id(0), tl.program_id(1)
-    if GROUPED and MASKED:
-        mask_ptr = tl.load(table_ptr + 2 * tl.num_programs(1) + layer).to(mask_ptr.dtype)
-    local, padded = block * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
-    keep = (start + local < stop) & (local < chunk)
-    if MASKED:
-        keep = keep & (tl.load(mask_ptr + start + local, mask=keep, other=0) != 0)
-    acc = tl.zeros((ROWS, PADDED), tl.float32)
-    for share in range(splits):
-        source = ((layer * splits + share).to(tl.int64) * chunk + local)[:, None] * PADDED + padded[None, :]
-        acc += tl.load(partial_ptr + source, mask=(local < chunk)[:, None], other=0.0)
+    splits, blocks = tl.num_programs(0), tl.num_programs(1)
+    index = layer.to(tl.int64) * blocks + block
+    offset = local[:, None] * PADDED + padded[None, :]
+    shares = partial_ptr + index * splits * ROWS * PADDED + offset
     if FOLD:
-        acc -= tl.load(shift_product_ptr + layer * PADDED + padded)[None, :]
-    product = tl.where(keep[:, None], acc, 0.0).to(product_ptr.dtype.element_ty)
-    target = (layer.to(tl.int64) * chunk + local)[:, None] * PADDED + padded[None, :]
-    tl.store(product_ptr + target, product, mask=(local < chunk)[:, None])
-    total = tl.sum(product.to(tl.float32), 0)
-    tl.store(product_sum_ptr + (layer.to(tl.int64) * blocks + index + block) * PADDED + padded, total)
+        if splits > 1:
+            tl.store(shares + share * ROWS * PADDED, acc)
+    else:
+        tl.store(shares + share * ROWS * PADDED, acc)
+    if arrives_last(counter_ptr + index, splits):
+        if FOLD:
+            if splits > 1:
+                acc = sum_of_shares(shares, splits, ROWS * PADDED, ROWS, PADDED)
+        else:  # whether or not there are others: Triton 3.2 does not survive a choice here
+            acc = sum_of_shares(shares, splits, ROWS * PADDED, ROWS, PADDED)
+        if FOLD:
+            acc -= tl.load(shift_product_ptr + layer * PADDED + padded)[None, :]
+        product = tl.where(keep[:, None], acc, 0.0).to(product_ptr.dtype.element_ty)
+        tl.store(product_ptr + index * ROWS * PADDED + offset, product)
+        tl.store(product_sum_ptr + index * PADDED + padded, tl.sum(product.to(tl.float32), 0))
 
 
 @triton.jit(
-    do_not_specialize=["start", "stop", "d", "stride_xm", "stride_xd", "chunk", "split_rows", "index", "parts"],
+    do_not_specialize=[
+        "chunk", "blocks", "d", "q", "stride_xm", "stride_xd", "stride_ym", "stride_yq", "split_rows", "start", "stop",
+        "sign",
+    ],
     do_not_specialize_on_alignment=FOREIGN,
-)
+)  # fmt: skip
 def _lift_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
     mask_ptr,  # (n,) bool
-    table_ptr,  # (3, layers) int64
+    table_ptr,  # (6, layers) int64
     product_ptr,  # (layers, chunk, PADDED)
-    y_ptr,  # (layers, row splits, d, PADDED) float32
-    sum_ptr,  # (layers, parts, d) float32
-    square_ptr,  # (layers, parts, column blocks) float32
-    count_ptr,  # (layers, parts) float32
-    start,
-    stop,
+    product_sum_ptr,  # (layers, blocks, PADDED) float32, for the blocks of the other kernel
+    y_ptr,  # (layers, column blocks, splits, COLUMNS, PADDED) float32
+    sum_ptr,  # (layers, splits, d) float32
+    square_ptr,  # (layers, column blocks, splits) float32
+    counter_ptr,  # (layers, column blocks + 1) int32
+    target_ptr,  # (d, q) float32
+    column_sum_ptr,  # (d,) float64
+    square_sum_ptr,  # () float64
+    chunk,
+    blocks,
     d,
+    q,
     stride_xm: tl.int64,
     stride_xd: tl.int64,
-    chunk,
+    stride_ym: tl.int64,
+    stride_yq: tl.int64,
     split_rows,
-    index,
-    parts,
+    start,
+    stop,
+    sign: tl.float32,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -265,13 +284,17 @@ def _lift_kernel(
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
     WAIT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FLUSH: tl.constexpr,
 ):
-    """Y += Xᵀ P (or Zᵀ P unless FOLD) and Σ z, Σ z², for one block of columns and one share of the rows.
+    """target += sign · Zᵀ P for the rows start … stop, and Σ z, Σ z² into the totals: a block of columns a program.
 
-    WAIT ends each product before more rows are copied (:func:`needs_wait`).
+    FOLD multiplies raw rows and subtracts s (Σ P)ᵀ afterwards. Where the rows are split, the last program of a block
+    of columns adds up the shares, in order; the last of these adds up the squares. WAIT ends each product before more
+    rows are copied (:func:`needs_wait`).
     """
     block, share, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    layers = tl.num_programs(2)
+    column_blocks, splits, layers = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
     if ALIGNED:
         x_ptr = tl.multiple_of(x_ptr, 16)
@@ -282,11 +305,11 @@ def _lift_kernel(
     first = start + share * split_rows
     last = tl.minimum(first + split_rows, stop)
     x_ptrs = x_ptr + (first + k).to(tl.int64)[None, :] * stride_xm + columns.to(tl.int64)[:, None] * stride_xd
-    p_ptrs = product_ptr + (layer.to(tl.int64) * chunk + share * split_rows + k)[:, None] * PADDED + padded[None, :]
+    p_rows = layer.to(tl.int64) * chunk + share * split_rows + k
+    p_ptrs = product_ptr + p_rows[:, None] * PADDED + padded[None, :]
     acc = tl.zeros((COLUMNS, PADDED), tl.float32)
     sums = tl.zeros((COLUMNS, ROWS), tl.float32)
     squares = tl.zeros((COLUMNS, ROWS), tl.float32)
-    count = tl.zeros((ROWS,), tl.float32)
     for row in range(first, last, ROWS):
         keep = k < last - row
         p = tl.load(p_ptrs, mask=keep[:, None], other=0.0)
@@ -296,7 +319,6 @@ def _lift_kernel(
         z = tl.where(inside[:, None] & keep[None, :], x.to(tl.float32) - shift[:, None], 0.0)
         sums += z
         squares += z * z
-        count += keep.to(tl.float32)
         if not FOLD:
             x = z
         acc = tl.dot(x.to(p.dtype), p, acc, input_precision="ieee")
@@ -307,53 +329,170 @@ def _lift_kernel(
             acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=True, pack=1)
         x_ptrs += tl.full((), ROWS, tl.int64) * stride_xm
         p_ptrs += ROWS * PADDED
-    target = ((layer * tl.num_programs(1) + share).to(tl.int64) * d + columns)[:, None] * PADDED + padded[None, :]
-    if start > 0:  # an earlier chunk has left its share here
-        acc += tl.load(y_ptr + target, mask=inside[:, None], other=0.0)
-    tl.store(y_ptr + target, acc, mask=inside[:, None])
-    part = layer.to(tl.int64) * parts + index + share
-    tl.store(sum_ptr + part * d + columns, tl.sum(sums, 1), mask=inside)
-    tl.store(square_ptr + part * tl.num_programs(0) + block, tl.sum(squares))
-    if block == 0:
-        tl.store(count_ptr + part, tl.sum(count))
-
-
-@triton.jit(
-    do_not_specialize=["d", "q", "splits", "stride_ym", "stride_yq", "sign"], do_not_specialize_on_alignment=FOREIGN
-)
-def _finish_kernel(
-    target_ptr,  # (d, q) float32
-    shift_ptr,  # (d,) float32
-    table_ptr,  # (2, layers) int64: addresses of the two above
-    y_ptr,  # (layers, splits, d, PADDED) float32
-    product_sum_ptr,  # (layers, PADDED) float32
-    d,
-    q,
-    splits,
-    stride_ym: tl.int64,
-    stride_yq: tl.int64,
-    sign: tl.float32,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    FOLD: tl.constexpr,
-    GROUPED: tl.constexpr,
-):
-    """target += sign · (Σ of the shares, in order, minus s (Σ P)ᵀ if FOLD)."""
-    block, layer = tl.program_id(0), tl.program_id(1)
-    if GROUPED:
-        target_ptr = tl.load(table_ptr + layer).to(target_ptr.dtype)
-        shift_ptr = tl.load(table_ptr + tl.num_programs(1) + layer).to(shift_ptr.dtype)
-    rows, padded = block * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
-    inside = (rows < d)[:, None] & (padded < q)[None, :]
-    acc = tl.zeros((ROWS, PADDED), tl.float32)
-    for share in range(splits):
-        source = ((layer * splits + share).to(tl.int64) * d + rows)[:, None] * PADDED + padded[None, :]
-        acc += tl.load(y_ptr + source, mask=inside, other=0.0)
+    index = layer.to(tl.int64) * column_blocks + block
+    sum_ptr += layer.to(tl.int64) * splits * d
+    square_ptr += layer * column_blocks * splits
+    counter_ptr += layer * (column_blocks + 1)
+    tl.store(sum_ptr + share.to(tl.int64) * d + columns, tl.sum(sums, 1), mask=inside)
+    tl.store(square_ptr + block * splits + share, tl.sum(squares))
+    own = y_ptr + (index * splits + share) * COLUMNS * PADDED
+    own += tl.arange(0, COLUMNS)[:, None] * PADDED + padded[None, :]
     if FOLD:
-        shift = tl.load(shift_ptr + rows, mask=rows < d, other=0.0)
-        acc -= shift[:, None] * tl.load(product_sum_ptr + layer * PADDED + padded)[None, :]
-    address = target_ptr + rows.to(tl.int64)[:, None] * stride_ym + padded.to(tl.int64)[None, :] * stride_yq
-    tl.store(address, tl.load(address, mask=inside) + sign * acc, mask=inside)
+        if splits > 1:
+            tl.store(own, acc)
+    else:
+        tl.store(own, acc)
+    if arrives_last(counter_ptr + block, splits):
+        target_ptr = target_pointer(target_ptr, table_ptr, 3, layer, layers, GROUPED)
+        product_sum_ptr += layer.to(tl.int64) * blocks * PADDED
+        shares = y_ptr + index * splits * COLUMNS * PADDED
+        for piece in tl.static_range(PADDED // FLUSH):
+            inner = piece * FLUSH + tl.arange(0, FLUSH)
+            source = shares + tl.arange(0, COLUMNS)[:, None] * PADDED + inner[None, :]
+            if FOLD:
+                part = piece_of(acc, piece, COLUMNS, PADDED, FLUSH)
+                if splits > 1:
+                    part = sum_of_shares(source, splits, COLUMNS * PADDED, COLUMNS, FLUSH)
+            else:
+                part = sum_of_shares(source, splits, COLUMNS * PADDED, COLUMNS, FLUSH)
+            if FOLD:
+                total = tl.zeros((FLUSH,), tl.float32)
+                for i in range(0, blocks, AT_ONCE):
+                    some = i + tl.arange(0, AT_ONCE)
+                    sums_of_p = product_sum_ptr + some[:, None] * PADDED + inner[None, :]
+                    total += tl.sum(tl.load(sums_of_p, mask=(some < blocks)[:, None], other=0.0), 0)
+                part -= shift[:, None] * total[None, :]
+            address = target_ptr + columns.to(tl.int64)[:, None] * stride_ym + inner.to(tl.int64)[None, :] * stride_yq
+            wanted = inside[:, None] & (inner < q)[None, :]
+            tl.store(address, tl.load(address, mask=wanted) + sign * part, mask=wanted)
+        column_sum_ptr = target_pointer(column_sum_ptr, table_ptr, 4, layer, layers, GROUPED)
+        add_column_sums(column_sum_ptr, sum_ptr, splits, columns, d, sign, COLUMNS)
+        if arrives_last(counter_ptr + column_blocks, column_blocks):
+            square_sum_ptr = target_pointer(square_sum_ptr, table_ptr, 5, layer, layers, GROUPED)
+            square = total_of(square_ptr, column_blocks * splits, COLUMNS)
+            tl.store(square_sum_ptr, tl.load(square_sum_ptr) + sign * square)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What rows are multiplied with.
+
+    Attributes:
+        matrix: (layers, d, padded), Q̃: the bases in the dtype of the products, padded by zero columns.
+        shift_product: (layers, padded) float32, sᵀQ̃.
+    """
+
+    matrix: Tensor
+    shift_product: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes + self.shift_product.nbytes
+
+
+def make_operand(
+    bases: list[Tensor],  # (d, q) float32 each, one pair of strides
+    shifts: list[Tensor],  # (d,) float32 each, contiguous
+    dtype: torch.dtype,  # of the rows
+    padded: int,
+) -> Operand:
+    """Prepare bases for rows of a dtype."""
+    (d, q), layers, grouped = bases[0].shape, len(bases), len(bases) > 1
+    matrix = bases[0].new_empty(layers, d, padded, dtype=torch.float32 if INTERPRETED else dtype)
+    shares = bases[0].new_empty(layers, triton.cdiv(d, PREPARE_ROWS), padded)
+    _prepare_kernel[(shares.shape[1], layers)](
+        bases[0], shifts[0], address_table(bases, shifts) if grouped else None, matrix, shares,
+        d, q, *bases[0].stride(), ROWS=PREPARE_ROWS, PADDED=padded, GROUPED=grouped, **launch_options(_prepare_kernel),
+    )  # fmt: skip
+    return Operand(matrix, shares.sum(1))
+
+
+class SubspaceUpdate:
+    """Updates of one kind: everything decided that does not change from one to the next.
+
+    Args:
+        x: (n, d), the rows of each layer; only how they are laid out is looked at.
+        layers: How many there are.
+        aligned: Whether every row can be read by 16-byte copies.
+        masked: Whether rows are left out.
+        target: (d, q), laid out as what rows are added to.
+        workspace: Of the device and stream.
+    """
+
+    def __init__(
+        self, x: Tensor, layers: int, *, aligned: bool, masked: bool, target: Tensor, workspace: Workspace
+    ) -> None:
+        (n, d), q, grouped = x.shape, target.shape[1], layers > 1
+        fold = aligned and x.dtype != torch.float32
+        self.padded = padded_columns(q, fold)
+        tile = choose_tile(x.dtype, aligned, self.padded)
+        plan = plan_subspace(n, d, layers, x.element_size(), tile, multiprocessors(x.device), l2_bytes(x.device))
+        self.operand_key = (x.dtype, self.padded)
+        self._chunks = [(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
+        blocks, columns = triton.cdiv(plan.chunk, tile.rows), triton.cdiv(d, tile.columns)
+        operand_dtype = torch.float32 if INTERPRETED else x.dtype
+
+        def shares(name: str, splits: int, size: int) -> Tensor:
+            return workspace.buffer(name, layers * splits * size * self.padded if splits > 1 or not fold else 1)
+
+        partial = shares("partial", plan.column_splits, plan.chunk)
+        y = shares("y", plan.row_splits, columns * tile.columns)
+        product = workspace.buffer("product", layers * plan.chunk * self.padded, operand_dtype)
+        product_sum = workspace.buffer("product_sum", layers * blocks * self.padded)
+        sums = workspace.buffer("sums", layers * plan.row_splits * d)
+        squares = workspace.buffer("squares", layers * plan.row_splits * columns)
+        counters = workspace.counters(layers * max(blocks, columns + 1))
+        self._project_buffers = partial, product, product_sum, counters
+        self._project_numbers = d, *x.stride(), plan.split_columns
+        self._lift_buffers = product, product_sum, y, sums, squares, counters
+        self._lift_numbers = plan.chunk, blocks, d, q, *x.stride(), *target.stride(), plan.split_rows
+
+        shape = {"COLUMNS": tile.columns, "PADDED": self.padded, "ALIGNED": aligned}
+        kind = {"FOLD": fold, "MASKED": masked, "GROUPED": grouped}
+        project = {"ROWS": tile.rows, **shape, **kind}
+        wait = needs_wait(architecture(x.device), fold)
+        lift = {"ROWS": tile.lift_rows, **shape, **kind, "WAIT": wait, **finish_constants(self.padded)}
+        project_grid, lift_grid = (plan.column_splits, blocks, layers), (columns, plan.row_splits, layers)
+        self._project = Launch(
+            lambda *arguments: _project_kernel[project_grid](
+                *arguments, **project, **launch_options(_project_kernel, tile.warps, tile.stages)
+            ),
+            project_grid,
+            project,
+        )
+        self._lift = Launch(
+            lambda *arguments: _lift_kernel[lift_grid](
+                *arguments, **lift, **launch_options(_lift_kernel, tile.warps, tile.stages)
+            ),
+            lift_grid,
+            lift,
+        )
+
+    def launch(
+        self,
+        rows: tuple[Tensor, Tensor, Tensor, Tensor | None],  # x, shift, mask (without one: anything), and the table
+        operand: Operand,
+        totals: tuple[Tensor, Tensor, Tensor],  # product, column_sum, square_sum
+        sign: float,
+        stream: int,
+    ) -> None:
+        """Two launches for every chunk of rows."""
+        for start, stop in self._chunks:
+            self._project(
+                stream, *rows, operand.matrix, operand.shift_product, *self._project_buffers, *self._project_numbers,
+                start, stop,
+            )  # fmt: skip
+            self._lift(stream, *rows, *self._lift_buffers, *totals, *self._lift_numbers, start, stop, sign)
+
+
+def finish_constants(padded: int) -> dict[str, int]:
+    """Of the end of :func:`_lift_kernel`: what is loaded and added at once, since all at once would spill."""
+    return {"AT_ONCE": SUMS_AT_ONCE, "FLUSH": padded if padded < MAX_COLUMNS else FLUSH_COLUMNS}
+
+
+def padded_columns(q: int, fold: bool) -> int:
+    """The columns that a basis of q columns is padded to."""
+    return max(MIN_COLUMNS, triton.next_power_of_2(q)) if fold or INTERPRETED else GENERIC_COLUMNS
 
 
 def accumulate_products_(
@@ -365,69 +504,31 @@ def accumulate_products_(
     shifts: list[Tensor],  # (d,) float32 each
     row_masks: list[Tensor] | None,  # (n,) bool each
     sign: float = 1.0,
+    workspace: Workspace | None = None,
 ) -> None:
     """Fold rows into the products of one or more layers, with one launch of each kernel a chunk.
 
-    Rows that are not aligned 16-bit rows go one layer at a time. All tensors are on the current device.
+    Rows that are not aligned 16-bit rows go one layer at a time. All tensors are on the current device. Without a
+    ``workspace`` of the current stream one is made.
     """
-    (n, d), q, layers, grouped = x[0].shape, bases[0].shape[1], len(x), len(x) > 1
-    rows = make_rows(x, shifts, row_masks)
-    fold = rows.aligned and x[0].dtype != torch.float32
-    if grouped and not fold:
+    layers, device = len(x), x[0].device
+    rows = make_rows(x, shifts, row_masks, products, column_sums, square_sums)
+    if layers > 1 and not (rows.aligned and x[0].dtype != torch.float32):
         for i in range(layers):
             one = slice(i, i + 1)
             mask = None if row_masks is None else row_masks[one]
             accumulate_products_(
-                products[one], column_sums[one], square_sums[one], x[one], bases[one], shifts[one], mask, sign
-            )
+                products[one], column_sums[one], square_sums[one], x[one], bases[one], shifts[one], mask, sign,
+                workspace,
+            )  # fmt: skip
         return
-    padded = max(MIN_COLUMNS, triton.next_power_of_2(q)) if fold or INTERPRETED else GENERIC_COLUMNS
-    tile = choose_tile(x[0].dtype, rows.aligned, padded)
-    plan = plan_subspace(n, d, layers, x[0].element_size(), tile, multiprocessors(x[0].device), l2_bytes(x[0].device))
-    chunks, settle_blocks = triton.cdiv(n, plan.chunk), triton.cdiv(plan.chunk, SETTLE_ROWS)
-    row_blocks, column_blocks = triton.cdiv(plan.chunk, tile.rows), triton.cdiv(d, tile.columns)
-    parts = chunks * plan.row_splits
-
-    operand = x[0].new_empty(layers, d, padded, dtype=torch.float32 if INTERPRETED else x[0].dtype)
-    workspace = shifts[0].new_empty
-    shift_product = workspace(layers, triton.cdiv(d, PREPARE_ROWS), padded)
-    _prepare_kernel[(shift_product.shape[1], layers)](
-        bases[0], rows.shifts[0], address_table(bases, rows.shifts) if grouped else None, operand, shift_product,
-        d, q, *bases[0].stride(), ROWS=PREPARE_ROWS, PADDED=padded, GROUPED=grouped,
-        **launch_options(_prepare_kernel),
+    update = SubspaceUpdate(
+        x[0], layers, aligned=rows.aligned, masked=rows.masks is not None, target=products[0],
+        workspace=workspace or Workspace(device),
     )  # fmt: skip
-    shift_product = shift_product.sum(1)
-
-    partial = workspace(layers, plan.column_splits, plan.chunk, padded)
-    product = operand.new_empty(layers, plan.chunk, padded)
-    product_sum = workspace(layers, chunks * settle_blocks, padded)
-    y = workspace(layers, plan.row_splits, d, padded)
-    totals = workspace(layers, parts, d), workspace(layers, parts, column_blocks), workspace(layers, parts)
-    kind = {"FOLD": fold, "MASKED": rows.masks is not None, "GROUPED": grouped}
-    shape = {"COLUMNS": tile.columns, "PADDED": padded, "ALIGNED": rows.aligned}
-    for index in range(chunks):
-        start, stop = index * plan.chunk, min((index + 1) * plan.chunk, n)
-        _project_kernel[(plan.column_splits, row_blocks, layers)](
-            *rows.pointers, operand, partial, start, stop, d, *x[0].stride(), plan.chunk, plan.split_columns,
-            ROWS=tile.rows, **kind, **shape, **launch_options(_project_kernel, tile.warps, tile.stages),
-        )  # fmt: skip
-        _settle_kernel[(settle_blocks, layers)](
-            rows.masks[0] if rows.masks else None, rows.table, partial, shift_product, product, product_sum,
-            start, stop, plan.chunk, plan.column_splits, index * settle_blocks, chunks * settle_blocks,
-            ROWS=SETTLE_ROWS, PADDED=padded, **kind, **launch_options(_settle_kernel),
-        )  # fmt: skip
-        _lift_kernel[(column_blocks, plan.row_splits, layers)](
-            *rows.pointers, product, y, *totals, start, stop, d, *x[0].stride(),
-            plan.chunk, plan.split_rows, index * plan.row_splits, parts,
-            ROWS=tile.lift_rows, WAIT=needs_wait(architecture(x[0].device), fold), **kind, **shape,
-            **launch_options(_lift_kernel, tile.warps, tile.stages),
-        )  # fmt: skip
-    _finish_kernel[(triton.cdiv(d, FINISH_ROWS), layers)](
-        products[0], rows.shifts[0], address_table(products, rows.shifts) if grouped else None, y,
-        product_sum.sum(1), d, q, plan.row_splits, *products[0].stride(), sign,
-        ROWS=FINISH_ROWS, PADDED=padded, FOLD=fold, GROUPED=grouped, **launch_options(_finish_kernel),
-    )  # fmt: skip
-    finish_totals_(column_sums, square_sums, *totals, tile.columns, sign)
+    operand = make_operand(bases, rows.shifts, x[0].dtype, update.padded)
+    first = x[0], rows.shifts[0], (rows.masks or x)[0], rows.table
+    update.launch(first, operand, (products[0], column_sums[0], square_sums[0]), sign, current_stream(device))
 
 
 def subspace_triton(
@@ -439,6 +540,7 @@ def subspace_triton(
     shift: Tensor,  # (d,) float32
     row_mask: Tensor | None,  # (...)
     sign: float,
+    workspace: Workspace | None = None,
 ) -> None:
     if x.numel() == 0:
         return
@@ -451,6 +553,58 @@ def subspace_triton(
             for first in range(0, max(basis.shape[1], 1), width):
                 part = slice(first, first + width)
                 accumulate_products_(
-                    [product[:, part]], [totals[0]], [totals[1]], [rows], [basis[:, part]], [shift], masks, sign
-                )
+                    [product[:, part]], [totals[0]], [totals[1]], [rows], [basis[:, part]], [shift], masks, sign,
+                    workspace,
+                )  # fmt: skip
                 totals = torch.zeros_like(column_sum), torch.zeros_like(square_sum)  # the first part has added them
+
+
+def add_rows_(
+    product: Tensor,  # (d, q) float32
+    column_sum: Tensor,  # (d,) float64
+    square_sum: Tensor,  # () float64
+    x: Tensor,  # (..., d)
+    sample: Sample,
+    row_mask: Tensor | None,  # (...)
+    sign: float,
+) -> None:
+    """:func:`subspace_triton` for rows of a kind that comes again: what it takes is found out once.
+
+    A kind is all that its tensors' shapes, strides and dtypes say; arguments are validated when it is new. Rows that
+    lie in one view, with a basis that is multiplied in one pass, take two launches a chunk and nothing else.
+    """
+    device = x.device
+    if device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            add_rows_(product, column_sum, square_sum, x, sample, row_mask, sign)
+        return
+    stream = current_stream(device)
+    workspace = workspace_of(device, stream)
+    key = "subspace", kind_of(x, row_mask, product)
+    try:
+        update = workspace.plans[key]
+    except KeyError:
+        update = _update_for(product, x, sample, row_mask, workspace)
+        workspace.keep(key, update)
+    if update is None:
+        subspace_triton(product, column_sum, square_sum, x, sample.basis, sample.shift, row_mask, sign, workspace)
+        return
+    operand = sample.operands.get(update.operand_key)
+    if operand is None:
+        operand = make_operand([sample.basis], [sample.shift], *update.operand_key)
+        sample.operands[update.operand_key] = operand
+    rows = x, sample.shift, x if row_mask is None else row_mask, None
+    update.launch(rows, operand, (product, column_sum, square_sum), sign, stream)
+
+
+def _update_for(
+    product: Tensor, x: Tensor, sample: Sample, row_mask: Tensor | None, workspace: Workspace
+) -> SubspaceUpdate | None:
+    """The update of rows of this kind; None where there is nothing to do, or it takes more than one."""
+    rows = one_view(x, sample.shift, row_mask, product)
+    if rows is None:
+        return None
+    aligned = make_rows([rows], [sample.shift], None).aligned
+    if product.shape[1] > (MAX_COLUMNS if aligned and x.dtype != torch.float32 else GENERIC_COLUMNS):
+        return None
+    return SubspaceUpdate(rows, 1, aligned=aligned, masked=row_mask is not None, target=product, workspace=workspace)

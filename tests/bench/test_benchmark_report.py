@@ -160,12 +160,22 @@ def test_the_committed_page_says_what_the_committed_results_say():
 
 
 def test_the_roofline_s_page_follows_from_the_gate_s_figures():
-    gate = json.loads(roofline.RECORDED.read_text())
-    page = roofline.page(gate)
+    gate, host = (json.loads(path.read_text(encoding="utf-8")) for path in (roofline.RECORDED, roofline.HOST))
+    page = roofline.page(gate, host)
     assert roofline.PAGE.read_text(encoding="utf-8") == page
-    assert "No figure on it was measured" in page
+    assert "No figure on it was measured on a GPU" in page
     gate["sm_90"]["project"] /= 2
-    assert roofline.page(gate) != page
+    assert roofline.page(gate, host) != page
+
+
+def test_a_batch_takes_as_long_as_the_slower_of_host_and_device():
+    gate, host = (json.loads(path.read_text(encoding="utf-8")) for path in (roofline.RECORDED, roofline.HOST))
+    rows = [line.split(" | ") for line in roofline.batch_table(gate, host)[4:]]
+    assert len(rows) == 9
+    for _, _, _, on_host, on_device, batch, set_by, _ in rows:
+        assert float(batch) == max(float(on_host), float(on_device))
+        assert set_by == ("host" if float(on_host) > float(on_device) else "device")
+    assert {row[6] for row in rows} == {"host", "device"}
 
 
 def test_no_result_names_its_machine():

@@ -35,6 +35,7 @@ class Chip:
     warps: int = 64
 
 
+PORT_BYTES = 64  # a clock, from the L2 cache to one multiprocessor, on every chip below
 SHARED_BYTES = 128  # a clock and multiprocessor, on every chip below
 SCHEDULERS = 4
 
@@ -119,7 +120,9 @@ def gram_update(n: int, d: int, layers: int, tile: GramTile, one: Pass, chip: Ch
     if plan.split:
         share_waves = -(-plan.split * plan.splits // chip.processors)
         seconds += share_waves * (loop(plan.split_rows) + 4 * area / own_l2)
-        seconds += plan.split * area * (4 * plan.splits / (chip.l2_bytes * chip.clock) + 8 / chip.memory)
+        port = PORT_BYTES * chip.clock  # of a tile's last program, beside those of the other split tiles
+        seconds += 4 * area * plan.splits / min(port, chip.l2_bytes * chip.clock / plan.split)
+        seconds += 8 * area / min(port, chip.memory / plan.split)
     rows_read = layers * 2 * n * d / chip.memory  # by the totals, which leave what fits in the L2 cache
     triangle = layers * d * (d + 1) / 2
     peak = n * triangle / (chip.processors * chip.multiply_adds * chip.clock)

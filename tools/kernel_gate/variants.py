@@ -77,13 +77,13 @@ class Variant:
         return compile_variant(self.kernel, self.architecture, signature, constants, frozenset(aligned), options)
 
     def _is_none(self, name: str) -> bool:
-        if name == "mask_ptr":
-            return self.name == "settle" and not self.flags["MASKED"]
         return name.endswith("table_ptr") and not self.flags.get("GROUPED")
 
     def _element(self, name: str) -> str:
         if name.endswith("table_ptr"):
             return "i64"
+        if name == "counter_ptr":
+            return "i32"
         if name in ("column_sum_ptr", "square_sum_ptr"):
             return "fp64"
         if name == "mask_ptr":
@@ -119,10 +119,6 @@ def gram_variants(architecture: str) -> Iterator[Variant]:
             constants = {**blocks, **flags, "COLUMNS": gram.FLUSH_COLUMNS, "PRECISION": precision, "UPCAST": False}
             shape = {"base16": base16, "warps": tile.warps, "stages": tile.stages, "tile": tile}
             yield make(gram._gram_kernel, architecture, dtype, constants, **shape)
-            if precision == "ieee":
-                yield make(
-                    gram._reduce_kernel, architecture, dtype, {**blocks, **flags, "ROWS": gram.REDUCE_ROWS}
-                )  # fmt: skip
     yield make(gram._mirror_kernel, architecture, "fp32", {"BLOCK": gram.MIRROR_BLOCK})
 
 
@@ -132,25 +128,19 @@ def subspace_variants(architecture: str) -> Iterator[Variant]:
             tile = subspace.choose_tile(DTYPES[dtype], flags["ALIGNED"], padded)
             shape = {"base16": base16, "warps": tile.warps, "stages": tile.stages, "tile": tile}
             constants = {**flags, "COLUMNS": tile.columns, "PADDED": padded}
-            small = {**flags, "PADDED": padded}
             yield make(subspace._project_kernel, architecture, dtype, {**constants, "ROWS": tile.rows}, **shape)
             wait = subspace.needs_wait(architecture, flags["FOLD"])
-            lift = {**constants, "ROWS": tile.lift_rows, "WAIT": wait}
+            lift = {**constants, "ROWS": tile.lift_rows, "WAIT": wait, **subspace.finish_constants(padded)}
             yield make(subspace._lift_kernel, architecture, dtype, lift, **shape)
-            yield make(subspace._settle_kernel, architecture, dtype, {**small, "ROWS": subspace.SETTLE_ROWS})
-            yield make(subspace._finish_kernel, architecture, dtype, {**small, "ROWS": subspace.FINISH_ROWS})
             if not flags["MASKED"]:
-                yield make(subspace._prepare_kernel, architecture, dtype, {**small, "ROWS": subspace.PREPARE_ROWS})
+                prepare = {**flags, "PADDED": padded, "ROWS": subspace.PREPARE_ROWS}
+                yield make(subspace._prepare_kernel, architecture, dtype, prepare)
 
 
 def totals_variants(architecture: str) -> Iterator[Variant]:
     for dtype, flags, base16 in row_kinds():
         block = {"ROWS": _triton.TOTALS_ROWS, "COLUMNS": _triton.TOTALS_COLUMNS, "STEP": _triton.TOTALS_STEP}
         yield make(_triton._totals_kernel, architecture, dtype, {**block, **flags}, base16=base16)
-    tiles = [subspace.GENERIC_TILE, *(subspace.choose_tile(torch.bfloat16, True, padded) for padded in PADDED)]
-    columns = {_triton.TOTALS_COLUMNS, *(tile.columns for tile in tiles)}
-    for grouped, column in product((False, True), sorted(columns)):
-        yield make(_triton._add_totals_kernel, architecture, "fp32", {"COLUMNS": column, "GROUPED": grouped})
 
 
 def eigen_variants(architecture: str) -> Iterator[Variant]:

@@ -13,7 +13,7 @@ from eva_kernels.streaming_svd import Statistic, SubspaceStatistic
 
 from ..adapters import LayerInput, LoraSite, Rows
 from .ending import ForwardEnd
-from .inputs import BatchShare, Call, DistinctInput, version_of
+from .inputs import UNSHARED, BatchShare, Call, DistinctInput, version_of
 from .restoring import without_autocast
 from .rows import RowMask, rows_of
 from .tensor_parallel import TensorParallel
@@ -97,7 +97,8 @@ class Capture:
         finally:
             self._live.clear()
         for entry in list(self.inputs):
-            for stream in [s for s in entry.streams if self._is_wanted(s) and entry.calls_made[s] < len(entry.calls)]:
+            count = len(entry.calls)
+            for stream in [s for s, made in entry.calls_made.items() if made < count and self._is_wanted(s)]:
                 self._split(entry, stream)
         for entry in self.inputs:
             entry.is_new = False
@@ -116,14 +117,18 @@ class Capture:
             entry.forget_calls()
 
     def _hook(self, site: int) -> Callable[..., None]:
+        name, inputs, first = self.sites[site].name, self.sites[site].inputs, self.streams_of[site].start
+
+        # Called for every layer of every batch: on a GPU its time, and that of what it calls, is the host's.
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if site not in self.wanted or (self._only is not None and not self._only):
+            only = self._only
+            if site not in self.wanted or (only is not None and not only):
                 return
-            self.end.called(self.sites[site].name)
+            self.end.called(name)
             self._num_calls += 1
-            for given in self.sites[site].inputs(args, kwargs):
-                stream = self.streams_of[site][given.part]
-                if self._only is None or stream in self._only:
+            for given in inputs(args, kwargs):
+                stream = first + given.part
+                if only is None or stream in only:
                     self._fold(stream, given)
 
         return hook
@@ -137,17 +142,25 @@ class Capture:
         if entry is None:
             entry = self._join_or_create(stream, given)
         index = entry.calls_made[stream]
-        if index < len(entry.calls) and not entry.calls[index].is_same(x):
+        if index < len(entry.calls):
+            call = entry.calls[index]
+            if call.is_same(x):
+                entry.calls_made[stream] = index + 1
+                call.taken()
+                return
             entry = self._split(entry, stream)
-        if index == len(entry.calls):
-            if self._num_calls > self._num_repeated:
-                self._accumulate(entry, stream, given)
-            shared = len(entry.streams) > 1
-            entry.calls.append(Call(weakref.ref(x), version_of(x), given if shared else None))
-            self._live[self._key(stream, x)] = (entry, index)
+        if self._num_calls > self._num_repeated:
+            self._accumulate(entry, stream, given)
+        if entry.is_new or len(entry.streams) > 1:
+            all_wanted = len(self.wanted) == len(self.sites)
+            waiting = (len(entry.streams) if all_wanted else sum(map(self._is_wanted, entry.streams))) - 1
+            call = Call(weakref.ref(x), version_of(x), waiting, given if waiting > 0 else None)
+        else:
+            call = UNSHARED
+        entry.calls.append(call)
         entry.calls_made[stream] = index + 1
-        if entry.calls[index].held is not None:
-            self._release(entry)
+        if entry.is_new:
+            self._live[self._key(stream, x)] = (entry, index)
 
     def _key(self, stream: int, x: Tensor) -> tuple[int, Rows | None]:
         return id(x), self.sites[self.site_of[stream]].rows
@@ -182,33 +195,37 @@ class Capture:
 
     def _accumulate(self, entry: DistinctInput, stream: int, given: LayerInput, *, sign: int = 1) -> None:
         site, rows_mask, kind = self.sites[self.site_of[stream]], self._mask, ""
-        x, rows = given.tensor, site.rows
+        x, rows, tokens = given.tensor, site.rows, given.tokens
         if x.requires_grad:
             x = x.detach()
         nested = x.is_nested
         if nested:
             x = rows_of(x, site.name)
         if self.parallel is not None:
-            x, kind = self.parallel.part(site, x) if rows is None and given.tokens is None else (x, "replica")
+            x, kind = self.parallel.part(site, x) if rows is None and tokens is None else (x, "replica")
             if kind == "block" and (self._mask.skip_nonfinite or not isinstance(entry.statistic, SubspaceStatistic)):
                 # A Gram matrix needs every two features together, and a row is left out for any of them.
                 x, kind = self.parallel.whole(x), "replica"
             if kind == "replica" and self.parallel.rank:
                 return
             rows_mask = self.parallel.tokens(rows_mask) if kind == "tokens" else rows_mask
-        shape = tuple(x.shape)
+        shape, device = tuple(x.shape), x.device
         width = rows.width if rows is not None else shape[-1] if shape else 0
         if width != site.in_features and kind != "block":
             raise ValueError(f"layer {site.name}: expected an input of width {site.in_features}, got shape {shape}")
         layout = given.batch or (shape[:-1] if rows is None else rows.shape(x))
-        made = x if given.tokens is None else given.of
-        mask, num_rows = rows_mask.of_rows(layout, x.device, site.name, nested=nested, made=made)
+        made = x if tokens is None else given.of
+        mask, num_rows = rows_mask.of_rows(layout, device, site.name, nested=nested, made=made)
         entry.batch_rows += sign * num_rows
         tick = time.perf_counter()
-        with without_autocast(x.device):
-            for piece, part, count in _pieces(x, rows, mask, num_rows, given.tokens):
-                part, count = self._mask.finite(piece, part, count, site.name)
-                self._take_in(entry, piece, part, count, sign, kind)
+        with without_autocast(device):
+            if rows is None and tokens is None:
+                mask, num_rows = self._mask.finite(x, mask, num_rows, site.name)
+                self._take_in(entry, x, mask, num_rows, sign, kind)
+            else:
+                for piece, part, count in _pieces(x, rows, mask, tokens):
+                    part, count = self._mask.finite(piece, part, count, site.name)
+                    self._take_in(entry, piece, part, count, sign, kind)
         self.seconds += time.perf_counter() - tick
 
     def _take_in(self, entry: DistinctInput, x: Tensor, mask: Tensor | None, count: int, sign: int, kind: str) -> None:
@@ -246,11 +263,11 @@ class Capture:
                     "but it was edited in place between them; run with share_inputs=False"
                 )
             self._accumulate(own, stream, call.held, sign=-1)
+            call.taken()
         entry.streams.remove(stream)
         del entry.calls_made[stream]
         self.inputs.append(own)
         self.input_of[stream] = own
-        self._release(entry)
         return own
 
     def part_(self, entry: DistinctInput, streams: list[int]) -> None:
@@ -265,24 +282,14 @@ class Capture:
             self.input_of[stream] = own
         self.inputs.append(own)
 
-    def _release(self, entry: DistinctInput) -> None:
-        """Let go of the tensors that every layer still wanted has been called with."""
-        counts = [count for stream, count in entry.calls_made.items() if self._is_wanted(stream)]
-        for call in entry.calls[: min(counts, default=None)]:
-            call.held = None
-
 
 def _pieces(
     x: Tensor,
     rows: Rows | None,
     mask: Tensor | None,
-    num_rows: int,
     tokens: Tensor | None,
 ) -> Iterator[tuple[Tensor, Tensor | None, int]]:
     """What of an input is folded in at a time, the mask of its rows, and how many count."""
-    if rows is None and tokens is None:
-        yield x, mask, num_rows
-        return
     start = 0
     for piece in [x] if rows is None else rows.pieces(x):
         part = None

@@ -1,6 +1,6 @@
 """Plain records of a pass: its distinct inputs, what a forward calls them with, and what of a batch is run here."""
 
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from eva_kernels.streaming_svd import Sketch, Statistic
 
 from ..adapters import LayerInput
 
-__all__ = ["BatchShare", "Call", "DistinctInput", "version_of"]
+__all__ = ["UNSHARED", "BatchShare", "Call", "DistinctInput", "version_of"]
 
 
 def version_of(x: Tensor) -> int | None:
@@ -17,16 +17,26 @@ def version_of(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """One tensor that an input was called with in the current forward."""
 
-    tensor: "weakref.ref[Tensor]"
+    tensor: "Callable[[], Tensor | None]"  # a weak reference
     version: int | None
-    held: LayerInput | None  # kept alive only until every layer that shares the input has been called with it
+    waiting: int = 0  # layers that share the input, are wanted and have not been called with it yet
+    held: LayerInput | None = None  # kept alive as long as there are such layers
 
     def is_same(self, x: Tensor) -> bool:
         return self.tensor() is x and self.version is not None and self.version == version_of(x)
+
+    def taken(self) -> None:
+        """One of the layers that were waited for has been called with it, or shares the input no longer."""
+        self.waiting -= 1
+        if self.waiting <= 0:
+            self.held = None
+
+
+UNSHARED = Call(lambda: None, None)  # stands for a tensor that no other layer will ask after
 
 
 @dataclass

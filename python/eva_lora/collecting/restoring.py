@@ -14,6 +14,7 @@ _FLAGS = ("training", "gradient_checkpointing", "use_nested_tensor")  # the seco
 _HOOK_TABLES = [name for name in vars(nn.Module()) if "_hooks" in name and ("_forward" in name or "_backward" in name)]
 _OWN = frozenset(vars(nn.Module()))
 _ABSENT = object()
+_NOTHING = nullcontext()
 
 
 def attributes(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -71,7 +72,7 @@ def borrowed(outline: ModelOutline) -> Iterator[None]:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Within it no product is rounded to the caller's autocast dtype: the statistics need every bit of theirs."""
     # Entered for every input of every batch, where more than this question would be felt.
-    return _autocast_off(device) if torch._C._is_any_autocast_enabled() else nullcontext()
+    return _autocast_off(device) if torch._C._is_any_autocast_enabled() else _NOTHING
 
 
 @contextmanager

@@ -100,6 +100,10 @@ class RowMask:
     encoder_rows: tuple[int, ...] | None = None
     rules: dict[str, set[str]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    # What was found for rows of a shape, on a device, of a layer of which that much was known: many are alike.
+    _found: dict[tuple[Any, ...], tuple[str, Tensor | None, int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.mask is not None:
@@ -157,6 +161,13 @@ class RowMask:
             ValueError: encoder and decoder rows have the same shape, and nothing told them apart; or the rows
                 lie (tokens, batch), and those of an earlier batch (batch, tokens), or the other way round.
         """
+        layouts, key = self.memory.layouts, (rows, device, self.memory.layouts.get(site), self.memory.origins.get(site))
+        # Of flat rows, and in a forward that is looked at, the tensor itself decides.
+        plain = self.decoder is None and self.origins is None and not nested and len(rows) > 1
+        if plain and not self.astray and key in self._found:
+            rule, mask, count = self._found[key]
+            self.rules.setdefault(site, set()).add(rule)
+            return mask, count
         kind = self._origin(made, site)
         side = self if self.decoder is None else self._side(rows, site, kind)
         layout, rule = side._layout(rows, site, self.astray, nested, made), side.rule
@@ -171,11 +182,14 @@ class RowMask:
                 rule = IN_NO_KNOWN_ORDER
             else:
                 own = side.frames if layout == FRAMES else _laid_out(side.mask, layout, rows)
-                if self.memory.layouts.get(site) == SQUARE and layout in (TOKENS, FLAT):
+                if layouts.get(site) == SQUARE and layout in (TOKENS, FLAT):
                     rule += ASSUMED
         self.rules.setdefault(site, set()).add(rule)
         count = math.prod(rows) if own is None else side._count(own)
-        return None if own is None or count == own.numel() else own.to(device), count
+        mask = None if own is None or count == own.numel() else own.to(device)
+        if plain and not self.astray and layouts.get(site) == key[2]:  # nothing was learnt that would be missed
+            self._found[key] = rule, mask, count
+        return mask, count
 
     def _origin(self, made: Tensor | None, site: str) -> int:
         """Which kinds of fields rows were seen to be made of, as :meth:`Origins.of` says it. Remembered by layer."""

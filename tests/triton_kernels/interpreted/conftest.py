@@ -13,4 +13,9 @@ def nan_workspaces(monkeypatch):
     import torch
 
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
+
+    def unwritten(*args, **kwargs):
+        made = new_empty(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
