@@ -35,8 +35,9 @@ from eva_kernels import GramStatistic, Statistic, SubspaceStatistic
 from eva_lora import EvaConfig
 from eva_lora.adapters import ModelOutline, find_adapter
 from eva_lora.collecting.forwards import Forwards
-from eva_lora.collecting.masks import RowMask, row_mask
+from eva_lora.collecting.masks import row_mask
 from eva_lora.collecting.restoring import borrowed
+from eva_lora.collecting.rows import RowMask
 from eva_lora.collecting.run import Run
 from harness.machine import processor
 from null_device import Launches, null_device

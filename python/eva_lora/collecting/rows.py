@@ -166,7 +166,7 @@ class RowMask:
         plain = self.decoder is None and self.origins is None and not nested and len(rows) > 1
         if plain and not self.astray and key in self._found:
             rule, mask, count = self._found[key]
-            self.rules.setdefault(site, set()).add(rule)
+            self._choose(site, rule)
             return mask, count
         kind = self._origin(made, site)
         side = self if self.decoder is None else self._side(rows, site, kind)
@@ -184,12 +184,18 @@ class RowMask:
                 own = side.frames if layout == FRAMES else _laid_out(side.mask, layout, rows)
                 if layouts.get(site) == SQUARE and layout in (TOKENS, FLAT):
                     rule += ASSUMED
-        self.rules.setdefault(site, set()).add(rule)
+        self._choose(site, rule)
         count = math.prod(rows) if own is None else side._count(own)
         mask = None if own is None or count == own.numel() else own.to(device)
         if plain and not self.astray and layouts.get(site) == key[2]:  # nothing was learnt that would be missed
             self._found[key] = rule, mask, count
         return mask, count
+
+    def _choose(self, site: str, rule: str) -> None:
+        if site in self.rules:
+            self.rules[site].add(rule)
+        else:
+            self.rules[site] = {rule}
 
     def _origin(self, made: Tensor | None, site: str) -> int:
         """Which kinds of fields rows were seen to be made of, as :meth:`Origins.of` says it. Remembered by layer."""
