@@ -29,7 +29,8 @@ class LayerInput:
         tokens: (n,) int64, for each row the index of the token it is, in a batch of shape ``batch``. None:
             the rows are laid out as the batch's tokens are.
         batch: Shape of the batch that ``tokens`` counts in.
-        of: The batch's tokens, (*batch, d), if ``tokens`` counts in them: what is known of their order is known of it.
+        of: The batch's tokens, ``(*batch, d)``, if ``tokens`` counts in them: what is known of their order is known of
+            that of the rows.
     """
 
     tensor: Tensor
