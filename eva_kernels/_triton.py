@@ -2,7 +2,6 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import os
-import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,6 @@ FOREIGN = [
     "shift_ptr", "mask_ptr", "g_ptr", "basis_ptr", "column_sum_ptr", "square_sum_ptr", "target_ptr",
 ]  # fmt: skip
 CONSTANTS_TOO = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # a compiled kernel is called with them
-MAX_PLANS = 256  # kept of one device and stream; batches of ever new lengths would fill it
 TOTALS_ROWS, TOTALS_COLUMNS, TOTALS_STEP = 256, 128, 16  # of one program's float32 sums, and rows a pass
 WARPS, STAGES = 4, 3  # of a launch that names none
 # Where lanes of a warp hold the same sum and store it to one place, products must not be fused with additions: lanes
@@ -110,58 +108,6 @@ def launch_options(kernel: Any, warps: int = WARPS, stages: int = STAGES) -> dic
     """What a launch of ``kernel`` gives the compiler, beside its arguments. Every launch states all of it, since
     defaults differ between versions of Triton and between makers of GPUs."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel.fn.__name__ not in UNFUSED}
-
-
-class Workspace:
-    """Scratch memory for launches that follow one another on one device and stream, and what is known of them.
-
-    A buffer has a name, grows and never shrinks. What programs count their arrivals with is zero whenever no launch is
-    under way.
-
-    Attributes:
-        plans: By everything that decides it, how an update is launched. A plan holds buffers: where one has to grow,
-            all plans are forgotten.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.plans = device, dict[Hashable, Any]()
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._origin = torch.empty(0, dtype=torch.float32, device=device)
-
-    def buffer(self, name: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:  # (size or more,)
-        """Memory that holds anything."""
-        return self._held(name, size, dtype, self._origin.new_empty)
-
-    def counters(self, size: int) -> Tensor:  # (size or more,) int32
-        """Memory that holds zeros, and must again when a launch is over."""
-        return self._held("counters", size, torch.int32, self._origin.new_zeros)
-
-    def _held(self, name: str, size: int, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:
-        held = self._buffers.get((name, dtype))
-        if held is None or held.numel() < size:
-            self._buffers[name, dtype] = held = make(size, dtype=dtype)
-            self.plans.clear()
-        return held
-
-    def keep(self, key: Hashable, plan: Any) -> None:
-        """Remember a plan."""
-        if len(self.plans) >= MAX_PLANS:
-            self.plans.clear()
-        self.plans[key] = plan
-
-
-_OWN = threading.local()  # launches of two threads may come between each other, and so share nothing
-
-
-def workspace_of(device: torch.device, stream: int) -> Workspace:
-    """This thread's workspace for launches on a device's stream."""
-    owned: dict[tuple[torch.device, int], Workspace] | None = getattr(_OWN, "workspaces", None)
-    if owned is None:
-        owned = _OWN.workspaces = {}
-    workspace = owned.get((device, stream))
-    if workspace is None:
-        workspace = owned[device, stream] = Workspace(device)
-    return workspace
 
 
 def current_stream(device: torch.device) -> int:

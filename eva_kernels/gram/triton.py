@@ -19,7 +19,6 @@ from .._triton import (
     TOTALS_ROWS,
     TOTALS_STEP,
     Launch,
-    Workspace,
     _totals_kernel,
     architecture,
     arrives_last,
@@ -33,8 +32,8 @@ from .._triton import (
     piece_of,
     row_pointers,
     target_pointer,
-    workspace_of,
 )
+from .._workspace import Workspace, workspace_of
 
 FLUSH_COLUMNS = 32  # columns of a tile flushed at a time: more of them spill
 MIRROR_BLOCK = 64
@@ -473,7 +472,7 @@ def add_rows_(
         return
     stream = current_stream(device)
     workspace = workspace_of(device, stream)
-    key = "gram", kind_of(x, row_mask, gram), dot_precision(x.dtype)
+    key = "gram", kind_of(x, row_mask, gram), dot_precision(x.dtype), shift.is_contiguous()
     try:
         update = workspace.plans[key]
     except KeyError:

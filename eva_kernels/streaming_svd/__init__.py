@@ -1,5 +1,6 @@
 """Streaming singular value decomposition of rows that are seen once and never kept."""
 
+from .._workspace import release_workspaces
 from .gram_statistic import GramStatistic
 from .refresh import Refreshed, finish_, refresh_
 from .statistics import Sketch, Statistic, bring_home_
@@ -14,4 +15,5 @@ __all__ = [
     "bring_home_",
     "finish_",
     "refresh_",
+    "release_workspaces",
 ]

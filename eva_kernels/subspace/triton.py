@@ -19,7 +19,6 @@ from .._triton import (
     FOREIGN,
     INTERPRETED,
     Launch,
-    Workspace,
     add_column_sums,
     address_table,
     architecture,
@@ -35,8 +34,8 @@ from .._triton import (
     row_pointers,
     target_pointer,
     total_of,
-    workspace_of,
 )
+from .._workspace import Workspace, workspace_of
 from .sample import Sample
 
 PREPARE_ROWS = 32  # rows of Q one program converts

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import nn
 
+from eva_kernels.streaming_svd import release_workspaces
+
 from ..adapters import ModelOutline, same_generators, wrapped
 
 __all__ = ["attributes", "borrowed", "without_autocast"]
@@ -49,10 +51,11 @@ def borrowed(outline: ModelOutline) -> Iterator[None]:
     Afterwards, also after an exception or Ctrl-C, these are what they were, whatever the loader or a ``forward_fn``
     did to them: every module's training flag, gradient checkpointing flag and (unless the model is compiled or
     wrapped) hooks; the grad and autocast modes; the global random generators, torch's (also of the model's GPUs),
-    Python's and NumPy's.
+    Python's and NumPy's. The kernels' scratch memory is let go.
     """
     devices = {parameter.device for parameter in outline.parameters}
     with ExitStack() as stack:
+        stack.callback(release_workspaces)
         stack.callback(_modes(devices))
         stack.enter_context(same_generators(devices))
         stack.callback(_module_flags(outline.modules))

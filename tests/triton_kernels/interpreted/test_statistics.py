@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from eva_kernels import GramStatistic, SubspaceStatistic
-from eva_kernels._triton import Workspace, current_stream, workspace_of
-from eva_kernels.streaming_svd import refresh_
+from eva_kernels._triton import current_stream
+from eva_kernels._workspace import Workspace, workspace_of
+from eva_kernels.gram import gram_accumulate_, gram_add_
+from eva_kernels.streaming_svd import refresh_, release_workspaces
 
 CPU = torch.device("cpu")
 LAYOUTS = {
@@ -111,6 +113,34 @@ def test_a_buffer_that_grows_forgets_the_plans_that_hold_it():
     assert workspace.plans
     assert workspace.buffer("y", 11).numel() == 11
     assert not workspace.plans
+
+
+def test_scratch_memory_is_let_go():
+    x = torch.randn(20, 24, generator=torch.Generator().manual_seed(0))
+    kept, released = (SubspaceStatistic(24, 6, impl="triton") for _ in range(2))
+    for statistic in (kept, released):
+        for _ in range(2):
+            statistic.accumulate_(x)
+            if statistic is released:
+                before = workspace_of(CPU, current_stream(CPU))
+                release_workspaces()
+                assert workspace_of(CPU, current_stream(CPU)) is not before
+    assert torch.equal(kept.pending, released.pending)
+
+
+def test_a_shift_that_is_strided_is_read_as_it_lies():
+    """Also where the same kind of rows came with a contiguous one before."""
+    x = torch.randn(20, 24, generator=torch.Generator().manual_seed(0))
+    shift = torch.arange(48.0)[::2]
+    targets = [[torch.zeros(24, 24), torch.zeros(24).double(), torch.zeros(()).double()] for _ in range(2)]
+    gram_add_(*targets[0], x, shift.contiguous(), impl="triton")
+    for target in targets[0]:
+        target.zero_()
+    gram_add_(*targets[0], x, shift, impl="triton")
+    gram_accumulate_(*targets[1], x, shift.contiguous(), impl="triton")
+    assert torch.equal(targets[0][0].tril(), targets[1][0].tril())
+    assert torch.equal(targets[0][1], targets[1][1])
+    assert torch.equal(targets[0][2], targets[1][2])
 
 
 def test_threads_share_nothing():
