@@ -1,11 +1,13 @@
 """What eva_initialize leaves as it was: generators, the caller's objects, flags and hooks; everything if it fails."""
 
 import copy
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
 
+from eva_kernels._workspace import workspace_of
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
 from support.models import LINEARS, initialise, lora, tiny_llama, token_batches
 
@@ -34,6 +36,21 @@ def test_the_callers_objects_are_untouched():
     initialise(model, batches)
     assert vars(handed_in) == described
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, kept, strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_scratch_memory_of_kernels_is_let_go(fails):
+    def forward(inner, batch):
+        inner(**batch)
+        kept.append(workspace_of(torch.device("cpu"), 0))
+        if fails:
+            raise KeyboardInterrupt
+
+    kept = []
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        eva_initialize(lora(tiny_llama()), token_batches(), progress=False, forward_fn=forward)
+    assert all(workspace is kept[0] for workspace in kept)  # kept from batch to batch
+    assert workspace_of(torch.device("cpu"), 0) is not kept[0]
 
 
 def test_flags_hooks_and_switches_are_restored_after_success_and_failure():
