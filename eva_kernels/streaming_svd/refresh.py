@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .._double import double, like
 from .._transfer import sent
+from ..convergence import Comparison
 from ..orthonormal import orthonormalize, orthonormalize_by_cholesky
 from ..symmetric_eigen import symmetric_eigen
+from .comparing import comparison_runs, start_comparison
 from .core import extract_core, refresh_core_runs
 from .statistics import Statistic, bring_home_
 
@@ -140,9 +142,14 @@ def _refresh_by_core_(statistics: Sequence[Statistic], indices: list[int]) -> di
 def _refresh_(statistics: Sequence[Statistic], group: list[list[int]]) -> dict[int, Refreshed]:
     """Refresh some of the statistics, each list of indices of one kind and shape; the host waits once for all."""
     extractions = [_extract(indices, [statistics[i] for i in indices]) for indices in group]
+    previous = [basis for e in extractions for basis in e.past.basis.unbind()]
+    current = [basis for e in extractions for basis in e.basis.unbind()]
+    comparison = start_comparison(previous, current) if comparison_runs(current) else None
     host = _on_host([torch.cat([e.evidence.flatten(1), e.status[:, None].double()], 1) for e in extractions])
     status = [rows[:, -1].astype(int) for rows in host]
     evidence = [rows[:, :-1] for rows in host]
+    if comparison is not None:
+        _take_(evidence, comparison.result())
     oblique = [np.flatnonzero(each >= OBLIQUE) for each in status]
     for certain in (False, True):
         some = [i for i, which in enumerate(oblique) if which.size]
@@ -156,6 +163,16 @@ def _refresh_(statistics: Sequence[Statistic], group: list[list[int]]) -> dict[i
     for extraction, its_status, its_evidence in zip(extractions, status, evidence, strict=True):
         results.update(zip(extraction.indices, _adopt_(extraction, its_status, its_evidence), strict=True))
     return results
+
+
+def _take_(evidence: list[npt.NDArray[np.float64]], compared: Comparison) -> None:  # (b, 4 q) each
+    """Put cosines and overlaps that bases were compared by in the place of those that the refresh's algebra found."""
+    first = 0
+    for rows in evidence:
+        b, q = len(rows), rows.shape[1] // 4
+        rows[:, :q] = np.minimum(compared.cosines[first : first + b, :q], 1)
+        rows[:, q : 2 * q] = compared.overlaps[first : first + b, :q]
+        first += b
 
 
 def _on_host(parts: list[Tensor]) -> list[npt.NDArray[np.float64]]:  # (n, m) each, float64

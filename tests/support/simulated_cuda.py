@@ -135,6 +135,7 @@ class SimulatedCuda(SimulatedDevice):
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "get_rng_state", lambda device="cuda": states.get(str(device), torch.zeros(16).byte())),
             (torch.cuda, "set_rng_state", lambda state, device="cuda": states.update({str(device): state})),
+            (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             (torch.cuda, "get_device_name", lambda device=None: "a device that is not there"),
             (torch.cuda, "get_device_capability", lambda device=None: (7, 5)),
             (Tensor, "is_pinned", lambda tensor, device=None: self._is_pinned(tensor)),
