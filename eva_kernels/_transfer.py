@@ -21,5 +21,5 @@ def sent(
     if device.type != "cuda" or not is_plain:
         return x.to(device)
     if not x.is_pinned() and x.nbytes <= STAGED_BYTES:
-        x = torch.empty_like(x, pin_memory=True).copy_(x)
+        x = x.pin_memory()
     return x.to(device, non_blocking=True)

@@ -60,8 +60,8 @@ def waits(device, call):
         (1, lambda x, here: here.to(x.device)),
         (1, lambda x, here: here.to(x.device, non_blocking=True)),
         (1, lambda x, here: x.copy_(here)),
-        (0, lambda x, here: torch.empty_like(here, pin_memory=True).copy_(here).to(x.device, non_blocking=True)),
-        (1, lambda x, here: torch.empty_like(here, pin_memory=True).copy_(here).to(x.device)),
+        (0, lambda x, here: here.pin_memory().to(x.device, non_blocking=True)),
+        (1, lambda x, here: here.pin_memory().to(x.device)),
         (1, lambda x, here: torch.linalg.eigh(x.mT @ x)),
     ],
 )  # fmt: skip

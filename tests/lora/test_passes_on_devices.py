@@ -10,11 +10,11 @@ import torch
 
 from eva_kernels._double import home_of
 from eva_lora import EvaConfig, collect, compare, eva_initialize
-from support.bounds import EXACT_CAPTURES, SUMMARY_CAPTURES, UNIT_ROUNDOFF, gamma, orthonormality
+from support.bounds import EXACT_CAPTURES, SUMMARY_CAPTURES, gamma, orthonormality
+from support.captures import exactly, require_as_much
 from support.models import (
     captured_share,
     initialise,
-    layer_inputs,
     load_minilm,
     lora,
     lora_a_of,
@@ -64,25 +64,7 @@ def minilm():
     torch.manual_seed(0)
     model = lora(plain_attention(load_minilm()), r=RANK, target_modules=LINEARS)
     batches = [{name: tensor[:8, :64] for name, tensor in batch.items()} for batch in minilm_text_batches()[:3]]
-    exact = {name: scatter(rows) for name, rows in layer_inputs(model, batches).items()}
-    return model, batches, {name: (c, torch.linalg.eigvalsh(c)[-RANK:].sum()) for name, c in exact.items()}
-
-
-def lost_to_float32(covariance, best):
-    """What share of the variance rounding A loses at most. Rows that were orthonormal leave their span by u √r in norm,
-    and |tr (P − P')C| ≤ ‖P − P'‖ ‖C‖, with projectors that are √2 times as far apart.
-    """
-    return (2 * RANK) ** 0.5 * UNIT_ROUNDOFF[torch.float32] * float(covariance.norm() / best)
-
-
-def missed(model, exact):
-    """Of the variance that A of each layer could capture, the share that it does not."""
-    shares = []
-    for name, a in lora_a_of(model).items():
-        covariance, best = exact[name]
-        basis = torch.linalg.qr(a.cpu().double().T).Q
-        shares.append(1 - float(torch.trace(basis.T @ covariance @ basis) / best))
-    return shares
+    return model, batches, exactly(model, batches, RANK)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +80,7 @@ def test_a_pass_on_minilm_misses_no_more_than_twice_what_it_misses_on_the_cpu(op
     report = eva_initialize(there, batches, config, progress=False)
     assert all(a.device == simulated.device for a in lora_a_of(there).values())
     assert report.num_batches == 3
-    for ours, theirs, layer in zip(missed(there, exact), missed(here, exact), exact.values(), strict=True):
-        assert ours <= 2 * theirs + lost_to_float32(*layer)
+    require_as_much(lora_a_of(there), lora_a_of(here), exact, RANK)
 
 
 @pytest.mark.parametrize(

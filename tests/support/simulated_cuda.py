@@ -138,6 +138,7 @@ class SimulatedCuda(SimulatedDevice):
             (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             (torch.cuda, "get_device_name", lambda device=None: "a device that is not there"),
             (torch.cuda, "get_device_capability", lambda device=None: (7, 5)),
+            (Tensor, "pin_memory", lambda tensor, device=None: self._pin_(tensor.clone())),
             (Tensor, "is_pinned", lambda tensor, device=None: self._is_pinned(tensor)),
             (_dispatch, "HAS_TRITON", True),
             (subspace, "_kernels", lambda: SimpleNamespace(add_rows_=_add_to_product_)),
@@ -179,7 +180,9 @@ class SimulatedCuda(SimulatedDevice):
     def _elsewhere(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not kwargs.get("pin_memory"):
             return func(*args, **kwargs)
-        made = func(*args, **{**kwargs, "pin_memory": False})
+        return self._pin_(func(*args, **{**kwargs, "pin_memory": False}))
+
+    def _pin_(self, made: Tensor) -> Tensor:
         self._pinned.append(StorageWeakRef(made.untyped_storage()))
         return made
 
