@@ -104,6 +104,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What rows of a dtype are multiplied in. The interpreter takes bfloat16 for integers."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
 def launch_options(kernel: Any, warps: int = WARPS, stages: int = STAGES) -> dict[str, Any]:
     """What a launch of ``kernel`` gives the compiler, beside its arguments. Every launch states all of it, since
     defaults differ between versions of Triton and between makers of GPUs."""
@@ -183,6 +188,13 @@ def arrives_last(counter_ptr, programs):
     if is_last:
         tl.store(counter_ptr, 0)
     return is_last
+
+
+@triton.jit
+def rounded_to_tf32(x):
+    """Float32 with 10 bits of mantissa, to nearest: tensor cores cut the others off. NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True) + 0x1000 & ~0x1FFF
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

@@ -29,7 +29,9 @@ from .._triton import (
     make_rows,
     multiprocessors,
     one_view,
+    operand_dtype,
     piece_of,
+    rounded_to_tf32,
     row_pointers,
     target_pointer,
 )
@@ -267,6 +269,7 @@ def _gram_kernel(
     if not FOLD:
         shift_m, shift_n = tl.load(shift_ptr + m), tl.load(shift_ptr + c)
     OPERAND: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     k_offset = (start + k).to(tl.int64) * stride_xm
     a_ptrs = x_ptr + k_offset[None, :] + m.to(tl.int64)[:, None] * stride_xd
     b_ptrs = x_ptr + k_offset[:, None] + c.to(tl.int64)[None, :] * stride_xd
@@ -281,9 +284,15 @@ def _gram_kernel(
         if not FOLD:
             a = tl.where(keep[None, :], a.to(tl.float32) - shift_m[:, None], 0.0)
             b = tl.where(keep[:, None], b.to(tl.float32) - shift_n[None, :], 0.0)
+            if NARROW:  # x − s may be twice what it holds
+                a, b = a * 0.5, b * 0.5
+            if PRECISION == "tf32":
+                a, b = rounded_to_tf32(a), rounded_to_tf32(b)
         acc = tl.dot(a.to(OPERAND), b.to(OPERAND), acc, input_precision=PRECISION)
         a_ptrs += step
         b_ptrs += step
+    if NARROW and not FOLD:
+        acc *= 4.0
     g_ptr = target_pointer(g_ptr, table_ptr, 3, layer, layers, GROUPED)
     sum_ptr += layer.to(tl.int64) * d
     count = tl.load(count_ptr + layer)
@@ -366,7 +375,7 @@ class GramUpdate:
         blocks_of_tile = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BAND": tile.band}
         triangle = {
             **blocks_of_tile, "COLUMNS": FLUSH_COLUMNS, "ALIGNED": aligned, "FOLD": fold, "MASKED": masked,
-            "GROUPED": grouped, "PRECISION": dot_precision(x.dtype), "UPCAST": INTERPRETED,
+            "GROUPED": grouped, "PRECISION": dot_precision(x.dtype), "UPCAST": operand_dtype(x.dtype) != x.dtype,
         }  # fmt: skip
         totals_grid, gram_grid = (chunks, blocks, layers), (plan.programs, 1, 1)
         self._totals = Launch(

@@ -30,6 +30,7 @@ from .._triton import (
     make_rows,
     multiprocessors,
     one_view,
+    operand_dtype,
     piece_of,
     row_pointers,
     target_pointer,
@@ -159,6 +160,36 @@ def sum_of_shares(shares, splits, step: tl.constexpr, ROWS: tl.constexpr, COLUMN
     return total
 
 
+@triton.jit
+def _least_scale(largest):
+    """The least power of two, from 1 on, that brings such a float32 to 2¹⁵, half of what float16 holds."""
+    bits = (largest * 0.000030517578125).to(tl.int32, bitcast=True)  # · 2⁻¹⁵
+    return tl.maximum(((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def _inverse(scale):
+    """Of a power of two, exactly: a division might be approximate."""
+    return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_alike(products, sums, scale_ptr, blocks, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Divide the P of every block, and its sums, by the largest scale of any; it is stored after the blocks' own."""
+    largest = 1.0
+    for block in range(blocks):
+        largest = tl.maximum(largest, tl.load(scale_ptr + block))
+    tl.store(scale_ptr + blocks, largest)
+    if largest > 1.0:  # hardly ever
+        for block in range(blocks):
+            factor = tl.load(scale_ptr + block) * _inverse(largest)
+            product = (tl.load(products).to(tl.float32) * factor).to(products.dtype.element_ty)
+            tl.store(products, product)
+            tl.store(sums, tl.sum(product.to(tl.float32), 0))
+            products += ROWS * PADDED
+            sums += PADDED
+
+
 @triton.jit(
     do_not_specialize=["d", "stride_xm", "stride_xd", "split_columns", "start", "stop"],
     do_not_specialize_on_alignment=FOREIGN,
@@ -173,7 +204,8 @@ def _project_kernel(
     partial_ptr,  # (layers, blocks, splits, ROWS, PADDED) float32
     product_ptr,  # (layers, blocks, ROWS, PADDED) in the dtype of the products
     product_sum_ptr,  # (layers, blocks, PADDED) float32
-    counter_ptr,  # (layers, blocks) int32
+    scale_ptr,  # (layers, blocks + 1) float32: what P is divided by, in each block and in all; for float16 alone
+    counter_ptr,  # (layers, blocks + 1) int32
     d,
     stride_xm: tl.int64,
     stride_xd: tl.int64,
@@ -191,10 +223,11 @@ def _project_kernel(
     """P = Z Q for the rows start … stop, a share of the columns a program; zero for rows left out. Also Σ P.
 
     FOLD multiplies raw rows and subtracts sᵀQ afterwards. The last program of a block of rows adds up the shares, in
-    order.
+    order. Of float16 the last of these sees to it that P is divided by one power of two, the least with which it fits.
     """
-    share, block, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, share, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     layers = tl.num_programs(2)
+    NARROW: tl.constexpr = product_ptr.dtype.element_ty == tl.float16
     x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
     if ALIGNED:
         x_ptr = tl.multiple_of(x_ptr, 16)
@@ -217,10 +250,12 @@ def _project_kernel(
         if not FOLD:
             shift = tl.load(shift_ptr + column + k, mask=inside, other=0.0)
             x = tl.where(keep[:, None], x.to(tl.float32) - shift[None, :], 0.0)
+            if NARROW:
+                x *= 0.5  # x − s may be twice what float16 holds
         acc = tl.dot(x.to(q.dtype), q, acc, input_precision="ieee")
         x_ptrs += tl.full((), COLUMNS, tl.int64) * stride_xd
         q_ptrs += COLUMNS * PADDED
-    splits, blocks = tl.num_programs(0), tl.num_programs(1)
+    blocks, splits = tl.num_programs(0), tl.num_programs(1)
     index = layer.to(tl.int64) * blocks + block
     offset = local[:, None] * PADDED + padded[None, :]
     shares = partial_ptr + index * splits * ROWS * PADDED + offset
@@ -229,7 +264,8 @@ def _project_kernel(
             tl.store(shares + share * ROWS * PADDED, acc)
     else:
         tl.store(shares + share * ROWS * PADDED, acc)
-    if arrives_last(counter_ptr + index, splits):
+    counter_ptr += layer * (blocks + 1)
+    if arrives_last(counter_ptr + block, splits):
         if FOLD:
             if splits > 1:
                 acc = sum_of_shares(shares, splits, ROWS * PADDED, ROWS, PADDED)
@@ -237,9 +273,22 @@ def _project_kernel(
             acc = sum_of_shares(shares, splits, ROWS * PADDED, ROWS, PADDED)
         if FOLD:
             acc -= tl.load(shift_product_ptr + layer * PADDED + padded)[None, :]
-        product = tl.where(keep[:, None], acc, 0.0).to(product_ptr.dtype.element_ty)
+        elif NARROW:
+            acc *= 2.0
+        acc = tl.where(keep[:, None], acc, 0.0)
+        if NARROW:
+            scale_ptr += layer * (blocks + 1)
+            scale = _least_scale(tl.max(tl.max(tl.abs(acc), 1), 0))
+            acc *= _inverse(scale)
+            tl.store(scale_ptr + block, scale)
+        product = acc.to(product_ptr.dtype.element_ty)
         tl.store(product_ptr + index * ROWS * PADDED + offset, product)
         tl.store(product_sum_ptr + index * PADDED + padded, tl.sum(product.to(tl.float32), 0))
+        if NARROW:  # noqa: SIM102  (both sides of an "and" would be run)
+            if arrives_last(counter_ptr + blocks, blocks):
+                products = product_ptr + layer.to(tl.int64) * blocks * ROWS * PADDED + offset
+                sums = product_sum_ptr + layer.to(tl.int64) * blocks * PADDED + padded
+                _scale_alike(products, sums, scale_ptr, blocks, ROWS, PADDED)
 
 
 @triton.jit(
@@ -256,6 +305,7 @@ def _lift_kernel(
     table_ptr,  # (6, layers) int64
     product_ptr,  # (layers, chunk, PADDED)
     product_sum_ptr,  # (layers, blocks, PADDED) float32, for the blocks of the other kernel
+    scale_ptr,  # (layers, blocks + 1) float32: the last is what P is divided by, where that is float16
     y_ptr,  # (layers, column blocks, splits, COLUMNS, PADDED) float32
     sum_ptr,  # (layers, splits, d) float32
     square_ptr,  # (layers, column blocks, splits) float32
@@ -320,6 +370,8 @@ def _lift_kernel(
         squares += z * z
         if not FOLD:
             x = z
+            if p.dtype == tl.float16:
+                x *= 0.5  # as in the other kernel
         acc = tl.dot(x.to(p.dtype), p, acc, input_precision="ieee")
         if WAIT:
             # Where a load feeds a product and other arithmetic too, Triton gives it as many buffers as copies run
@@ -345,6 +397,11 @@ def _lift_kernel(
         target_ptr = target_pointer(target_ptr, table_ptr, 3, layer, layers, GROUPED)
         product_sum_ptr += layer.to(tl.int64) * blocks * PADDED
         shares = y_ptr + index * splits * COLUMNS * PADDED
+        factor = sign
+        if product_ptr.dtype.element_ty == tl.float16:
+            factor *= tl.load(scale_ptr + layer * (blocks + 1) + blocks)
+            if not FOLD:
+                factor *= 2.0
         for piece in tl.static_range(PADDED // FLUSH):
             inner = piece * FLUSH + tl.arange(0, FLUSH)
             source = shares + tl.arange(0, COLUMNS)[:, None] * PADDED + inner[None, :]
@@ -363,7 +420,7 @@ def _lift_kernel(
                 part -= shift[:, None] * total[None, :]
             address = target_ptr + columns.to(tl.int64)[:, None] * stride_ym + inner.to(tl.int64)[None, :] * stride_yq
             wanted = inside[:, None] & (inner < q)[None, :]
-            tl.store(address, tl.load(address, mask=wanted) + sign * part, mask=wanted)
+            tl.store(address, tl.load(address, mask=wanted) + factor * part, mask=wanted)
         column_sum_ptr = target_pointer(column_sum_ptr, table_ptr, 4, layer, layers, GROUPED)
         add_column_sums(column_sum_ptr, sum_ptr, splits, columns, d, sign, COLUMNS)
         if arrives_last(counter_ptr + column_blocks, column_blocks):
@@ -397,7 +454,7 @@ def make_operand(
 ) -> Operand:
     """Prepare bases for rows of a dtype."""
     (d, q), layers, grouped = bases[0].shape, len(bases), len(bases) > 1
-    matrix = bases[0].new_empty(layers, d, padded, dtype=torch.float32 if INTERPRETED else dtype)
+    matrix = bases[0].new_empty(layers, d, padded, dtype=operand_dtype(dtype))
     shares = bases[0].new_empty(layers, triton.cdiv(d, PREPARE_ROWS), padded)
     _prepare_kernel[(shares.shape[1], layers)](
         bases[0], shifts[0], address_table(bases, shifts) if grouped else None, matrix, shares,
@@ -429,21 +486,21 @@ class SubspaceUpdate:
         self.operand_key = (x.dtype, self.padded)
         self._chunks = [(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
         blocks, columns = triton.cdiv(plan.chunk, tile.rows), triton.cdiv(d, tile.columns)
-        operand_dtype = torch.float32 if INTERPRETED else x.dtype
 
         def shares(name: str, splits: int, size: int) -> Tensor:
             return workspace.buffer(name, layers * splits * size * self.padded if splits > 1 or not fold else 1)
 
         partial = shares("partial", plan.column_splits, plan.chunk)
         y = shares("y", plan.row_splits, columns * tile.columns)
-        product = workspace.buffer("product", layers * plan.chunk * self.padded, operand_dtype)
+        product = workspace.buffer("product", layers * plan.chunk * self.padded, operand_dtype(x.dtype))
         product_sum = workspace.buffer("product_sum", layers * blocks * self.padded)
         sums = workspace.buffer("sums", layers * plan.row_splits * d)
         squares = workspace.buffer("squares", layers * plan.row_splits * columns)
-        counters = workspace.counters(layers * max(blocks, columns + 1))
-        self._project_buffers = partial, product, product_sum, counters
+        scale = workspace.buffer("scale", layers * (blocks + 1))
+        counters = workspace.counters(layers * (max(blocks, columns) + 1))
+        self._project_buffers = partial, product, product_sum, scale, counters
         self._project_numbers = d, *x.stride(), plan.split_columns
-        self._lift_buffers = product, product_sum, y, sums, squares, counters
+        self._lift_buffers = product, product_sum, scale, y, sums, squares, counters
         self._lift_numbers = plan.chunk, blocks, d, q, *x.stride(), *target.stride(), plan.split_rows
 
         shape = {"COLUMNS": tile.columns, "PADDED": self.padded, "ALIGNED": aligned}
@@ -451,7 +508,7 @@ class SubspaceUpdate:
         project = {"ROWS": tile.rows, **shape, **kind}
         wait = needs_wait(architecture(x.device), fold)
         lift = {"ROWS": tile.lift_rows, **shape, **kind, "WAIT": wait, **finish_constants(self.padded)}
-        project_grid, lift_grid = (plan.column_splits, blocks, layers), (columns, plan.row_splits, layers)
+        project_grid, lift_grid = (blocks, plan.column_splits, layers), (columns, plan.row_splits, layers)
         self._project = Launch(
             lambda *arguments: _project_kernel[project_grid](
                 *arguments, **project, **launch_options(_project_kernel, tile.warps, tile.stages)

@@ -29,7 +29,10 @@ def run(x, basis, shift, mask=None, sign=1.0):
 
 
 def check(state, x, basis, shift, mask=None):
-    """Float32 accumulation in any order: γ times the sum of the magnitudes that were added, entry by entry."""
+    """Float32 accumulation in any order: γ times the sum of the magnitudes that were added, entry by entry.
+
+    Of float16, what the roundings of z, Q and P to it bring is added; bfloat16 is multiplied in float32 here.
+    """
     product, column_sum, square_sum = (t.double().numpy() for t in state)
     rows = x.reshape(-1, x.shape[-1])
     if mask is not None:
@@ -38,9 +41,26 @@ def check(state, x, basis, shift, mask=None):
     z = raw - s
     size = np.abs(raw) + np.abs(s)  # of one entry of z before the shift cancels
     rows, d = z.shape
-    assert np.all(np.abs(product - z.T @ (z @ q)) <= gamma(rows + d + 3) * (size.T @ (size @ np.abs(q))))
+    bound = gamma(rows + d + 3) * (size.T @ (size @ np.abs(q)))
+    if x.dtype == torch.float16:
+        bound = 2 * bound + half_roundings(np.abs(z), np.abs(q))
+    assert np.all(np.abs(product - z.T @ (z @ q)) <= bound)
     assert np.all(np.abs(column_sum - z.sum(0)) <= gamma(rows + 3) * size.sum(0))
     assert abs(square_sum - (z**2).sum()) <= gamma(rows * d + 3) * (size**2).sum()
+
+
+def half_roundings(z, q):
+    """How far Zᵀ Z Q is off at most where Z, Q and their product P are rounded to float16: magnitudes in, and out.
+
+    P is divided by the least power of two that brings the largest of it to half of what float16 holds.
+    """
+    unit, smallest = 2.0**-11, 2.0**-24  # z is halved before it is rounded
+    z_off, q_off = unit * z + 2 * smallest, unit * q + smallest
+    p = z @ q
+    p_off = z_off @ (q + q_off) + z @ q_off
+    largest = max((p + p_off).max(initial=0), 2**15)
+    p_off += unit * (p + p_off) + smallest * 2.0 ** np.ceil(np.log2(largest / 2**15))
+    return z_off.T @ (p + p_off) + z.T @ p_off
 
 
 def rows_like(n, d, q, dtype, seed=0):
@@ -101,6 +121,26 @@ def test_any_strides(layout, dtype):
     check(run(laid, basis, shift, mask), x, basis, shift, mask)
 
 
+@pytest.mark.usefixtures("nan_workspaces")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_product_of_large_float16_rows_does_not_overflow(aligned, few, masked):
+    """Z Q is beyond what float16 holds though X is not; where few rows are large, in few blocks of rows alone."""
+    x, basis, shift, mask = rows_like(150, 40, 6, torch.float32)
+    large = torch.arange(150) % 64 == 3 if few else torch.full((150,), True)
+    x = torch.where(large[:, None], x.sign() * 60_000, x).half()
+    shift = torch.where(torch.arange(40) % 7 == 0, -60_000.0, shift)  # z, too, is
+    if not aligned:
+        x = torch.empty(150, 41, dtype=x.dtype)[:, :40].copy_(x)
+    mask = mask if masked else None
+    z = x.double() - shift
+    assert (z @ basis.double()).abs().max() > 8 * torch.finfo(torch.float16).max
+    state = run(x, basis, shift, mask)
+    assert all(part.isfinite().all() for part in state)
+    check(state, x, basis, shift, mask)
+
+
 def test_rows_can_be_taken_out_again():
     x, basis, shift, mask = rows_like(90, 24, 6, torch.float16)
     state = run(x, basis, shift)
@@ -140,11 +180,12 @@ def test_error_at_large_means_grows_no_faster_than_the_mean(mean):
     d, n, q = 16, 24, 4
     generator = torch.Generator().manual_seed(1)
     unit = torch.randn(n, d, generator=generator).round()  # exact in float16 at both means
-    basis = torch.linalg.qr(torch.randn(d, q, generator=generator)).Q
+    basis = torch.linalg.qr(torch.randn(d, q, generator=generator)).Q.half().float()  # as it is multiplied
     x, shift = (unit + mean).half(), torch.full((d,), mean)
     z, size = unit.double(), x.double().abs() + mean
     product = z @ basis.double()
     off = gamma(d + 3) * (size @ basis.double().abs())
+    off += 2.0**-11 * (product.abs() + off) + 2.0**-24  # P in float16
     bound = gamma(n + 3) * (size.T @ (product.abs() + off)) + z.abs().T @ off
     assert ((run(x, basis, shift)[0] - z.T @ product).abs() <= bound).all()
 
