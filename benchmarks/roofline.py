@@ -24,7 +24,7 @@ from eva_kernels.gram.triton import ALIGNED_TILES, GramTile  # noqa: E402
 from eva_kernels.subspace.triton import choose_tile  # noqa: E402
 from tools.kernel_gate.bars import product_fraction  # noqa: E402
 from tools.kernel_gate.compiling import compile_all  # noqa: E402
-from tools.kernel_gate.model import CHIPS, Chip, Pass, gram_pass, gram_update, layers_to_fill  # noqa: E402
+from tools.kernel_gate.model import CHIPS, Chip, Pass, gram_pass, gram_update  # noqa: E402
 from tools.kernel_gate.variants import Variant, all_variants  # noqa: E402
 
 RECORDED = ROOT / "benchmarks" / "results" / "gate.json"
@@ -58,7 +58,7 @@ def read_gate(jobs: int) -> dict[str, dict[str, Any]]:
 
 def _is_shown(variant: Variant) -> bool:
     flags = variant.flags
-    plain = variant.dtype == "bf16" and variant.barred and not flags["MASKED"] and not flags["GROUPED"]
+    plain = variant.dtype == "bf16" and variant.barred and not flags["MASKED"]
     return plain and (variant.name == "gram" or flags.get("PADDED") == PADDED)
 
 
@@ -92,9 +92,7 @@ def gram_seconds(model: Model, architecture: str, gate: Mapping[str, Any]) -> fl
         index, (_, tile) = max(
             ((i, pair) for i, pair in enumerate(entries) if pair[0] <= entry.width), key=lambda found: found[1][0]
         )
-        layers = min(layers_to_fill(entry.width, tile, chip), model.blocks)
-        update = gram_update(ROWS, entry.width, layers, tile, Pass(**gate["gram"][str(index)]), chip)
-        seconds += update.seconds / layers
+        seconds += gram_update(ROWS, entry.width, tile, Pass(**gate["gram"][str(index)]), chip).seconds
     return model.blocks * seconds
 
 

@@ -51,7 +51,7 @@ def test_of_the_subspace_product(n, aligned, workspace):
             continue
         x = torch.empty(n, d, dtype=torch.bfloat16, device="meta")
         product = torch.empty(d, q if aligned else min(q, subspace.GENERIC_COLUMNS), device="meta")
-        update = subspace.SubspaceUpdate(x, 1, aligned=aligned, masked=False, target=product, workspace=workspace)
+        update = subspace.SubspaceUpdate(x, aligned=aligned, masked=False, target=product, workspace=workspace)
         assert all(map(fits, grids(update))), (d, grids(update))
         assert fits((-(-d // subspace.PREPARE_ROWS), 1, 1))  # of what prepares a basis
 
@@ -63,7 +63,7 @@ def test_of_the_gram_matrix(n, aligned, workspace):
         if n * d > MOST_ENTRIES:
             continue
         x, matrix = torch.empty(n, d, dtype=torch.bfloat16, device="meta"), torch.empty(d, d, device="meta")
-        update = gram.GramUpdate(x, 1, aligned=aligned, masked=False, gram=matrix, workspace=workspace)
+        update = gram.GramUpdate(x, aligned=aligned, masked=False, gram=matrix, workspace=workspace)
         assert all(map(fits, grids(update))), (d, grids(update))
         blocks = -(-d // gram.MIRROR_BLOCK)
         assert fits((blocks * (blocks + 1) // 2, 1, 1))  # of the mirror

@@ -65,13 +65,7 @@ def test_spills_and_a_foreign_instruction_fail(monkeypatch, tmp_path):
 
 
 def _is_plain_gram(variant):
-    return (
-        variant.name == "gram"
-        and variant.barred
-        and variant.dtype == "bf16"
-        and not variant.flags["MASKED"]
-        and not variant.flags["GROUPED"]
-    )
+    return variant.name == "gram" and variant.barred and variant.dtype == "bf16" and not variant.flags["MASKED"]
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -82,7 +76,7 @@ def test_the_main_variants_pass(architecture, monkeypatch, tmp_path):
         v
         for v in all_variants((architecture,))
         if v.name in ("project", "lift") and v.dtype == "bf16" and v.barred and v.flags["PADDED"] == 64
-        if v.flags["MASKED"] and not v.flags["GROUPED"]
+        if v.flags["MASKED"]
     ]
     assert {v.name for v in chosen} == {"gram", "project", "lift"}
     found = {v.describe(): failures(v, v.compile()) for v in chosen}
@@ -135,7 +129,7 @@ def test_the_lift_without_its_wait_fails(masked, monkeypatch, tmp_path):
         v
         for v in all_variants(("sm_90",))
         if v.name == "lift" and v.dtype == "bf16" and v.barred and v.flags["PADDED"] == 128
-        if v.flags["MASKED"] is masked and not v.flags["GROUPED"]
+        if v.flags["MASKED"] is masked
     ]
     assert lift.flags["WAIT"] is needs_wait("sm_90", True) is True
     assert not failures(lift, lift.compile())
@@ -167,8 +161,8 @@ def test_a_launch_that_idles_fails():
     """Tiles far too large for the width leave most of the chip idle, and the model must say so."""
     chip, tile = CHIPS["sm_80"], GramTile(512, 512, 64, 8, 3)
     one = Pass(tensor=16384.0, shared=0.0, issue=0.0, l2=0.0)
-    assert plan_gram(2048, 384, 1, tile, chip.processors).tiles == 1
-    update = gram_update(2048, 384, 1, tile, one, chip)
+    assert plan_gram(2048, 384, tile, chip.processors).tiles == 1
+    update = gram_update(2048, 384, tile, one, chip)
     assert update.seconds > 1.25 * update.ideal
 
 

@@ -59,24 +59,13 @@ def compiled(request, monkeypatch, tmp_path):
     vars(driver).update(before)  # to reset it would look for a device
 
 
-def rows(dtype, layers, n=600, d=256):
-    """The totals, rows, and shifts that a launch takes."""
-    return (
-        [torch.zeros(d, dtype=torch.float64) for _ in range(layers)],
-        [torch.zeros((), dtype=torch.float64) for _ in range(layers)],
-        [torch.zeros(n, d, dtype=dtype) for _ in range(layers)],
-        [torch.zeros(d) for _ in range(layers)],
-    )
-
-
-@pytest.mark.parametrize(("dtype", "layers", "masked"), [(torch.bfloat16, 2, True), (torch.float32, 1, False)])
-def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, layers, masked):
-    sums, squares, x, shifts = rows(dtype, layers)
-    n, d = x[0].shape
-    masks = [torch.ones(n, dtype=torch.bool) for _ in x] if masked else None
-    gram.accumulate_triangles_([torch.zeros(d, d) for _ in x], sums, squares, x, shifts, masks)
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, masked):
+    n, d = 600, 256
+    totals = torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    x, shift, mask = torch.zeros(n, d, dtype=dtype), torch.zeros(d), torch.ones(n, dtype=torch.bool) if masked else None
+    gram.accumulate_triangle_(torch.zeros(d, d), *totals, x, shift, mask)
     gram.mirror_triangle_(torch.zeros(d, d))
-    bases = [torch.zeros(d, 24) for _ in x]
-    subspace.accumulate_products_([torch.zeros(d, 24) for _ in x], sums, squares, x, bases, shifts, masks)
+    subspace.accumulate_product_(torch.zeros(d, 24), *totals, x, torch.zeros(d, 24), shift, mask)
     symmetric_eigen.symmetric_eigen_triton(torch.eye(24)[None])
     assert compiled == KERNELS

@@ -6,7 +6,7 @@ from eva_kernels.gram.triton import ALIGNED_TILES, GramTile
 from eva_kernels.subspace.triton import SubspaceTile
 
 from .machine_code import TENSOR_INSTRUCTION, Code
-from .model import CHIPS, SCHEDULERS, SHARED_BYTES, Chip, Pass, Update, gram_pass, gram_update, layers_to_fill
+from .model import CHIPS, SCHEDULERS, SHARED_BYTES, Chip, Pass, Update, gram_pass, gram_update
 from .variants import Variant
 
 # The masked loop of sm_80 issues 6.5 instructions per product, 2.8 without a mask: selects for the predicates of
@@ -14,9 +14,10 @@ from .variants import Variant
 GRAM_FRACTION = {"sm_80": 0.95, "sm_90": 0.80}
 UPDATE_RATIO = 1.25
 ROWS = (2048, 16384)
-# Hidden sizes and MLP widths of current models. Reported without a bar: 576, whose last tiles are half empty, which
-# costs 1.48 times the arithmetic whatever the launch does; and few rows of 3072, where the last wave of the widest tile
-# is 24 or 8 tiles, whose shares one program each adds up. A launch of its own would do that sooner, if it cost nothing.
+# Hidden sizes and MLP widths of current models. Reported without a bar: widths with fewer tiles than the chip has
+# multiprocessors, all of which are split and added up again; 576, whose last tiles are half empty, which costs 1.48
+# times the arithmetic whatever the launch does; and few rows of 3072, where the last wave of the widest tile is 24 or 8
+# tiles, whose shares one program each adds up. A launch of its own would do that sooner, if it cost nothing.
 WIDTHS = (
     384,
     576,
@@ -113,7 +114,8 @@ class UpdateLine:
 
     @property
     def failed(self) -> bool:
-        return self.ratio > UPDATE_RATIO and (self.n, self.d) not in UNBARRED
+        fills = self.update.plan.tiles >= self.chip.processors
+        return fills and self.ratio > UPDATE_RATIO and (self.n, self.d) not in UNBARRED
 
 
 def updates(architecture: str, passes: dict[GramTile, Pass]) -> list[UpdateLine]:
@@ -122,6 +124,5 @@ def updates(architecture: str, passes: dict[GramTile, Pass]) -> list[UpdateLine]
     for n in ROWS:
         for d in WIDTHS:
             tile = max((entry for entry in ALIGNED_TILES[architecture] if entry[0] <= d), key=lambda entry: entry[0])[1]
-            layers = layers_to_fill(d, tile, chip)
-            lines.append(UpdateLine(chip, n, d, gram_update(n, d, layers, tile, passes[tile], chip)))
+            lines.append(UpdateLine(chip, n, d, gram_update(n, d, tile, passes[tile], chip)))
     return lines

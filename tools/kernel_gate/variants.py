@@ -52,7 +52,7 @@ class Variant:
     def describe(self) -> str:
         flags = self.flags
         block = [f"{flags[k]}" for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "COLUMNS", "PADDED") if k in flags]
-        names = [k.lower() for k in ("ALIGNED", "FOLD", "MASKED", "GROUPED") if flags.get(k)]
+        names = [k.lower() for k in ("ALIGNED", "FOLD", "MASKED") if flags.get(k)]
         names += ["tf32"] if flags.get("PRECISION") == "tf32" else []
         names += [] if self.base16 else ["odd base"]
         return f"{self.name} {self.dtype} {'x'.join(block)} {' '.join(names)}".strip()
@@ -62,9 +62,6 @@ class Variant:
         for name in self.kernel.arg_names:
             if name in constants:
                 signature[name] = "constexpr"
-            elif self._is_none(name):
-                signature[name] = "constexpr"
-                constants[name] = None
             elif name.endswith("_ptr"):
                 signature[name] = "*" + self._element(name)
                 if name not in _triton.FOREIGN and (name != "x_ptr" or self.base16):
@@ -76,12 +73,7 @@ class Variant:
         options = _triton.launch_options(self.kernel, self.warps, self.stages)
         return compile_variant(self.kernel, self.architecture, signature, constants, frozenset(aligned), options)
 
-    def _is_none(self, name: str) -> bool:
-        return name.endswith("table_ptr") and not self.flags.get("GROUPED")
-
     def _element(self, name: str) -> str:
-        if name.endswith("table_ptr"):
-            return "i64"
         if name == "counter_ptr":
             return "i32"
         if name in ("column_sum_ptr", "square_sum_ptr"):
@@ -92,15 +84,10 @@ class Variant:
 
 
 def row_kinds() -> Iterator[tuple[str, dict[str, bool], bool]]:
-    """Dtype, flags and base of every kind of rows: only aligned 16-bit rows fold and are grouped."""
+    """Dtype, flags and base of every kind of rows: only aligned 16-bit rows fold."""
     for dtype, masked in product(DTYPES, (False, True)):
-        common = {"MASKED": masked, "GROUPED": False}
-        if dtype != "fp32":
-            for grouped in (False, True):
-                yield dtype, {"ALIGNED": True, "FOLD": True, "MASKED": masked, "GROUPED": grouped}, True
-        else:
-            yield dtype, {"ALIGNED": True, "FOLD": False, **common}, True
-        yield dtype, {"ALIGNED": False, "FOLD": False, **common}, False
+        yield dtype, {"ALIGNED": True, "FOLD": dtype != "fp32", "MASKED": masked}, True
+        yield dtype, {"ALIGNED": False, "FOLD": False, "MASKED": masked}, False
 
 
 def make(kernel: Any, architecture: str, dtype: str, constants: dict[str, Any], **rest: Any) -> Variant:
