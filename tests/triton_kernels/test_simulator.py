@@ -1,7 +1,7 @@
 """Whole passes through a simulator of the compiled kernels, where one is at hand: ``make simulate``.
 
-``EVA_SIMULATOR`` names its folder, a Python package whose ``driver`` takes the place of Triton's and whose ``device``
-has tensors that say they are on a GPU.
+``EVA_SIMULATOR`` names its folder, from the checkout's: a Python package whose ``driver`` takes the place of Triton's
+and whose ``device`` has tensors that say they are on a GPU. Without it nothing is run.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SIMULATOR = Path(ROOT, os.environ.get("EVA_SIMULATOR", "../shared/gpu_sim")).resolve()
+SIMULATOR = Path(ROOT, os.environ.get("EVA_SIMULATOR", "none")).resolve()
 
 
 @pytest.mark.slow
