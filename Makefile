@@ -170,6 +170,7 @@ bench-host: $(VENV)/.dev
 
 studies: $(VENV)/.dev
 	$(BIN)/python benchmarks/accuracy.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/columns.py
 	$(BIN)/python benchmarks/end_to_end.py --dtype bfloat16 --batches 40 --tokens 336 --no-peft
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/until_converged.py
