@@ -19,7 +19,7 @@ class Card:
         tiles: The architecture whose tiles it is launched with; None where there are none, so that PyTorch's own
             operations run: the reference.
         why: Of either.
-        triton: The oldest version that compiles the kernels for it.
+        triton: The oldest version that was seen to compile the kernels for it; some older ones end the process.
         tf32: Whether Triton multiplies float32 as TF32 there, where PyTorch's switch allows it.
     """
 
@@ -47,13 +47,13 @@ CARDS = {
         Card("sm_89", "RTX 40, L4, L40S", 99 * KIB, "sm_80", _LESS),
         Card("sm_90", "H100, H200, GH200", 227 * KIB, "sm_90", "its own"),
         Card("sm_100", "B200, GB200", 227 * KIB, "sm_100", "its own", (3, 3)),
-        Card("sm_103", "B300, GB300", 227 * KIB, "sm_100", _SAME, (3, 5)),
-        Card("sm_110", "Jetson Thor", 227 * KIB, "sm_100", _SAME, (3, 5)),
-        Card("sm_120", "RTX 50, RTX PRO 6000", 99 * KIB, "sm_120", "its own", (3, 3)),
-        Card("sm_121", "DGX Spark", 99 * KIB, "sm_120", _SAME, (3, 5)),
+        Card("sm_103", "B300, GB300", 227 * KIB, "sm_100", _SAME, (3, 6)),
+        Card("sm_110", "Jetson Thor", 227 * KIB, "sm_100", _SAME, (3, 9)),
+        Card("sm_120", "RTX 50, RTX PRO 6000", 99 * KIB, "sm_120", "its own", (3, 4)),
+        Card("sm_121", "DGX Spark", 99 * KIB, "sm_120", _SAME, (3, 6)),
         Card("gfx90a", "MI210, MI250", 64 * KIB, "gfx942", _SAME, tf32=False),
         Card("gfx942", "MI300, MI325", 64 * KIB, "gfx942", "its own"),
-        Card("gfx950", "MI350, MI355", 160 * KIB, "gfx942", "the same instructions, more shared memory", tf32=False),
+        Card("gfx950", "MI350, MI355", 160 * KIB, "gfx942", "the same instructions, more shared memory", (3, 3), False),
         Card("gfx1100", "RX 7900, W7900", 64 * KIB, None, "tiles spill from its registers"),
         Card("gfx1201", "RX 9070, R9700", 64 * KIB, None, "the widest tiles need more shared memory"),
     )
