@@ -71,11 +71,11 @@ def forward_seconds(model: Model, chip: Chip) -> float:
     return model.forward_flops(ROWS, ROWS) / peak(chip)
 
 
-def products_seconds(model: Model, chip: Chip, gate: Mapping[str, Any]) -> float:
+def products_seconds(model: Model, architecture: str, gate: Mapping[str, Any]) -> float:
     """X Q from memory, then Xᵀ P with X from L2, each at the fraction of that bandwidth its machine code allows."""
     import torch
 
-    tile = choose_tile(torch.bfloat16, True, PADDED)
+    chip, tile = CHIPS[architecture], choose_tile(architecture, torch.bfloat16, True, PADDED)
     seconds = 0.0
     for entry in model.inputs:
         x_bytes = 2 * ROWS * entry.width
@@ -140,7 +140,7 @@ def batch_table(gate: Gate, host: Host) -> list[str]:
         host_forward, host_added = host_seconds(model, host)
         for architecture, chip in CHIPS.items():
             forward = forward_seconds(model, chip)
-            added = products_seconds(model, chip, gate[architecture])
+            added = products_seconds(model, architecture, gate[architecture])
             added += refresh_seconds(model, architecture) / REFRESH_PERIOD
             on_host, on_device = host_forward + host_added, forward + added
             batch = max(on_host, on_device)
@@ -164,7 +164,7 @@ def model_table(model: Model, gate: Gate) -> list[str]:
     ]
     for architecture, chip in CHIPS.items():
         forward = forward_seconds(model, chip)
-        products = products_seconds(model, chip, gate[architecture])
+        products = products_seconds(model, architecture, gate[architecture])
         refresh, gram = refresh_seconds(model, architecture), gram_seconds(model, architecture, gate[architecture])
         part = (products + refresh / REFRESH_PERIOD) / forward
         lines.append(

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from ._cards import card_of
 from ._rows import row_views, validate_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,11 +39,11 @@ def is_aligned(
 
 
 def architecture(device: torch.device) -> str:
-    """The name tile tables are keyed by. What is tuned for none of them gets the tiles of sm_80, the smallest."""
-    if device.type == "cpu" or torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    """The name tile tables are keyed by, of a device that dispatch lets launch; the interpreter needs none."""
+    tiles = "sm_80" if device.type == "cpu" else card_of(device).tiles
+    if tiles is None:
+        raise ValueError(f"expected a GPU that there are kernels for, got {card_of(device).name}")
+    return tiles
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -60,6 +61,11 @@ def l2_bytes(device: torch.device) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """How products of float32 rows are taken: as PyTorch's own switch for CUDA matrix products says."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 rows can be taken so on this device."""
+    return device.type == "cpu" or card_of(device).tf32
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -24,6 +24,7 @@ from .._triton import (
     arrives_last,
     current_stream,
     dot_precision,
+    has_tf32,
     is_aligned,
     kind_of,
     launch_options,
@@ -69,6 +70,7 @@ ALIGNED_TILES: dict[str, tuple[tuple[int, GramTile], ...]] = {
     "sm_80": ((0, SMALL_TILE),),
     "sm_90": ((0, SMALL_TILE), (2048, GramTile(128, 256, 64, 8, 3, band=4))),
     "sm_100": ((0, SMALL_TILE), (2048, GramTile(128, 256, 64, 8, 3, band=4))),
+    "sm_120": ((0, SMALL_TILE),),
     "gfx942": ((0, GramTile(128, 128, 32, 8, 2)),),
 }
 
@@ -361,10 +363,11 @@ class GramUpdate:
 
         kind = {"ALIGNED": aligned, "MASKED": masked}
         totals = {"ROWS": TOTALS_ROWS, "COLUMNS": TOTALS_COLUMNS, "STEP": TOTALS_STEP, **kind}
+        precision = dot_precision(x.dtype) if has_tf32(x.device) else "ieee"
         blocks_of_tile = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BAND": tile.band}
         triangle = {
             **blocks_of_tile, "COLUMNS": FLUSH_COLUMNS, "ALIGNED": aligned, "FOLD": fold, "MASKED": masked,
-            "PRECISION": dot_precision(x.dtype), "UPCAST": operand_dtype(x.dtype) != x.dtype,
+            "PRECISION": precision, "UPCAST": operand_dtype(x.dtype) != x.dtype,
         }  # fmt: skip
         totals_grid, gram_grid = (chunks, blocks, 1), (plan.programs, 1, 1)
         self._totals = Launch(

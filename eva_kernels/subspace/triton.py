@@ -64,13 +64,15 @@ INTERPRETER_TILE = SubspaceTile(16, 16, 16, 4, 1)
 GENERIC_TILE = SubspaceTile(32, 32, 16, 8, 3)
 
 
-def choose_tile(dtype: torch.dtype, aligned: bool, padded: int) -> SubspaceTile:
+def choose_tile(arch: str, dtype: torch.dtype, aligned: bool, padded: int) -> SubspaceTile:
     """The tile for a basis of ``padded`` columns; bytes in flight matter here, not arithmetic."""
     if INTERPRETED:
         return INTERPRETER_TILE
     if dtype == torch.float32 or not aligned:
         return GENERIC_TILE
-    return SubspaceTile(64, 64, 32 if padded == MAX_COLUMNS else 64, 4 if padded < 64 else 8, 3)
+    widest = padded == MAX_COLUMNS
+    stages = 2 if widest and arch == "gfx942" else 3  # what fits into 64 KiB of shared memory
+    return SubspaceTile(64, 64, 32 if widest else 64, 4 if padded < 64 else 8, stages)
 
 
 def needs_wait(arch: str, fold: bool) -> bool:
@@ -448,7 +450,8 @@ class SubspaceUpdate:
         (n, d), q = x.shape, target.shape[1]
         fold = aligned and x.dtype != torch.float32
         self.padded = padded_columns(q, fold)
-        tile = choose_tile(x.dtype, aligned, self.padded)
+        arch = architecture(x.device)
+        tile = choose_tile(arch, x.dtype, aligned, self.padded)
         plan = plan_subspace(n, d, x.element_size(), tile, multiprocessors(x.device), l2_bytes(x.device))
         self.operand_key = (x.dtype, self.padded)
         self._chunks = [(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
@@ -473,7 +476,7 @@ class SubspaceUpdate:
         shape = {"COLUMNS": tile.columns, "PADDED": self.padded, "ALIGNED": aligned}
         kind = {"FOLD": fold, "MASKED": masked}
         project = {"ROWS": tile.rows, **shape, **kind}
-        wait = needs_wait(architecture(x.device), fold)
+        wait = needs_wait(arch, fold)
         lift = {"ROWS": tile.lift_rows, **shape, **kind, "WAIT": wait, **finish_constants(self.padded)}
         project_grid, lift_grid = (blocks, plan.column_splits, 1), (columns, plan.row_splits, 1)
         self._project = Launch(

@@ -87,5 +87,5 @@ def test_rows_of_sequences_are_counted_on_the_host():
         base = bert()
         base.set_attn_implementation("eager")
         model = lora(base.to(device.device), target_modules=["query", "pooler.dense"])
-        found = waits_of_batches(model, padded(token_batches(4)), device)
+        found = waits_of_batches(model, padded(token_batches(4)), device, oversampling=2.0)
     assert found == [{REFRESH: 1, NONFINITE: 1}, {REFRESH: 1, NONFINITE: 1}, {NONFINITE: 1}]

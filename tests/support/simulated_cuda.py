@@ -141,6 +141,7 @@ class SimulatedCuda(SimulatedDevice):
             (Tensor, "pin_memory", lambda tensor, device=None: self._pin_(tensor.clone())),
             (Tensor, "is_pinned", lambda tensor, device=None: self._is_pinned(tensor)),
             (_dispatch, "HAS_TRITON", True),
+            (_dispatch, "has_tiles", lambda device: True),
             (subspace, "_kernels", lambda: SimpleNamespace(add_rows_=_add_to_product_)),
             (gram, "_kernels", lambda: SimpleNamespace(add_rows_=gram_reference, mirror_triangle_=lambda gram: None)),
         ):

@@ -29,6 +29,7 @@ def workspace(request, monkeypatch):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_80")
         monkeypatch.setattr(module, "multiprocessors", lambda device: request.param[0])
     monkeypatch.setattr(subspace, "l2_bytes", lambda device: request.param[1])
+    monkeypatch.setattr(gram, "has_tf32", lambda device: True)
     return Workspace(torch.device("meta"))
 
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from eva_kernels import _triton
+from eva_kernels._cards import CARDS, card_named
 from eva_kernels.gram import triton as gram
 from eva_kernels.subspace import triton as subspace
 from eva_kernels.symmetric_eigen import triton as symmetric_eigen
@@ -29,7 +31,12 @@ KERNELS = {
     for name, kernel in vars(module).items()
     if isinstance(kernel, JITFunction) and name.endswith("_kernel")
 }
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}  # AMD's needs a linker of ROCm's
+HERE = tuple(map(int, triton.__version__.split(".")[:2]))
+TARGETS = {  # every card that this Triton has kernels for; AMD's need a linker of ROCm's
+    name: GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    for name in CARDS
+    if name.startswith("sm_") and card_named(name, HERE).tiles is not None
+}
 
 
 @pytest.fixture(params=TARGETS)
@@ -43,7 +50,8 @@ def compiled(request, monkeypatch, tmp_path):
     )
     before = dict(vars(driver))
     driver.set_active(device)
-    facts = {"architecture": lambda device: request.param, "multiprocessors": lambda device: 108}
+    tiles = CARDS[request.param].tiles
+    facts = {"architecture": lambda device: tiles, "multiprocessors": lambda device: 108}
     for module in MODULES:
         for name, fact in {**facts, "l2_bytes": lambda device: 40 << 20}.items():
             if hasattr(module, name):
