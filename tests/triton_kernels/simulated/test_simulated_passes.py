@@ -57,7 +57,8 @@ def own_waits():
 @pytest.mark.parametrize("statistic", ["gram", "subspace"])
 def test_a_pass(statistic, dtype, masked):
     batches = padded(4) if masked else token_batches(4)
-    options = {"rho": 1, "max_batches": len(batches), "statistic": statistic}
+    # So few columns that both miss what a summary misses, beside which rounding of 16-bit operands is small.
+    options = {"rho": 1, "max_batches": len(batches), "statistic": statistic, "oversampling": 2.5}
     here, there = llama(dtype), llama(dtype)
     exact = exactly(here, batches, RANK)
     eva_initialize(here, batches, EvaConfig(impl="reference", **options), progress=False)
