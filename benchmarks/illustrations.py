@@ -21,7 +21,7 @@ from torch import Tensor
 from choosing import provenance
 from eva_kernels import GramStatistic, Statistic, SubspaceStatistic, refresh_
 from eva_lora import eva_initialize
-from eva_lora.config import DEFAULT_OVERSAMPLING, REFRESH_PERIOD
+from eva_lora.config import REFRESH_PERIOD, default_columns
 from until_converged import RANK, Batches, load, lora_layers, with_lora
 
 INPUTS = {
@@ -68,7 +68,7 @@ def streamed(rows: list[Tensor], scatter: Tensor) -> dict[str, list[float]]:
     """Method → share captured after each batch; a statistic's is that of its last refresh."""
     width = rows[0].shape[1]
     best = float(torch.linalg.eigvalsh(scatter)[-RANK:].sum())
-    columns = min(width, round(DEFAULT_OVERSAMPLING["subspace"] * CANDIDATES))
+    columns = min(width, default_columns(CANDIDATES))
     statistics: dict[str, Statistic] = {
         "exact (gram)": GramStatistic(width, columns),
         "streaming subspace": SubspaceStatistic(width, columns),

@@ -14,25 +14,27 @@ from sklearn.decomposition import IncrementalPCA as SklearnPCA
 from torch import Tensor
 
 from eva_kernels import GramStatistic, SubspaceStatistic, refresh_
+from eva_lora.config import default_columns
 
-OVERSAMPLING, REFRESH_PERIOD = 2.5, 4  # of a pass under the default criterion
+REFRESH_PERIOD = 4  # of a pass under the default criterion
 
 Batches = Sequence[Tensor]
 Method = Callable[[Batches, int], Tensor]  # batches, k -> components (≥ k, d)
 
 
-def ours_subspace(batches: Batches, k: int) -> Tensor:
-    return _ours(SubspaceStatistic, batches, k)
+def ours_subspace(batches: Batches, k: int, columns: int | None = None) -> Tensor:
+    """With as many columns as a pass keeps, or so many."""
+    return _ours(SubspaceStatistic, batches, columns or default_columns(k))
 
 
 def ours_gram(batches: Batches, k: int) -> Tensor:
-    return _ours(GramStatistic, batches, k)
+    return _ours(GramStatistic, batches, default_columns(k))
 
 
-def _ours(kind: type[GramStatistic] | type[SubspaceStatistic], batches: Batches, k: int) -> Tensor:
+def _ours(kind: type[GramStatistic] | type[SubspaceStatistic], batches: Batches, columns: int) -> Tensor:
     """As a pass does it: refreshes after 1, 2, 4, 8 batches and every fourth from then on, and at the end."""
     x = batches[0]
-    statistic = kind(x.shape[1], min(x.shape[1], round(OVERSAMPLING * k)), device=x.device)
+    statistic = kind(x.shape[1], min(x.shape[1], columns), device=x.device)
     pending = 0
     for batch in batches:
         statistic.accumulate_(batch)

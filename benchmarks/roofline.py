@@ -24,7 +24,7 @@ from eva_kernels.gram.triton import ALIGNED_TILES, GramTile  # noqa: E402
 from eva_kernels.subspace.triton import choose_tile  # noqa: E402
 from tools.kernel_gate.bars import product_fraction  # noqa: E402
 from tools.kernel_gate.compiling import compile_all  # noqa: E402
-from tools.kernel_gate.model import CHIPS, Chip, Pass, gram_pass, gram_update, layers_to_fill  # noqa: E402
+from tools.kernel_gate.model import CHIPS, Chip, Pass, gram_pass, gram_update  # noqa: E402
 from tools.kernel_gate.variants import Variant, all_variants  # noqa: E402
 
 RECORDED = ROOT / "benchmarks" / "results" / "gate.json"
@@ -58,7 +58,7 @@ def read_gate(jobs: int) -> dict[str, dict[str, Any]]:
 
 def _is_shown(variant: Variant) -> bool:
     flags = variant.flags
-    plain = variant.dtype == "bf16" and variant.barred and not flags["MASKED"] and not flags["GROUPED"]
+    plain = variant.dtype == "bf16" and variant.barred and not flags["MASKED"]
     return plain and (variant.name == "gram" or flags.get("PADDED") == PADDED)
 
 
@@ -71,11 +71,11 @@ def forward_seconds(model: Model, chip: Chip) -> float:
     return model.forward_flops(ROWS, ROWS) / peak(chip)
 
 
-def products_seconds(model: Model, chip: Chip, gate: Mapping[str, Any]) -> float:
+def products_seconds(model: Model, architecture: str, gate: Mapping[str, Any]) -> float:
     """X Q from memory, then Xᵀ P with X from L2, each at the fraction of that bandwidth its machine code allows."""
     import torch
 
-    tile = choose_tile(torch.bfloat16, True, PADDED)
+    chip, tile = CHIPS[architecture], choose_tile(architecture, torch.bfloat16, True, PADDED)
     seconds = 0.0
     for entry in model.inputs:
         x_bytes = 2 * ROWS * entry.width
@@ -92,9 +92,7 @@ def gram_seconds(model: Model, architecture: str, gate: Mapping[str, Any]) -> fl
         index, (_, tile) = max(
             ((i, pair) for i, pair in enumerate(entries) if pair[0] <= entry.width), key=lambda found: found[1][0]
         )
-        layers = min(layers_to_fill(entry.width, tile, chip), model.blocks)
-        update = gram_update(ROWS, entry.width, layers, tile, Pass(**gate["gram"][str(index)]), chip)
-        seconds += update.seconds / layers
+        seconds += gram_update(ROWS, entry.width, tile, Pass(**gate["gram"][str(index)]), chip).seconds
     return model.blocks * seconds
 
 
@@ -142,7 +140,7 @@ def batch_table(gate: Gate, host: Host) -> list[str]:
         host_forward, host_added = host_seconds(model, host)
         for architecture, chip in CHIPS.items():
             forward = forward_seconds(model, chip)
-            added = products_seconds(model, chip, gate[architecture])
+            added = products_seconds(model, architecture, gate[architecture])
             added += refresh_seconds(model, architecture) / REFRESH_PERIOD
             on_host, on_device = host_forward + host_added, forward + added
             batch = max(on_host, on_device)
@@ -166,7 +164,7 @@ def model_table(model: Model, gate: Gate) -> list[str]:
     ]
     for architecture, chip in CHIPS.items():
         forward = forward_seconds(model, chip)
-        products = products_seconds(model, chip, gate[architecture])
+        products = products_seconds(model, architecture, gate[architecture])
         refresh, gram = refresh_seconds(model, architecture), gram_seconds(model, architecture, gate[architecture])
         part = (products + refresh / REFRESH_PERIOD) / forward
         lines.append(

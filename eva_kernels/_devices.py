@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ._dispatch import choose_impl
+from ._cards import card_of, name_of
+from ._dispatch import HAS_TRITON, choose_impl
 from ._double import home_of
 from .subspace.core import core_runs
 from .symmetric_eigen.core import core_runs as eigen_core_runs
@@ -28,7 +29,8 @@ def device_info(device: torch.device) -> dict[str, str]:
     """What ``impl="auto"`` runs on a device for float32 rows: "triton", "core" or "reference".
 
     Keys: ``subspace`` and ``gram`` (products with the rows), ``eigen`` (the eigensolver of refreshes), ``float64`` (the
-    device where that is, and with it the small algebra); or ``error``, where the device does not work.
+    device where that is, and with it the small algebra), and for a GPU ``kernels`` (whose tiles it gets, or why it gets
+    none); or ``error``, where the device does not work.
     """
     try:
         x = torch.empty(1, 1, dtype=torch.float32, device=device)
@@ -38,22 +40,27 @@ def device_info(device: torch.device) -> dict[str, str]:
         eigen = choose_impl("auto", small, small, dtypes=(torch.float64,), accumulators=(torch.float64,))
     except RuntimeError as error:
         return {"error": str(error).partition("\n")[0]}
-    return {
+    facts = {
         "subspace": "core" if core_runs(x, x) else products,
         "gram": products,
         "eigen": "core" if eigen_core_runs(small) else eigen,
         "float64": str(home),
     }
+    return facts | ({"kernels": _kernels_of(device)} if device.type == "cuda" else {})
 
 
-def card_of(device: torch.device) -> str:
+def _kernels_of(device: torch.device) -> str:
+    if not HAS_TRITON:
+        return "none, Triton is not installed"
+    card = card_of(device)
+    return f"none for {card.name}, {card.why}" if card.tiles is None else f"{card.name} with tiles of {card.tiles}"
+
+
+def described(device: torch.device) -> str:
     """A GPU in one line: its name, what kernels are compiled for, its driver, and what PyTorch was built with."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        architecture, built = properties.gcnArchName.partition(":")[0], f"HIP {torch.version.hip}"
-    else:
-        architecture, built = f"sm_{properties.major}{properties.minor}", f"CUDA {torch.version.cuda}"
-    return f"{properties.name} ({architecture}), driver {driver_version()}, {built}"
+    built = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"HIP {torch.version.hip}"
+    name = torch.cuda.get_device_properties(device).name
+    return f"{name} ({name_of(device)}), driver {driver_version()}, {built}"
 
 
 def driver_version() -> str:

@@ -3,7 +3,6 @@
 
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from ._cards import card_of
 from ._rows import row_views, validate_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,61 +30,20 @@ WARPS, STAGES = 4, 3  # of a launch that names none
 UNFUSED = ("_prepare_kernel", "_jacobi_kernel")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one launch: one stream for each of its layers, all laid out alike.
-
-    Attributes:
-        x: (n, d) each; one dtype, one pair of strides.
-        shifts: (d,) float32 each, contiguous.
-        masks: (n,) bool each, contiguous, or None.
-        table: (6, layers) int64 addresses of x, shift and mask, and of what the rows are added to: a matrix, column
-            sums and sum of squares; None for a single layer.
-    """
-
-    x: list[Tensor]
-    shifts: list[Tensor]
-    masks: list[Tensor] | None
-    table: Tensor | None
-
-    @property
-    def aligned(self) -> bool:
-        """Whether every row can be read by 16-byte copies."""
-        first = self.x[0]
-        return (
-            first.stride(1) == 1
-            and first.shape[1] % VECTOR == 0
-            and first.stride(0) % VECTOR == 0
-            and all(x.data_ptr() % 16 == 0 for x in self.x)
-        )
-
-
-def make_rows(
-    x: list[Tensor],  # (n, d) each
-    shifts: list[Tensor],  # (d,) each
-    masks: list[Tensor] | None,  # (n,) each
-    *targets: list[Tensor],  # what the rows are added to
-) -> Rows:
-    """Bundle the rows of one launch. Shifts and masks are made contiguous; rows are taken as they lie."""
-    shifts = [s.contiguous() for s in shifts]
-    masks = None if masks is None else [m.contiguous() for m in masks]
-    table = None if len(x) == 1 else address_table(x, shifts, masks or x, *targets)
-    return Rows(x, shifts, masks, table)
-
-
-def address_table(*kinds: list[Tensor]) -> Tensor:  # (kinds, layers) int64
-    """Addresses for a grouped launch, copied to the tensors' device without waiting for it."""
-    device = kinds[0][0].device
-    table = torch.tensor([[t.data_ptr() for t in kind] for kind in kinds], dtype=torch.int64, device="cpu")
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+def is_aligned(
+    x: Tensor,  # (n, d)
+) -> bool:
+    """Whether every row can be read by 16-byte copies."""
+    row, column = x.stride()
+    return column == 1 and x.shape[1] % VECTOR == 0 and row % VECTOR == 0 and x.data_ptr() % 16 == 0
 
 
 def architecture(device: torch.device) -> str:
-    """The name tile tables are keyed by. What is tuned for none of them gets the tiles of sm_80, the smallest."""
-    if device.type == "cpu" or torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    """The name tile tables are keyed by, of a device that dispatch lets launch; the interpreter needs none."""
+    tiles = "sm_80" if device.type == "cpu" else card_of(device).tiles
+    if tiles is None:
+        raise ValueError(f"expected a GPU that there are kernels for, got {card_of(device).name}")
+    return tiles
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -102,6 +61,16 @@ def l2_bytes(device: torch.device) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """How products of float32 rows are taken: as PyTorch's own switch for CUDA matrix products says."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 rows can be taken so on this device."""
+    return device.type == "cpu" or card_of(device).tf32
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What rows of a dtype are multiplied in. The interpreter takes bfloat16 for integers."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
 def launch_options(kernel: Any, warps: int = WARPS, stages: int = STAGES) -> dict[str, Any]:
@@ -186,21 +155,10 @@ def arrives_last(counter_ptr, programs):
 
 
 @triton.jit
-def row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED: tl.constexpr):
-    """The pointers to one layer's rows: the arguments themselves, or looked up in the table of a group."""
-    if GROUPED:
-        x_ptr = tl.load(table_ptr + layer).to(x_ptr.dtype)
-        shift_ptr = tl.load(table_ptr + layers + layer).to(shift_ptr.dtype)
-        mask_ptr = tl.load(table_ptr + 2 * layers + layer).to(mask_ptr.dtype)
-    return x_ptr, shift_ptr, mask_ptr
-
-
-@triton.jit
-def target_pointer(target_ptr, table_ptr, which: tl.constexpr, layer, layers, GROUPED: tl.constexpr):
-    """The pointer to what one layer's rows are added to: row ``which`` of the table of a group, or the argument."""
-    if GROUPED:
-        target_ptr = tl.load(table_ptr + which * layers + layer).to(target_ptr.dtype)
-    return target_ptr
+def rounded_to_tf32(x):
+    """Float32 with 10 bits of mantissa, to nearest: tensor cores cut the others off. NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True) + 0x1000 & ~0x1FFF
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -252,15 +210,14 @@ def _totals_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
     mask_ptr,  # (n,) bool
-    table_ptr,  # (6, layers) int64
-    sums_ptr,  # (layers, chunks, d) float32
-    squares_ptr,  # (layers, chunks, column blocks) float32
-    counts_ptr,  # (layers, chunks) float32
-    counter_ptr,  # (layers, column blocks + 1) int32
+    sums_ptr,  # (chunks, d) float32
+    squares_ptr,  # (chunks, column blocks) float32
+    counts_ptr,  # (chunks,) float32
+    counter_ptr,  # (column blocks + 1,) int32
     column_sum_ptr,  # (d,) float64
     square_sum_ptr,  # () float64
-    batch_sum_ptr,  # (layers, d) float32
-    batch_count_ptr,  # (layers,) float32
+    batch_sum_ptr,  # (d,) float32
+    batch_count_ptr,  # () float32
     n,
     d,
     stride_xm: tl.int64,
@@ -271,16 +228,13 @@ def _totals_kernel(
     STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
-    GROUPED: tl.constexpr,
 ):
     """Σ z, Σ z² and the number of unmasked rows in one chunk of rows and one block of columns, z = x − s.
 
     The last program of a block of columns adds its chunks to the totals with their sign, and to the batch's own sums;
     the last of these does so for the squares.
     """
-    chunk, block, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    chunks, blocks, layers = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
+    chunk, block, chunks, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     if ALIGNED:
         d, stride_xm, stride_xd = d // 8 * 8, stride_xm // 8 * 8, 1
         x_ptr = tl.multiple_of(x_ptr, 16)
@@ -302,19 +256,14 @@ def _totals_kernel(
         sums += z
         squares += z * z
         count += keep.to(tl.float32)
-    first = layer.to(tl.int64) * chunks
-    sums_ptr, squares_ptr, counts_ptr = sums_ptr + first * d, squares_ptr + first * blocks, counts_ptr + first
     tl.store(sums_ptr + chunk.to(tl.int64) * d + columns, tl.sum(sums, 0), mask=inside)
     tl.store(squares_ptr + chunk * blocks + block, tl.sum(squares))
     if block == 0:
         tl.store(counts_ptr + chunk, tl.sum(count))
-    counter_ptr += layer * (blocks + 1)
     if arrives_last(counter_ptr + block, chunks):
-        column_sum_ptr = target_pointer(column_sum_ptr, table_ptr, 4, layer, layers, GROUPED)
         total = add_column_sums(column_sum_ptr, sums_ptr, chunks, columns, d, sign, COLUMNS)
-        tl.store(batch_sum_ptr + layer.to(tl.int64) * d + columns, total.to(tl.float32), mask=inside)
+        tl.store(batch_sum_ptr + columns, total.to(tl.float32), mask=inside)
         if arrives_last(counter_ptr + blocks, blocks):
-            square_sum_ptr = target_pointer(square_sum_ptr, table_ptr, 5, layer, layers, GROUPED)
             square = total_of(squares_ptr, chunks * blocks, COLUMNS)
             tl.store(square_sum_ptr, tl.load(square_sum_ptr) + sign * square)
-            tl.store(batch_count_ptr + layer, total_of(counts_ptr, chunks, COLUMNS).to(tl.float32))
+            tl.store(batch_count_ptr, total_of(counts_ptr, chunks, COLUMNS).to(tl.float32))

@@ -1,7 +1,8 @@
-"""What the sources of both packages must not say: whatever takes its meaning from a switch of the whole process.
+"""What the sources of both packages must not say: whatever takes its meaning from a switch of the whole process, and
+what makes the host wait for a GPU unseen.
 
 ``torch.set_default_dtype`` and ``torch.set_default_device`` belong to the user. A tensor that the package makes has
-the dtype and the device that the package states.
+the dtype and the device that the package states. Numbers of the host go to a device through ``sent``.
 """
 
 import ast
@@ -60,6 +61,24 @@ def test_every_tensor_is_made_with_a_dtype_and_a_device():
     assert len(SOURCES) > 80
     found = [(path.name, *fault) for path in SOURCES for fault in faults(path.read_text(encoding="utf-8"))]
     assert found == []
+
+
+def waiting(source):
+    """(line, code) of every call that copies numbers of the host to a device from memory that is not pinned."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            device = next((ast.unparse(k.value) for k in node.keywords if k.arg == "device"), None)
+            makes = ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor")
+            if node.func.attr == "new_tensor" or (makes and device != "'cpu'"):
+                yield node.lineno, ast.unparse(node)
+
+
+def test_no_number_is_sent_to_a_device_from_memory_that_is_not_pinned():
+    found = [(path.name, *fault) for path in SOURCES for fault in waiting(path.read_text(encoding="utf-8"))]
+    assert found == []
+    for line in ("x.new_tensor([1])", "torch.tensor([1], device=x.device)", "torch.as_tensor(a, device=x.device)"):
+        assert list(waiting(line))
+    assert not list(waiting("torch.tensor([1], device='cpu'); x.new_zeros(3); x.new_full((), 3)"))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._build import use_core
 from ..allocation.demands import Demands, matrix
-from .bases import BasisComparison, Comparison
+from .bases import MAX_COLUMNS, BasisComparison, Comparison
 from .reference import EVIDENCE, ReferenceTracker, Verdict
 
-__all__ = ["BasisComparison", "Comparison", "ConvergenceTracker", "Decision"]
+__all__ = ["MAX_COLUMNS", "BasisComparison", "Comparison", "ConvergenceTracker", "Decision"]
 
 
 @dataclass(frozen=True)

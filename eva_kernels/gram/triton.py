@@ -24,14 +24,15 @@ from .._triton import (
     arrives_last,
     current_stream,
     dot_precision,
+    has_tf32,
+    is_aligned,
     kind_of,
     launch_options,
-    make_rows,
     multiprocessors,
     one_view,
+    operand_dtype,
     piece_of,
-    row_pointers,
-    target_pointer,
+    rounded_to_tf32,
 )
 from .._workspace import Workspace, workspace_of
 
@@ -69,6 +70,7 @@ ALIGNED_TILES: dict[str, tuple[tuple[int, GramTile], ...]] = {
     "sm_80": ((0, SMALL_TILE),),
     "sm_90": ((0, SMALL_TILE), (2048, GramTile(128, 256, 64, 8, 3, band=4))),
     "sm_100": ((0, SMALL_TILE), (2048, GramTile(128, 256, 64, 8, 3, band=4))),
+    "sm_120": ((0, SMALL_TILE),),
     "gfx942": ((0, GramTile(128, 128, 32, 8, 2)),),
 }
 
@@ -92,22 +94,25 @@ class GramPlan:
     """
 
     tile: GramTile
-    tiles: int  # of one layer
-    whole: int  # tiles, over all layers, that walk all rows
+    whole: int  # tiles that walk all rows
     split: int  # tiles that are split
     splits: int  # shares of the rows for each of those
     split_rows: int
+
+    @property
+    def tiles(self) -> int:
+        return self.whole + self.split
 
     @property
     def programs(self) -> int:
         return self.whole + self.split * self.splits
 
 
-def plan_gram(n: int, d: int, layers: int, tile: GramTile, processors: int) -> GramPlan:
-    """Lay out the triangle of ``layers`` Gram matrices on a number of multiprocessors."""
+def plan_gram(n: int, d: int, tile: GramTile, processors: int) -> GramPlan:
+    """Lay out the triangle of a Gram matrix on a number of multiprocessors."""
     squares = triton.cdiv(d, tile.block_n)
     tiles = squares * (squares + 1) // 2 * (tile.block_n // tile.block_m)
-    rest = tiles * layers % processors
+    rest = tiles % processors
 
     def cost(splits: int) -> int:
         shares = triton.cdiv(rest * splits, processors)
@@ -116,9 +121,9 @@ def plan_gram(n: int, d: int, layers: int, tile: GramTile, processors: int) -> G
     choices = range(1, max(processors // rest, MAX_SPLITS) + 1) if rest else range(1, 2)
     splits = min((s for s in choices if s == 1 or n >= s * MIN_SPLIT_ROWS), key=cost)
     if splits == 1:
-        return GramPlan(tile, tiles, tiles * layers, 0, 1, n)
+        return GramPlan(tile, tiles, 0, 1, n)
     split_rows = triton.cdiv(triton.cdiv(n, splits), tile.block_k) * tile.block_k
-    return GramPlan(tile, tiles, tiles * layers - rest, rest, triton.cdiv(n, split_rows), split_rows)
+    return GramPlan(tile, tiles - rest, rest, triton.cdiv(n, split_rows), split_rows)
 
 
 @triton.jit
@@ -203,8 +208,7 @@ def _reduce(
 
 @triton.jit(
     do_not_specialize=[
-        "n", "d", "stride_xm", "stride_xd", "stride_gm", "layers", "tiles", "whole", "split", "splits", "split_rows",
-        "sign",
+        "n", "d", "stride_xm", "stride_xd", "stride_gm", "whole", "split", "splits", "split_rows", "sign",
     ],
     do_not_specialize_on_alignment=FOREIGN,
 )  # fmt: skip
@@ -212,9 +216,8 @@ def _gram_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
     mask_ptr,  # (n,) bool
-    table_ptr,  # (6, layers) int64
-    sum_ptr,  # (layers, d) float32: Σ z of this batch
-    count_ptr,  # (layers,) float32: its unmasked rows
+    sum_ptr,  # (d,) float32: Σ z of this batch
+    count_ptr,  # () float32: its unmasked rows
     partial_ptr,  # (splits, split, BLOCK_M, BLOCK_N) float32
     counter_ptr,  # (split,) int32
     g_ptr,  # (d, d) float32, lower triangle
@@ -223,8 +226,6 @@ def _gram_kernel(
     stride_xm: tl.int64,
     stride_xd: tl.int64,
     stride_gm: tl.int64,
-    layers,
-    tiles,
     whole,
     split,
     splits,
@@ -238,7 +239,6 @@ def _gram_kernel(
     ALIGNED: tl.constexpr,
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
-    GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -254,9 +254,7 @@ def _gram_kernel(
         index = whole + (program - whole) % split
         start = (program - whole) // split * split_rows
         stop = tl.minimum(start + split_rows, n)
-    layer = index // tiles
-    x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
-    row, column = _tile_origin(index % tiles, d, BLOCK_M, BLOCK_N, BAND)
+    row, column = _tile_origin(index, d, BLOCK_M, BLOCK_N, BAND)
     m, c, k = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m, c = tl.where(m < d, m, 0), tl.where(c < d, c, 0)  # what lies outside is computed and never flushed
     if ALIGNED:
@@ -267,6 +265,7 @@ def _gram_kernel(
     if not FOLD:
         shift_m, shift_n = tl.load(shift_ptr + m), tl.load(shift_ptr + c)
     OPERAND: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     k_offset = (start + k).to(tl.int64) * stride_xm
     a_ptrs = x_ptr + k_offset[None, :] + m.to(tl.int64)[:, None] * stride_xd
     b_ptrs = x_ptr + k_offset[:, None] + c.to(tl.int64)[None, :] * stride_xd
@@ -281,12 +280,16 @@ def _gram_kernel(
         if not FOLD:
             a = tl.where(keep[None, :], a.to(tl.float32) - shift_m[:, None], 0.0)
             b = tl.where(keep[:, None], b.to(tl.float32) - shift_n[None, :], 0.0)
+            if NARROW:  # x − s may be twice what it holds
+                a, b = a * 0.5, b * 0.5
+            if PRECISION == "tf32":
+                a, b = rounded_to_tf32(a), rounded_to_tf32(b)
         acc = tl.dot(a.to(OPERAND), b.to(OPERAND), acc, input_precision=PRECISION)
         a_ptrs += step
         b_ptrs += step
-    g_ptr = target_pointer(g_ptr, table_ptr, 3, layer, layers, GROUPED)
-    sum_ptr += layer.to(tl.int64) * d
-    count = tl.load(count_ptr + layer)
+    if NARROW and not FOLD:
+        acc *= 4.0
+    count = tl.load(count_ptr)
     own_ptr = partial_ptr + tl.maximum(program - whole, 0).to(tl.int64) * BLOCK_M * BLOCK_N
     _flush(
         acc, g_ptr, shift_ptr, sum_ptr, count, own_ptr, program < whole, row, column,
@@ -335,40 +338,38 @@ class GramUpdate:
     """Updates of one kind: everything decided that does not change from one to the next.
 
     Args:
-        x: (n, d), the rows of each layer; only how they are laid out is looked at.
-        layers: How many there are.
+        x: (n, d), rows; only how they are laid out is looked at.
         aligned: Whether every row can be read by 16-byte copies.
         masked: Whether rows are left out.
         gram: (d, d), laid out as what rows are added to.
         workspace: Of the device and stream.
     """
 
-    def __init__(
-        self, x: Tensor, layers: int, *, aligned: bool, masked: bool, gram: Tensor, workspace: Workspace
-    ) -> None:
-        (n, d), grouped = x.shape, layers > 1
+    def __init__(self, x: Tensor, *, aligned: bool, masked: bool, gram: Tensor, workspace: Workspace) -> None:
+        n, d = x.shape
         fold = aligned and x.dtype != torch.float32
         tile = choose_tile(architecture(x.device), x.dtype, aligned, d)
-        plan = plan_gram(n, d, layers, tile, multiprocessors(x.device))
+        plan = plan_gram(n, d, tile, multiprocessors(x.device))
         chunks, blocks = triton.cdiv(n, TOTALS_ROWS), triton.cdiv(d, TOTALS_COLUMNS)
-        sums = workspace.buffer("sums", layers * chunks * d)
-        squares = workspace.buffer("squares", layers * chunks * blocks)
-        counts = workspace.buffer("counts", layers * chunks)
-        batch = workspace.buffer("batch_sums", layers * d), workspace.buffer("batch_counts", layers)
+        sums = workspace.buffer("sums", chunks * d)
+        squares = workspace.buffer("squares", chunks * blocks)
+        counts = workspace.buffer("counts", chunks)
+        batch = workspace.buffer("batch_sums", d), workspace.buffer("batch_count", 1)
         partial = workspace.buffer("partial", plan.splits * plan.split * tile.block_m * tile.block_n)
-        counters = workspace.counters(max(layers * (blocks + 1), plan.split))
+        counters = workspace.counters(max(blocks + 1, plan.split))
         self._totals_buffers, self._batch, self._totals_numbers = (sums, squares, counts, counters), batch, (n, d)
         self._gram_buffers, self._strides = (*batch, partial, counters), x.stride()
-        self._gram_numbers = gram.stride(0), layers, plan.tiles, plan.whole, plan.split, plan.splits, plan.split_rows
+        self._gram_numbers = gram.stride(0), plan.whole, plan.split, plan.splits, plan.split_rows
 
-        kind = {"ALIGNED": aligned, "MASKED": masked, "GROUPED": grouped}
+        kind = {"ALIGNED": aligned, "MASKED": masked}
         totals = {"ROWS": TOTALS_ROWS, "COLUMNS": TOTALS_COLUMNS, "STEP": TOTALS_STEP, **kind}
+        precision = dot_precision(x.dtype) if has_tf32(x.device) else "ieee"
         blocks_of_tile = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BAND": tile.band}
         triangle = {
             **blocks_of_tile, "COLUMNS": FLUSH_COLUMNS, "ALIGNED": aligned, "FOLD": fold, "MASKED": masked,
-            "GROUPED": grouped, "PRECISION": dot_precision(x.dtype), "UPCAST": INTERPRETED,
+            "PRECISION": precision, "UPCAST": operand_dtype(x.dtype) != x.dtype,
         }  # fmt: skip
-        totals_grid, gram_grid = (chunks, blocks, layers), (plan.programs, 1, 1)
+        totals_grid, gram_grid = (chunks, blocks, 1), (plan.programs, 1, 1)
         self._totals = Launch(
             lambda *arguments: _totals_kernel[totals_grid](*arguments, **totals, **launch_options(_totals_kernel)),
             totals_grid,
@@ -384,7 +385,7 @@ class GramUpdate:
 
     def launch(
         self,
-        rows: tuple[Tensor, Tensor, Tensor, Tensor | None],  # x, shift, mask (without one: anything), and the table
+        rows: tuple[Tensor, Tensor, Tensor],  # x, shift, and mask (without one: anything)
         targets: tuple[Tensor, Tensor, Tensor],  # gram, column_sum, square_sum
         sign: float,
         stream: int,
@@ -400,37 +401,26 @@ class GramUpdate:
         )  # fmt: skip
 
 
-def accumulate_triangles_(
-    grams: list[Tensor],  # (d, d) float32 each, unit column stride, one row stride
-    column_sums: list[Tensor],  # (d,) float64 each
-    square_sums: list[Tensor],  # () float64 each
-    x: list[Tensor],  # (n, d) each; one dtype, one pair of strides
-    shifts: list[Tensor],  # (d,) float32 each
-    row_masks: list[Tensor] | None,  # (n,) bool each
+def accumulate_triangle_(
+    gram: Tensor,  # (d, d) float32, unit column stride
+    column_sum: Tensor,  # (d,) float64
+    square_sum: Tensor,  # () float64
+    x: Tensor,  # (n, d)
+    shift: Tensor,  # (d,) float32
+    row_mask: Tensor | None,  # (n,) bool
     sign: float = 1.0,
     workspace: Workspace | None = None,
 ) -> None:
-    """Fold rows into the lower triangles of one or more layers' Gram matrices, in two launches.
+    """Fold rows into the lower triangle of a Gram matrix, in two launches.
 
-    Entries above the diagonal are left in any state; :func:`mirror_triangle_` restores them. Rows that are not
-    aligned 16-bit rows go one layer at a time. All tensors are on the current device. Without a ``workspace`` of the
-    current stream one is made.
+    Entries above the diagonal are left in any state; :func:`mirror_triangle_` restores them. All tensors are on the
+    current device. Without a ``workspace`` of the current stream one is made.
     """
-    layers, device = len(x), x[0].device
-    rows = make_rows(x, shifts, row_masks, grams, column_sums, square_sums)
-    if layers > 1 and not (rows.aligned and x[0].dtype != torch.float32):
-        for i in range(layers):
-            mask, one = None if row_masks is None else row_masks[i : i + 1], slice(i, i + 1)
-            accumulate_triangles_(
-                grams[one], column_sums[one], square_sums[one], x[one], shifts[one], mask, sign, workspace
-            )
-        return
     update = GramUpdate(
-        x[0], layers, aligned=rows.aligned, masked=rows.masks is not None, gram=grams[0],
-        workspace=workspace or Workspace(device),
-    )  # fmt: skip
-    first = x[0], rows.shifts[0], (rows.masks or x)[0], rows.table
-    update.launch(first, (grams[0], column_sums[0], square_sums[0]), sign, current_stream(device))
+        x, aligned=is_aligned(x), masked=row_mask is not None, gram=gram, workspace=workspace or Workspace(x.device)
+    )
+    rows = x, shift.contiguous(), x if row_mask is None else row_mask.contiguous()
+    update.launch(rows, (gram, column_sum, square_sum), sign, current_stream(x.device))
 
 
 def gram_triton(
@@ -446,8 +436,7 @@ def gram_triton(
         return
     with torch.cuda.device_of(x):  # kernels are launched on the current device
         for rows, mask in row_views(x, row_mask):
-            masks = None if mask is None else [mask]
-            accumulate_triangles_([gram], [column_sum], [square_sum], [rows], [shift], masks, sign)
+            accumulate_triangle_(gram, column_sum, square_sum, rows, shift, mask, sign)
         mirror_triangle_(gram)
 
 
@@ -479,12 +468,11 @@ def add_rows_(
         update = _update_for(gram, x, shift, row_mask, workspace)
         workspace.keep(key, update)
     if update is not None:
-        rows = x, shift, x if row_mask is None else row_mask, None
+        rows = x, shift, x if row_mask is None else row_mask
         update.launch(rows, (gram, column_sum, square_sum), sign, stream)
         return
     for view, part in row_views(x, row_mask) if x.numel() else ():
-        masks = None if part is None else [part]
-        accumulate_triangles_([gram], [column_sum], [square_sum], [view], [shift], masks, sign, workspace)
+        accumulate_triangle_(gram, column_sum, square_sum, view, shift, part, sign, workspace)
 
 
 def _update_for(
@@ -494,5 +482,5 @@ def _update_for(
     rows = one_view(x, shift, row_mask, gram)
     if rows is None:
         return None
-    aligned = make_rows([rows], [shift], None).aligned
-    return GramUpdate(rows, 1, aligned=aligned, masked=row_mask is not None, gram=gram, workspace=workspace)
+    masked = row_mask is not None
+    return GramUpdate(rows, aligned=is_aligned(rows), masked=masked, gram=gram, workspace=workspace)

@@ -1,5 +1,7 @@
 """An orthonormal basis of the columns of each matrix in a batch."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,11 @@ from .._double import home_of
 from .core import core_runs, orthonormalize_core
 from .reference import cholesky_qr, greatest_growth, householder_qr
 
-__all__ = ["greatest_growth", "orthonormalize"]
+__all__ = ["greatest_growth", "orthonormalize", "orthonormalize_by_cholesky", "orthonormalize_or"]
+
+# Of each unit column, what is added in one of an orthonormal matrix. Squared and halved twice it stays above the
+# rounding of a float64 Gram matrix, of up to 2¹⁷ rows: there is a Cholesky factor then, whatever the column's rank.
+ADDED = 2.0**-16
 
 
 def orthonormalize(
@@ -23,8 +29,7 @@ def orthonormalize(
     Raises:
         ValueError: fewer rows than columns.
     """
-    if y.ndim < 2 or y.shape[-2] < y.shape[-1]:
-        raise ValueError(f"y: expected shape (..., d, q) with d ≥ q, got {tuple(y.shape)}")
+    _require_tall(y)
     if (home := home_of(y.device)) != y.device:
         return orthonormalize(y.to(home)).to(y.device)
     flat = y.reshape(-1, *y.shape[-2:])
@@ -40,3 +45,56 @@ def orthonormalize(
         if bool(failed.any()):
             q[failed] = householder_qr(wide[failed])
     return q.to(y.dtype).reshape(y.shape)
+
+
+def orthonormalize_by_cholesky(
+    y: Tensor,  # (b, d, q) float32 or float64, d ≥ q
+) -> tuple[Tensor, Tensor]:  # (b, d, q), (b,) bool
+    """:func:`orthonormalize`, and for which matrices it worked: nothing waits for a GPU, which is not asked.
+
+    There Cholesky QR is done twice. Of matrices that it does not work for, with NaN, Inf or numerically dependent
+    columns, the result means nothing. On a CPU, and where float64 is on the CPU, it works for all, as there.
+
+    Raises:
+        ValueError: fewer rows than columns.
+    """
+    if y.device.type == "cpu" or home_of(y.device) != y.device:
+        return orthonormalize(y), torch.ones(len(y), dtype=torch.bool, device=y.device)
+    _require_tall(y)
+    growth = greatest_growth(y.shape[-2], y.shape[-1], y.dtype)
+    once, enough = cholesky_qr(y.double(), growth)
+    twice, is_now = cholesky_qr(once, growth)
+    return torch.where(enough[:, None, None], once, twice).to(y.dtype), enough | is_now
+
+
+def orthonormalize_or(
+    y: Tensor,  # (d, q) float32 or float64, d ≥ q
+    otherwise: Tensor,  # (d, q) y's dtype, orthonormal columns
+) -> Tensor:  # (d, q)
+    """Orthonormal columns that span about what those of ``y`` span; ``otherwise`` where that has NaN or Inf.
+
+    On a GPU nothing waits: each unit column has 2⁻¹⁶ of a cosine added, of a frequency of its own, so that what
+    dependent columns lack is there; should they stay dependent with that, the result is ``otherwise`` too. On a CPU,
+    and where float64 is on the CPU, :func:`orthonormalize` does it, to the bit.
+
+    Raises:
+        ValueError: fewer rows than columns.
+    """
+    home = home_of(y.device)
+    if home != y.device:
+        return orthonormalize_or(y.to(home), otherwise.to(home)).to(y.device)
+    _require_tall(y)
+    if y.device.type == "cpu":
+        finite = y.numel() == 0 or all(map(math.isfinite, y.aminmax()))
+        return orthonormalize(y if finite else otherwise)
+    (d, q), wide = y.shape, y.double()
+    norm = torch.linalg.vector_norm(wide, dim=0)
+    i, j = (torch.arange(size, dtype=torch.float64, device=y.device) for size in (d, q))
+    cosines = (2 / d) ** 0.5 * torch.outer(i + 0.5, j * (math.pi / d)).cos()
+    found, done = orthonormalize_by_cholesky((wide / norm.where(norm > 0, 1) + ADDED * cosines)[None])
+    return torch.where(done, found[0].to(y.dtype), otherwise)
+
+
+def _require_tall(y: Tensor) -> None:
+    if y.ndim < 2 or y.shape[-2] < y.shape[-1]:
+        raise ValueError(f"y: expected shape (..., d, q) with d ≥ q, got {tuple(y.shape)}")

@@ -1,5 +1,6 @@
 """Streaming singular value decomposition of rows that are seen once and never kept."""
 
+from .._transfer import sent
 from .._workspace import release_workspaces
 from .gram_statistic import GramStatistic
 from .refresh import Refreshed, finish_, refresh_
@@ -16,4 +17,5 @@ __all__ = [
     "finish_",
     "refresh_",
     "release_workspaces",
+    "sent",
 ]

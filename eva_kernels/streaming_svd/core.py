@@ -41,7 +41,7 @@ def extract_core(members: Sequence[Statistic], limits: Mapping[str, float]) -> I
     A few members at a time, which are to adopt their new bases before the next: those exist beside the old ones. The
     images of solved members of a kind that summarises are zero afterwards: they are in the bases.
     """
-    means, past = members[0].means(members), members[0].past_eigenvalues(members)
+    means, past = members[0].means(members, members[0].counts(members)), members[0].past_eigenvalues(members)
     size = MEMBERS_A_THREAD * torch.get_num_threads()
     for start in range(0, len(members), size):
         part = slice(start, start + size)

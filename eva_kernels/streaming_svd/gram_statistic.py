@@ -64,9 +64,9 @@ class GramStatistic(Statistic):
         return self.gram @ self.basis if self.shared_image is None else self.shared_image
 
     @classmethod
-    def means(cls, members: "Sequence[GramStatistic]") -> Tensor:
+    def means(cls, members: "Sequence[GramStatistic]", counts: Tensor) -> Tensor:
         sums = torch.stack([s.column_sum for s in members])
-        mean = sums / sums.new_tensor([max(s.num_rows, 1) for s in members])[:, None].sqrt()
+        mean = sums / counts[:, 0, None].clamp_min(1).sqrt()
         return like(torch.stack([mean, torch.zeros_like(mean)], 1), members[0].basis)
 
     def summands(self, *, whole: bool = True) -> dict[str, Tensor]:

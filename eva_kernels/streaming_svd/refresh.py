@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from .._double import double, like
-from ..orthonormal import orthonormalize
+from .._transfer import sent
+from ..convergence import Comparison
+from ..orthonormal import orthonormalize, orthonormalize_by_cholesky
 from ..symmetric_eigen import symmetric_eigen
+from .comparing import comparison_runs, start_comparison
 from .core import extract_core, refresh_core_runs
 from .statistics import Statistic, bring_home_
 
@@ -73,6 +76,7 @@ class _Extraction:
     past: "_Past"
     basis: Tensor  # (b, d, q)
     eigenvalues: Tensor  # (b, q) float64
+    counts: Tensor  # (b, 3) float64: see Statistic.counts
     evidence: Tensor  # (b, 4, q) float64: see _evidence
     status: Tensor  # (b,) int
 
@@ -88,9 +92,10 @@ class _Past(NamedTuple):
 def refresh_(statistics: Sequence[Statistic]) -> list[Refreshed]:
     """Refresh every statistic's basis from the rows it has seen. Statistics of one kind and shape go together.
 
-    The host waits once for all statistics of a device, and again for those few whose columns turn out to be
-    numerically dependent. Where the device has no float64 it waits once for all totals, and for the q × q matrices of
-    every shape. Before the first refresh the basis that cosines and overlaps compare with is the start.
+    The host waits once for all statistics of a device, once more where columns of some turn out to be nearly dependent,
+    and for every shape of more columns than the eigensolver's kernel takes. Where the device has no float64 it waits
+    once for all totals, and for the q × q matrices of every shape. Before the first refresh the basis that cosines and
+    overlaps compare with is the start.
     """
     shapes: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, statistic in enumerate(statistics):
@@ -120,7 +125,8 @@ def _refresh_by_core_(statistics: Sequence[Statistic], indices: list[int]) -> di
     if not indices:
         return {}
     members = [statistics[i] for i in indices]
-    gains, parts = Statistic.gains(members), []
+    counts = Statistic.counts(members)
+    gains, parts = Statistic.gains(members, counts), []
     for part in extract_core(members, _LIMITS):
         for i, member in enumerate(part.members):
             if part.solved[i]:
@@ -129,20 +135,66 @@ def _refresh_by_core_(statistics: Sequence[Statistic], indices: list[int]) -> di
             (part.eigenvalues, part.cosines, part.overlaps, torch.tensor(part.solved, dtype=torch.bool, device="cpu"))
         )
     eigenvalues, cosines, overlaps, solved = map(torch.cat, zip(*parts, strict=True))
-    evidence = _evidence(members, eigenvalues, cosines, overlaps, gains).numpy()
+    evidence = _evidence(members, counts, eigenvalues, cosines, overlaps, gains).numpy()
     return {i: _refreshed(one) for i, one, ok in zip(indices, evidence, solved.tolist(), strict=True) if ok}
 
 
 def _refresh_(statistics: Sequence[Statistic], group: list[list[int]]) -> dict[int, Refreshed]:
     """Refresh some of the statistics, each list of indices of one kind and shape; the host waits once for all."""
     extractions = [_extract(indices, [statistics[i] for i in indices]) for indices in group]
-    packed = [torch.cat([e.evidence.flatten(1), e.status[:, None].double()], 1).flatten() for e in extractions]
-    host = torch.cat(packed).cpu().numpy()
+    previous = [basis for e in extractions for basis in e.past.basis.unbind()]
+    current = [basis for e in extractions for basis in e.basis.unbind()]
+    comparison = start_comparison(previous, current) if comparison_runs(current) else None
+    host = _on_host([torch.cat([e.evidence.flatten(1), e.status[:, None].double()], 1) for e in extractions])
+    status = [rows[:, -1].astype(int) for rows in host]
+    evidence = [rows[:, :-1] for rows in host]
+    if comparison is not None:
+        _take_(evidence, comparison.result())
+    oblique = [np.flatnonzero(each >= OBLIQUE) for each in status]
+    for certain in (False, True):
+        some = [i for i, which in enumerate(oblique) if which.size]
+        mended = [
+            _mend_(extractions[i], oblique[i], status[i][oblique[i]] == INDEFINITE, certain=certain) for i in some
+        ]
+        for i, rows in zip(some, _on_host(mended), strict=True):
+            evidence[i][oblique[i]] = rows[:, :-1]
+            oblique[i] = oblique[i][rows[:, -1] == 0]
     results: dict[int, Refreshed] = {}
-    for extraction, length in zip(extractions, map(len, packed), strict=True):
-        mine, host = host[:length].reshape(len(extraction.indices), -1), host[length:]
-        results.update(zip(extraction.indices, _adopt_(extraction, mine), strict=True))
+    for extraction, its_status, its_evidence in zip(extractions, status, evidence, strict=True):
+        results.update(zip(extraction.indices, _adopt_(extraction, its_status, its_evidence), strict=True))
     return results
+
+
+def _take_(evidence: list[npt.NDArray[np.float64]], compared: Comparison) -> None:  # (b, 4 q) each
+    """Put cosines and overlaps that bases were compared by in the place of those that the refresh's algebra found."""
+    first = 0
+    for rows in evidence:
+        b, q = len(rows), rows.shape[1] // 4
+        rows[:, :q] = np.minimum(compared.cosines[first : first + b, :q], 1)
+        rows[:, q : 2 * q] = compared.overlaps[first : first + b, :q]
+        first += b
+
+
+def _on_host(parts: list[Tensor]) -> list[npt.NDArray[np.float64]]:  # (n, m) each, float64
+    """Matrices of one device as arrays that can be written to; the host waits once for all."""
+    if not parts:
+        return []
+    together = torch.cat([part.flatten() for part in parts]).cpu().numpy()
+    ends = np.cumsum([part.numel() for part in parts])[:-1]
+    return [some.reshape(part.shape) for some, part in zip(np.split(together, ends), parts, strict=True)]
+
+
+def _adopt_(
+    extraction: _Extraction,
+    status: npt.NDArray[np.int64],  # (b,)
+    evidence: npt.NDArray[np.float64],  # (b, 4 q)
+) -> list[Refreshed]:
+    for i, member in enumerate(extraction.members):
+        if status[i] != NOT_FINITE:
+            member.adopt_(extraction.basis[i].clone(), extraction.eigenvalues[i].clone())
+    return [
+        _refreshed(one.reshape(4, -1), bool(code != NOT_FINITE)) for one, code in zip(evidence, status, strict=True)
+    ]
 
 
 def _side_by_side(work: Callable[[T], R], items: Sequence[T], statistics: Sequence[Statistic]) -> list[R]:
@@ -177,9 +229,9 @@ def _rounds(statistics: Sequence[Statistic], shapes: list[list[int]]) -> Iterato
 
 
 def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
-    kind = type(members[0])
+    kind, counts = type(members[0]), Statistic.counts(members)
     sample = torch.stack([s.sample for s in members])
-    mean, difference = kind.means(members).unbind(1)
+    mean, difference = kind.means(members, counts).unbind(1)
     product = torch.stack([s.image() for s in members]).baddbmm_(mean[:, :, None], mean[:, None] @ sample, alpha=-1)
     past = _Past(torch.stack([s.basis for s in members]), kind.past_eigenvalues(members), difference)
     approximation, status = nystrom(sample, product)
@@ -188,8 +240,8 @@ def _extract(indices: list[int], members: list[Statistic]) -> _Extraction:
     status = torch.where((status == SOLVED) & steep, OBLIQUE, status)
     finite = torch.stack([s.square_sum for s in members]).isfinite()  # squares may overflow before products do
     status = torch.where(finite, status, NOT_FINITE)
-    evidence = _evidence(members, eigenvalues, *_agreement(cross), Statistic.gains(members))
-    return _Extraction(indices, members, sample, product, past, basis, eigenvalues, evidence, status)
+    evidence = _evidence(members, counts, eigenvalues, *_agreement(cross), Statistic.gains(members, counts))
+    return _Extraction(indices, members, sample, product, past, basis, eigenvalues, counts, evidence, status)
 
 
 def _agreement(cross: Tensor) -> tuple[Tensor, Tensor]:  # (b, q, q) -> (b, q), (b, q)
@@ -200,13 +252,15 @@ def _agreement(cross: Tensor) -> tuple[Tensor, Tensor]:  # (b, q, q) -> (b, q), 
 
 def _evidence(
     members: Sequence[Statistic],
+    counts: Tensor,  # (b, 3)
     eigenvalues: Tensor,  # (b, q)
     cosines: Tensor,  # (b, q)
     overlaps: Tensor,  # (b, q)
     gains: Tensor,  # (b, q)
 ) -> Tensor:  # (b, 4, q)
     """Per component its ``|cosine|``, per block its overlap, per component its ratio, per block its gain."""
-    return torch.stack([cosines, overlaps, Statistic.explained_variance_ratios(members, eigenvalues), gains], 1)
+    ratios = Statistic.explained_variance_ratios(members, eigenvalues, counts)
+    return torch.stack([cosines, overlaps, ratios, gains], 1)
 
 
 def _refreshed(evidence: npt.NDArray[np.float64], finite: bool = True) -> Refreshed:  # (4, q)
@@ -214,28 +268,46 @@ def _refreshed(evidence: npt.NDArray[np.float64], finite: bool = True) -> Refres
     return Refreshed(cosines, overlaps, ratios, gains, finite)
 
 
-def _adopt_(extraction: _Extraction, host: npt.NDArray[np.float64]) -> list[Refreshed]:
-    status = host[:, -1].astype(int)
-    evidence = host[:, :-1].reshape(len(host), 4, -1)
-    mended = np.flatnonzero(status >= OBLIQUE)
-    if mended.size:
-        basis, values = extraction.basis[mended], extraction.eigenvalues[mended]
-        again = np.flatnonzero(status[mended] == INDEFINITE)
-        if again.size:
-            which = mended[again]
-            approximation = nystrom_of_indefinite(extraction.sample[which], extraction.product[which])
-            past = _Past(*(x[which] for x in extraction.past))
-            basis[again], values[again], _ = combine(*past, approximation)
-        before = extraction.past.basis[mended]
-        basis = straighten(before, basis, values)
-        extraction.basis[mended], extraction.eigenvalues[mended] = basis, values
-        members = [extraction.members[i] for i in mended]
-        agreement = _agreement(double(before.mT @ basis))
-        evidence[mended] = _evidence(members, values, *agreement, Statistic.gains(members)).cpu().numpy()
-    for i, member in enumerate(extraction.members):
-        if status[i] != NOT_FINITE:
-            member.adopt_(extraction.basis[i].clone(), extraction.eigenvalues[i].clone())
-    return [_refreshed(one, bool(code != NOT_FINITE)) for one, code in zip(evidence, status, strict=True)]
+def _mend_(
+    extraction: _Extraction,
+    which: npt.NDArray[np.int64],  # (n,)
+    indefinite: npt.NDArray[np.bool_],  # (n,)
+    *,
+    certain: bool,
+) -> Tensor:  # (n, 4 q + 1) float64
+    """Straighten some of the bases, extracted anew where that failed. Returns their evidence, and which it worked for.
+
+    ``certain``: it works for all, and the host waits to see to it.
+    """
+    basis, values = _rows_of(extraction.basis, which), _rows_of(extraction.eigenvalues, which)
+    if indefinite.any():
+        anew, again = which[indefinite], np.flatnonzero(indefinite)
+        approximation = nystrom_of_indefinite(_rows_of(extraction.sample, anew), _rows_of(extraction.product, anew))
+        past = _Past(*(_rows_of(x, anew) for x in extraction.past))
+        found, its_values, _ = combine(*past, approximation)
+        _put_(basis, again, found)
+        _put_(values, again, its_values)
+    before = _rows_of(extraction.past.basis, which)
+    filled = with_directions_of(before, basis, values)
+    if certain:
+        straight, done = orthonormalize(filled), torch.ones(len(filled), dtype=torch.bool, device=filled.device)
+    else:
+        straight, done = orthonormalize_by_cholesky(filled)
+    _put_(extraction.basis, which, torch.where(done[:, None, None], straight, basis))
+    _put_(extraction.eigenvalues, which, values)
+    members, counts = [extraction.members[i] for i in which], _rows_of(extraction.counts, which)
+    agreement = _agreement(double(before.mT @ straight))
+    evidence = _evidence(members, counts, values, *agreement, Statistic.gains(members, counts))
+    return torch.cat([evidence.flatten(1), double(done)[:, None]], 1)
+
+
+def _rows_of(x: Tensor, indices: npt.NDArray[np.int64]) -> Tensor:  # (b, ...), (n,) -> (n, ...)
+    """Some rows of a tensor; NumPy's array as an index would make the host wait."""
+    return x[sent(torch.from_numpy(indices), x.device)]
+
+
+def _put_(x: Tensor, indices: npt.NDArray[np.int64], rows: Tensor) -> None:  # (b, ...), (n,), (n, ...)
+    x[sent(torch.from_numpy(indices), x.device)] = rows
 
 
 def nystrom(
@@ -308,14 +380,14 @@ def combine(
     return basis @ like(cross, basis) + new @ like(turn[:, q:], new), values, cross
 
 
-def straighten(
+def with_directions_of(
     before: Tensor,  # (b, d, q)
     basis: Tensor,  # (b, d, q)
     values: Tensor,  # (b, q) descending
 ) -> Tensor:  # (b, d, q)
-    """The basis with orthonormal columns, in which directions without variance are those from before."""
+    """The basis, in which directions without variance are those from before."""
     alive = values > RELATIVE_RANK * values[:, :1]
-    return orthonormalize(torch.where(alive[:, None, :].to(basis.device), basis, before))
+    return torch.where(alive[:, None, :].to(basis.device), basis, before)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:  # (b, m, q) float64 both

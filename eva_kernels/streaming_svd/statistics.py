@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .._double import DistantSum, distilled, double, home_of, like, settle_, zeros
 from .._rows import shifted_chunks
-from ..orthonormal import orthonormalize
+from .._transfer import sent
+from ..orthonormal import orthonormalize, orthonormalize_or
 from ..subspace.core import core_runs
 from .count_sketch import count_sketch_core, count_sketch_reference
 
@@ -90,6 +91,7 @@ class Statistic(ABC):
 
     kind: ClassVar[str]
     summarises: ClassVar[bool]  # whether basis and eigenvalues stand for rows that are kept nowhere else
+    past_rows = 0  # rows that they stand for
 
     column_sum = _Total()  # (d,): Σ z with z = x − shift
     square_sum = _Total()  # (): Σ ‖z‖²
@@ -160,18 +162,29 @@ class Statistic(ABC):
         Where rounding makes the kept eigenvalues sum to more than the total (a stream of hardly any
         variance about its mean), they are taken over their sum.
         """
-        return self.explained_variance_ratios([self], self.eigenvalues[None])[0]
+        return self.explained_variance_ratios([self], self.eigenvalues[None], self.counts([self]))[0]
+
+    @staticmethod
+    def counts(
+        members: "Sequence[Statistic]",  # b of them
+    ) -> Tensor:  # (b, 3) float64
+        """Of each one's rows: all, those that its basis stands for, those since the last refresh.
+
+        A refresh asks for them once, as they have to be sent where totals are.
+        """
+        numbers = [(s.num_rows, s.past_rows, s.pending_rows) for s in members]
+        return sent(torch.tensor(numbers, dtype=torch.float64, device="cpu"), members[0].eigenvalues.device)
 
     @staticmethod
     def explained_variance_ratios(
         members: "Sequence[Statistic]",  # b of them
         eigenvalues: Tensor,  # (b, q) float64
+        counts: Tensor,  # (b, 3) float64
     ) -> Tensor:  # (b, q) float64
         """:meth:`explained_variance_ratio` of statistics of one width, were these their eigenvalues."""
-        counts = eigenvalues.new_tensor([max(s.num_rows, 1) for s in members])
         squares = torch.stack([s.square_sum for s in members])
         sums = torch.stack([s.column_sum for s in members])
-        scatter = squares - sums.square().sum(1) / counts  # each entry as in total_scatter
+        scatter = squares - sums.square().sum(1) / counts[:, 0].clamp_min(1)  # each entry as in total_scatter
         total = torch.maximum(scatter, eigenvalues.sum(1))[:, None]
         return torch.where(total > 0, eigenvalues / total.where(total > 0, 1), 0)
 
@@ -245,7 +258,11 @@ class Statistic(ABC):
 
     @classmethod
     @abstractmethod
-    def means(cls, members: "Sequence[Any]") -> Tensor:  # (b, 2, d)
+    def means(
+        cls,
+        members: "Sequence[Any]",  # b of them
+        counts: Tensor,  # (b, 3) float64
+    ) -> Tensor:  # (b, 2, d)
         """Each member's u and v: the scatter of the rows in its image is their second moment less u uᵀ, and together
         with the rows that its basis summarises they scatter by v vᵀ more than apart."""
 
@@ -256,15 +273,18 @@ class Statistic(ABC):
         return values if cls.summarises else torch.zeros_like(values)
 
     @staticmethod
-    def gains(members: "Sequence[Statistic]") -> Tensor:  # (b, q) float64
+    def gains(
+        members: "Sequence[Statistic]",  # b of them
+        counts: Tensor,  # (b, 3) float64
+    ) -> Tensor:  # (b, q) float64
         """What each one's last refresh gained on the rows since, which neither basis had seen.
 
         Per leading block of i components, the variance that the basis captures of them less what the one before
         captures, over the former; 0 where there is none, or where it is not watched.
         """
         moments = torch.stack([s.projections for s in members])  # (b, 4, q)
-        counts = moments.new_tensor([max(s.pending_rows, 1) for s in members])[:, None, None]
-        before, after = (moments[:, 1::2] - moments[:, ::2].square() / counts).cumsum(-1).unbind(1)
+        pending = counts[:, 2, None, None].clamp_min(1)
+        before, after = (moments[:, 1::2] - moments[:, ::2].square() / pending).cumsum(-1).unbind(1)
         return torch.where(after > 0, (after - before) / after.where(after > 0, 1), 0)
 
     def adopt_(
@@ -354,7 +374,7 @@ class Statistic(ABC):
         generator = torch.Generator().manual_seed(self.seed)
         shape = (first + x.numel() // d, 1)
         drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int64, device="cpu")
-        signs = (drawn[first:] * 2 - 1).to(self.basis)
+        signs = sent((drawn[first:] * 2 - 1).to(self.basis.dtype), self.basis.device)
         if row_mask is not None:
             signs *= row_mask.reshape(-1, 1)
         sums, tally = self.basis.new_zeros(columns, d), self.basis.new_zeros(columns, 1)
@@ -367,12 +387,12 @@ class Statistic(ABC):
     def start_(self, sketch: Sketch) -> None:
         """Take the shift, and a basis to start from, from a sketch of the first rows.
 
-        The span of its sums is half a power step ahead of a random one, for the price of reading the rows.
+        The span of its sums is half a power step ahead of a random one, for the price of reading the rows. Nothing
+        waits for a device with float64.
         """
         self.shift = like(sketch.total / sketch.num_rows, self.basis)
         sums = sketch.sums - sketch.tally * self.shift
-        finite = all(math.isfinite(bound) for bound in sums.aminmax())
-        self.basis = orthonormalize(sums.T if finite else self.basis)
+        self.basis = orthonormalize_or(sums.T, self.basis)
 
     def summands(self, *, whole: bool = True) -> dict[str, Tensor]:
         """By attribute, the tensors that add up where the rows come in shares, each folded into a statistic of its own.

@@ -43,14 +43,15 @@ class SubspaceStatistic(Statistic):
         return self.pending
 
     @classmethod
-    def means(cls, members: "Sequence[SubspaceStatistic]") -> Tensor:
-        rows = [(s.past_rows, s.num_rows - s.past_rows) for s in members]  # past n, pending m
+    def means(cls, members: "Sequence[SubspaceStatistic]", counts: Tensor) -> Tensor:
+        n = counts[:, 1, None]  # past rows
+        m = counts[:, 0, None] - n  # pending rows
         past = torch.stack([s.past_sum for s in members])
         pending = torch.stack([s.column_sum for s in members]) - past
-        n, m = past.new_tensor([(max(n, 1), max(m, 1)) for n, m in rows])[:, :, None].unbind(1)  # (b, 1)
-        weights = past.new_tensor([(m, n * m / max(n + m, 1)) for n, m in rows]).sqrt()
-        both = torch.stack([pending / m, pending / m - past / n], 1)
-        return like(weights[:, :, None] * both, members[0].basis)
+        mean = pending / m.clamp_min(1)
+        both = torch.stack([mean, mean - past / n.clamp_min(1)], 1)
+        weights = torch.stack([m, n * m / (n + m).clamp_min(1)], 1).sqrt()
+        return like(weights * both, members[0].basis)
 
     def nbytes(self) -> int:
         return super().nbytes() + (0 if self._prepared is None else self._prepared.nbytes)

@@ -20,19 +20,17 @@ from .._triton import (
     INTERPRETED,
     Launch,
     add_column_sums,
-    address_table,
     architecture,
     arrives_last,
     current_stream,
+    is_aligned,
     kind_of,
     l2_bytes,
     launch_options,
-    make_rows,
     multiprocessors,
     one_view,
+    operand_dtype,
     piece_of,
-    row_pointers,
-    target_pointer,
     total_of,
 )
 from .._workspace import Workspace, workspace_of
@@ -66,13 +64,15 @@ INTERPRETER_TILE = SubspaceTile(16, 16, 16, 4, 1)
 GENERIC_TILE = SubspaceTile(32, 32, 16, 8, 3)
 
 
-def choose_tile(dtype: torch.dtype, aligned: bool, padded: int) -> SubspaceTile:
+def choose_tile(arch: str, dtype: torch.dtype, aligned: bool, padded: int) -> SubspaceTile:
     """The tile for a basis of ``padded`` columns; bytes in flight matter here, not arithmetic."""
     if INTERPRETED:
         return INTERPRETER_TILE
     if dtype == torch.float32 or not aligned:
         return GENERIC_TILE
-    return SubspaceTile(64, 64, 32 if padded == MAX_COLUMNS else 64, 4 if padded < 64 else 8, 3)
+    widest = padded == MAX_COLUMNS
+    stages = 2 if widest and arch == "gfx942" else 3  # what fits into 64 KiB of shared memory
+    return SubspaceTile(64, 64, 32 if widest else 64, 4 if padded < 64 else 8, stages)
 
 
 def needs_wait(arch: str, fold: bool) -> bool:
@@ -97,19 +97,17 @@ class SubspacePlan:
     split_rows: int
 
 
-def plan_subspace(
-    n: int, d: int, layers: int, itemsize: int, tile: SubspaceTile, processors: int, cache: int
-) -> SubspacePlan:
+def plan_subspace(n: int, d: int, itemsize: int, tile: SubspaceTile, processors: int, cache: int) -> SubspacePlan:
     """Chunks of half the L2 cache, every product split until it fills the multiprocessors once.
 
     And no further than the root of what there is to split: adding up a share costs its program about as much as a
     block of its loop, so that beyond it the last to arrive would take longer than splitting saves.
     """
-    fitting = cache // 2 // (d * itemsize * layers) // tile.rows * tile.rows
+    fitting = cache // 2 // (d * itemsize) // tile.rows * tile.rows
     chunk = min(max(fitting, tile.rows), triton.cdiv(n, tile.rows) * tile.rows)
     blocks, columns = triton.cdiv(chunk, tile.rows), triton.cdiv(d, tile.columns)
-    column_splits = max(1, min(processors // (blocks * layers), isqrt(columns)))
-    row_splits = max(1, min(processors // (columns * layers), isqrt(blocks)))
+    column_splits = max(1, min(processors // blocks, isqrt(columns)))
+    row_splits = max(1, min(processors // columns, isqrt(blocks)))
     split_columns = triton.cdiv(columns, column_splits) * tile.columns
     split_rows = triton.cdiv(blocks, row_splits) * tile.rows
     return SubspacePlan(chunk, triton.cdiv(d, split_columns), split_columns, triton.cdiv(chunk, split_rows), split_rows)
@@ -122,31 +120,26 @@ def plan_subspace(
 def _prepare_kernel(
     basis_ptr,  # (d, q) float32
     shift_ptr,  # (d,) float32
-    table_ptr,  # (2, layers) int64: addresses of the two above
-    operand_ptr,  # (layers, d, PADDED) in the dtype of the products
-    shift_product_ptr,  # (layers, programs, PADDED) float32
+    operand_ptr,  # (d, PADDED) in the dtype of the products
+    shift_product_ptr,  # (programs, PADDED) float32
     d,
     q,
     stride_qm: tl.int64,
     stride_qk: tl.int64,
     ROWS: tl.constexpr,
     PADDED: tl.constexpr,
-    GROUPED: tl.constexpr,
 ):
     """Q in the dtype of the products, padded by zero columns, and a share of sᵀ times what Q was rounded to."""
-    block, layer = tl.program_id(0), tl.program_id(1)
-    if GROUPED:
-        basis_ptr = tl.load(table_ptr + layer).to(basis_ptr.dtype)
-        shift_ptr = tl.load(table_ptr + tl.num_programs(1) + layer).to(shift_ptr.dtype)
+    block = tl.program_id(0)
     rows, columns = block * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     inside = (rows < d)[:, None] & (columns < q)[None, :]
     address = rows.to(tl.int64)[:, None] * stride_qm + columns.to(tl.int64)[None, :] * stride_qk
     basis = tl.load(basis_ptr + address, mask=inside, other=0.0).to(operand_ptr.dtype.element_ty)
-    target = (layer.to(tl.int64) * d + rows)[:, None] * PADDED + columns[None, :]
+    target = rows.to(tl.int64)[:, None] * PADDED + columns[None, :]
     tl.store(operand_ptr + target, basis, mask=(rows < d)[:, None])
     shift = tl.load(shift_ptr + rows, mask=rows < d, other=0.0)
     share = tl.sum(basis.to(tl.float32) * shift[:, None], 0)
-    tl.store(shift_product_ptr + (layer * tl.num_programs(0) + block) * PADDED + columns, share)
+    tl.store(shift_product_ptr + block * PADDED + columns, share)
 
 
 @triton.jit
@@ -159,6 +152,36 @@ def sum_of_shares(shares, splits, step: tl.constexpr, ROWS: tl.constexpr, COLUMN
     return total
 
 
+@triton.jit
+def _least_scale(largest):
+    """The least power of two, from 1 on, that brings such a float32 to 2¹⁵, half of what float16 holds."""
+    bits = (largest * 0.000030517578125).to(tl.int32, bitcast=True)  # · 2⁻¹⁵
+    return tl.maximum(((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def _inverse(scale):
+    """Of a power of two, exactly: a division might be approximate."""
+    return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_alike(products, sums, scale_ptr, blocks, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Divide the P of every block, and its sums, by the largest scale of any; it is stored after the blocks' own."""
+    largest = 1.0
+    for block in range(blocks):
+        largest = tl.maximum(largest, tl.load(scale_ptr + block))
+    tl.store(scale_ptr + blocks, largest)
+    if largest > 1.0:  # hardly ever
+        for block in range(blocks):
+            factor = tl.load(scale_ptr + block) * _inverse(largest)
+            product = (tl.load(products).to(tl.float32) * factor).to(products.dtype.element_ty)
+            tl.store(products, product)
+            tl.store(sums, tl.sum(product.to(tl.float32), 0))
+            products += ROWS * PADDED
+            sums += PADDED
+
+
 @triton.jit(
     do_not_specialize=["d", "stride_xm", "stride_xd", "split_columns", "start", "stop"],
     do_not_specialize_on_alignment=FOREIGN,
@@ -167,13 +190,13 @@ def _project_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
     mask_ptr,  # (n,) bool
-    table_ptr,  # (6, layers) int64
-    operand_ptr,  # (layers, d, PADDED)
-    shift_product_ptr,  # (layers, PADDED) float32
-    partial_ptr,  # (layers, blocks, splits, ROWS, PADDED) float32
-    product_ptr,  # (layers, blocks, ROWS, PADDED) in the dtype of the products
-    product_sum_ptr,  # (layers, blocks, PADDED) float32
-    counter_ptr,  # (layers, blocks) int32
+    operand_ptr,  # (d, PADDED)
+    shift_product_ptr,  # (PADDED,) float32
+    partial_ptr,  # (blocks, splits, ROWS, PADDED) float32
+    product_ptr,  # (blocks, ROWS, PADDED) in the dtype of the products
+    product_sum_ptr,  # (blocks, PADDED) float32
+    scale_ptr,  # (blocks + 1,) float32: what P is divided by, in each block and in all; for float16 alone
+    counter_ptr,  # (blocks + 1,) int32
     d,
     stride_xm: tl.int64,
     stride_xd: tl.int64,
@@ -186,16 +209,14 @@ def _project_kernel(
     ALIGNED: tl.constexpr,
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
-    GROUPED: tl.constexpr,
 ):
     """P = Z Q for the rows start … stop, a share of the columns a program; zero for rows left out. Also Σ P.
 
     FOLD multiplies raw rows and subtracts sᵀQ afterwards. The last program of a block of rows adds up the shares, in
-    order.
+    order. Of float16 the last of these sees to it that P is divided by one power of two, the least with which it fits.
     """
-    share, block, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    layers = tl.num_programs(2)
-    x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
+    block, share = tl.program_id(0), tl.program_id(1)
+    NARROW: tl.constexpr = product_ptr.dtype.element_ty == tl.float16
     if ALIGNED:
         x_ptr = tl.multiple_of(x_ptr, 16)
         d, stride_xm, stride_xd = d // 8 * 8, stride_xm // 8 * 8, 1
@@ -208,7 +229,7 @@ def _project_kernel(
     first = share * (split_columns // COLUMNS * COLUMNS)
     last = tl.minimum(first + split_columns, d)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + (first + k).to(tl.int64)[None, :] * stride_xd
-    q_ptrs = operand_ptr + (layer.to(tl.int64) * d + first + k)[:, None] * PADDED + padded[None, :]
+    q_ptrs = operand_ptr + (first + k).to(tl.int64)[:, None] * PADDED + padded[None, :]
     acc = tl.zeros((ROWS, PADDED), tl.float32)
     for column in range(first, last, COLUMNS):
         inside = column + k < d
@@ -217,11 +238,13 @@ def _project_kernel(
         if not FOLD:
             shift = tl.load(shift_ptr + column + k, mask=inside, other=0.0)
             x = tl.where(keep[:, None], x.to(tl.float32) - shift[None, :], 0.0)
+            if NARROW:
+                x *= 0.5  # x − s may be twice what float16 holds
         acc = tl.dot(x.to(q.dtype), q, acc, input_precision="ieee")
         x_ptrs += tl.full((), COLUMNS, tl.int64) * stride_xd
         q_ptrs += COLUMNS * PADDED
-    splits, blocks = tl.num_programs(0), tl.num_programs(1)
-    index = layer.to(tl.int64) * blocks + block
+    blocks, splits = tl.num_programs(0), tl.num_programs(1)
+    index = block.to(tl.int64)
     offset = local[:, None] * PADDED + padded[None, :]
     shares = partial_ptr + index * splits * ROWS * PADDED + offset
     if FOLD:
@@ -229,22 +252,32 @@ def _project_kernel(
             tl.store(shares + share * ROWS * PADDED, acc)
     else:
         tl.store(shares + share * ROWS * PADDED, acc)
-    if arrives_last(counter_ptr + index, splits):
+    if arrives_last(counter_ptr + block, splits):
         if FOLD:
             if splits > 1:
                 acc = sum_of_shares(shares, splits, ROWS * PADDED, ROWS, PADDED)
         else:  # whether or not there are others: Triton 3.2 does not survive a choice here
             acc = sum_of_shares(shares, splits, ROWS * PADDED, ROWS, PADDED)
         if FOLD:
-            acc -= tl.load(shift_product_ptr + layer * PADDED + padded)[None, :]
-        product = tl.where(keep[:, None], acc, 0.0).to(product_ptr.dtype.element_ty)
+            acc -= tl.load(shift_product_ptr + padded)[None, :]
+        elif NARROW:
+            acc *= 2.0
+        acc = tl.where(keep[:, None], acc, 0.0)
+        if NARROW:
+            scale = _least_scale(tl.max(tl.max(tl.abs(acc), 1), 0))
+            acc *= _inverse(scale)
+            tl.store(scale_ptr + block, scale)
+        product = acc.to(product_ptr.dtype.element_ty)
         tl.store(product_ptr + index * ROWS * PADDED + offset, product)
         tl.store(product_sum_ptr + index * PADDED + padded, tl.sum(product.to(tl.float32), 0))
+        if NARROW:  # noqa: SIM102  (both sides of an "and" would be run)
+            if arrives_last(counter_ptr + blocks, blocks):
+                _scale_alike(product_ptr + offset, product_sum_ptr + padded, scale_ptr, blocks, ROWS, PADDED)
 
 
 @triton.jit(
     do_not_specialize=[
-        "chunk", "blocks", "d", "q", "stride_xm", "stride_xd", "stride_ym", "stride_yq", "split_rows", "start", "stop",
+        "blocks", "d", "q", "stride_xm", "stride_xd", "stride_ym", "stride_yq", "split_rows", "start", "stop",
         "sign",
     ],
     do_not_specialize_on_alignment=FOREIGN,
@@ -253,17 +286,16 @@ def _lift_kernel(
     x_ptr,  # (n, d)
     shift_ptr,  # (d,) float32
     mask_ptr,  # (n,) bool
-    table_ptr,  # (6, layers) int64
-    product_ptr,  # (layers, chunk, PADDED)
-    product_sum_ptr,  # (layers, blocks, PADDED) float32, for the blocks of the other kernel
-    y_ptr,  # (layers, column blocks, splits, COLUMNS, PADDED) float32
-    sum_ptr,  # (layers, splits, d) float32
-    square_ptr,  # (layers, column blocks, splits) float32
-    counter_ptr,  # (layers, column blocks + 1) int32
+    product_ptr,  # (chunk, PADDED)
+    product_sum_ptr,  # (blocks, PADDED) float32, for the blocks of the other kernel
+    scale_ptr,  # (blocks + 1,) float32: the last is what P is divided by, where that is float16
+    y_ptr,  # (column blocks, splits, COLUMNS, PADDED) float32
+    sum_ptr,  # (splits, d) float32
+    square_ptr,  # (column blocks, splits) float32
+    counter_ptr,  # (column blocks + 1,) int32
     target_ptr,  # (d, q) float32
     column_sum_ptr,  # (d,) float64
     square_sum_ptr,  # () float64
-    chunk,
     blocks,
     d,
     q,
@@ -281,7 +313,6 @@ def _lift_kernel(
     ALIGNED: tl.constexpr,
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
-    GROUPED: tl.constexpr,
     WAIT: tl.constexpr,
     AT_ONCE: tl.constexpr,
     FLUSH: tl.constexpr,
@@ -292,9 +323,7 @@ def _lift_kernel(
     of columns adds up the shares, in order; the last of these adds up the squares. WAIT ends each product before more
     rows are copied (:func:`needs_wait`).
     """
-    block, share, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    column_blocks, splits, layers = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    x_ptr, shift_ptr, mask_ptr = row_pointers(x_ptr, shift_ptr, mask_ptr, table_ptr, layer, layers, GROUPED)
+    block, share, column_blocks, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     if ALIGNED:
         x_ptr = tl.multiple_of(x_ptr, 16)
         d, stride_xm, stride_xd = d // 8 * 8, stride_xm // 8 * 8, 1
@@ -304,7 +333,7 @@ def _lift_kernel(
     first = start + share * split_rows
     last = tl.minimum(first + split_rows, stop)
     x_ptrs = x_ptr + (first + k).to(tl.int64)[None, :] * stride_xm + columns.to(tl.int64)[:, None] * stride_xd
-    p_rows = layer.to(tl.int64) * chunk + share * split_rows + k
+    p_rows = (share * split_rows + k).to(tl.int64)
     p_ptrs = product_ptr + p_rows[:, None] * PADDED + padded[None, :]
     acc = tl.zeros((COLUMNS, PADDED), tl.float32)
     sums = tl.zeros((COLUMNS, ROWS), tl.float32)
@@ -320,6 +349,8 @@ def _lift_kernel(
         squares += z * z
         if not FOLD:
             x = z
+            if p.dtype == tl.float16:
+                x *= 0.5  # as in the other kernel
         acc = tl.dot(x.to(p.dtype), p, acc, input_precision="ieee")
         if WAIT:
             # Where a load feeds a product and other arithmetic too, Triton gives it as many buffers as copies run
@@ -328,10 +359,7 @@ def _lift_kernel(
             acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=True, pack=1)
         x_ptrs += tl.full((), ROWS, tl.int64) * stride_xm
         p_ptrs += ROWS * PADDED
-    index = layer.to(tl.int64) * column_blocks + block
-    sum_ptr += layer.to(tl.int64) * splits * d
-    square_ptr += layer * column_blocks * splits
-    counter_ptr += layer * (column_blocks + 1)
+    index = block.to(tl.int64)
     tl.store(sum_ptr + share.to(tl.int64) * d + columns, tl.sum(sums, 1), mask=inside)
     tl.store(square_ptr + block * splits + share, tl.sum(squares))
     own = y_ptr + (index * splits + share) * COLUMNS * PADDED
@@ -342,9 +370,12 @@ def _lift_kernel(
     else:
         tl.store(own, acc)
     if arrives_last(counter_ptr + block, splits):
-        target_ptr = target_pointer(target_ptr, table_ptr, 3, layer, layers, GROUPED)
-        product_sum_ptr += layer.to(tl.int64) * blocks * PADDED
         shares = y_ptr + index * splits * COLUMNS * PADDED
+        factor = sign
+        if product_ptr.dtype.element_ty == tl.float16:
+            factor *= tl.load(scale_ptr + blocks)
+            if not FOLD:
+                factor *= 2.0
         for piece in tl.static_range(PADDED // FLUSH):
             inner = piece * FLUSH + tl.arange(0, FLUSH)
             source = shares + tl.arange(0, COLUMNS)[:, None] * PADDED + inner[None, :]
@@ -363,11 +394,9 @@ def _lift_kernel(
                 part -= shift[:, None] * total[None, :]
             address = target_ptr + columns.to(tl.int64)[:, None] * stride_ym + inner.to(tl.int64)[None, :] * stride_yq
             wanted = inside[:, None] & (inner < q)[None, :]
-            tl.store(address, tl.load(address, mask=wanted) + sign * part, mask=wanted)
-        column_sum_ptr = target_pointer(column_sum_ptr, table_ptr, 4, layer, layers, GROUPED)
+            tl.store(address, tl.load(address, mask=wanted) + factor * part, mask=wanted)
         add_column_sums(column_sum_ptr, sum_ptr, splits, columns, d, sign, COLUMNS)
         if arrives_last(counter_ptr + column_blocks, column_blocks):
-            square_sum_ptr = target_pointer(square_sum_ptr, table_ptr, 5, layer, layers, GROUPED)
             square = total_of(square_ptr, column_blocks * splits, COLUMNS)
             tl.store(square_sum_ptr, tl.load(square_sum_ptr) + sign * square)
 
@@ -377,8 +406,8 @@ class Operand:
     """What rows are multiplied with.
 
     Attributes:
-        matrix: (layers, d, padded), Q̃: the bases in the dtype of the products, padded by zero columns.
-        shift_product: (layers, padded) float32, sᵀQ̃.
+        matrix: (d, padded), Q̃: the basis in the dtype of the products, padded by zero columns.
+        shift_product: (padded,) float32, sᵀQ̃.
     """
 
     matrix: Tensor
@@ -390,68 +419,66 @@ class Operand:
 
 
 def make_operand(
-    bases: list[Tensor],  # (d, q) float32 each, one pair of strides
-    shifts: list[Tensor],  # (d,) float32 each, contiguous
+    basis: Tensor,  # (d, q) float32
+    shift: Tensor,  # (d,) float32, contiguous
     dtype: torch.dtype,  # of the rows
     padded: int,
 ) -> Operand:
-    """Prepare bases for rows of a dtype."""
-    (d, q), layers, grouped = bases[0].shape, len(bases), len(bases) > 1
-    matrix = bases[0].new_empty(layers, d, padded, dtype=torch.float32 if INTERPRETED else dtype)
-    shares = bases[0].new_empty(layers, triton.cdiv(d, PREPARE_ROWS), padded)
-    _prepare_kernel[(shares.shape[1], layers)](
-        bases[0], shifts[0], address_table(bases, shifts) if grouped else None, matrix, shares,
-        d, q, *bases[0].stride(), ROWS=PREPARE_ROWS, PADDED=padded, GROUPED=grouped, **launch_options(_prepare_kernel),
+    """Prepare a basis for rows of a dtype."""
+    d, q = basis.shape
+    matrix = basis.new_empty(d, padded, dtype=operand_dtype(dtype))
+    shares = basis.new_empty(triton.cdiv(d, PREPARE_ROWS), padded)
+    _prepare_kernel[(len(shares),)](
+        basis, shift, matrix, shares, d, q, *basis.stride(), ROWS=PREPARE_ROWS, PADDED=padded,
+        **launch_options(_prepare_kernel),
     )  # fmt: skip
-    return Operand(matrix, shares.sum(1))
+    return Operand(matrix, shares.sum(0))
 
 
 class SubspaceUpdate:
     """Updates of one kind: everything decided that does not change from one to the next.
 
     Args:
-        x: (n, d), the rows of each layer; only how they are laid out is looked at.
-        layers: How many there are.
+        x: (n, d), rows; only how they are laid out is looked at.
         aligned: Whether every row can be read by 16-byte copies.
         masked: Whether rows are left out.
         target: (d, q), laid out as what rows are added to.
         workspace: Of the device and stream.
     """
 
-    def __init__(
-        self, x: Tensor, layers: int, *, aligned: bool, masked: bool, target: Tensor, workspace: Workspace
-    ) -> None:
-        (n, d), q, grouped = x.shape, target.shape[1], layers > 1
+    def __init__(self, x: Tensor, *, aligned: bool, masked: bool, target: Tensor, workspace: Workspace) -> None:
+        (n, d), q = x.shape, target.shape[1]
         fold = aligned and x.dtype != torch.float32
         self.padded = padded_columns(q, fold)
-        tile = choose_tile(x.dtype, aligned, self.padded)
-        plan = plan_subspace(n, d, layers, x.element_size(), tile, multiprocessors(x.device), l2_bytes(x.device))
+        arch = architecture(x.device)
+        tile = choose_tile(arch, x.dtype, aligned, self.padded)
+        plan = plan_subspace(n, d, x.element_size(), tile, multiprocessors(x.device), l2_bytes(x.device))
         self.operand_key = (x.dtype, self.padded)
         self._chunks = [(start, min(start + plan.chunk, n)) for start in range(0, n, plan.chunk)]
         blocks, columns = triton.cdiv(plan.chunk, tile.rows), triton.cdiv(d, tile.columns)
-        operand_dtype = torch.float32 if INTERPRETED else x.dtype
 
         def shares(name: str, splits: int, size: int) -> Tensor:
-            return workspace.buffer(name, layers * splits * size * self.padded if splits > 1 or not fold else 1)
+            return workspace.buffer(name, splits * size * self.padded if splits > 1 or not fold else 1)
 
         partial = shares("partial", plan.column_splits, plan.chunk)
         y = shares("y", plan.row_splits, columns * tile.columns)
-        product = workspace.buffer("product", layers * plan.chunk * self.padded, operand_dtype)
-        product_sum = workspace.buffer("product_sum", layers * blocks * self.padded)
-        sums = workspace.buffer("sums", layers * plan.row_splits * d)
-        squares = workspace.buffer("squares", layers * plan.row_splits * columns)
-        counters = workspace.counters(layers * max(blocks, columns + 1))
-        self._project_buffers = partial, product, product_sum, counters
+        product = workspace.buffer("product", plan.chunk * self.padded, operand_dtype(x.dtype))
+        product_sum = workspace.buffer("product_sum", blocks * self.padded)
+        sums = workspace.buffer("sums", plan.row_splits * d)
+        squares = workspace.buffer("squares", plan.row_splits * columns)
+        scale = workspace.buffer("scale", blocks + 1)
+        counters = workspace.counters(max(blocks, columns) + 1)
+        self._project_buffers = partial, product, product_sum, scale, counters
         self._project_numbers = d, *x.stride(), plan.split_columns
-        self._lift_buffers = product, product_sum, y, sums, squares, counters
-        self._lift_numbers = plan.chunk, blocks, d, q, *x.stride(), *target.stride(), plan.split_rows
+        self._lift_buffers = product, product_sum, scale, y, sums, squares, counters
+        self._lift_numbers = blocks, d, q, *x.stride(), *target.stride(), plan.split_rows
 
         shape = {"COLUMNS": tile.columns, "PADDED": self.padded, "ALIGNED": aligned}
-        kind = {"FOLD": fold, "MASKED": masked, "GROUPED": grouped}
+        kind = {"FOLD": fold, "MASKED": masked}
         project = {"ROWS": tile.rows, **shape, **kind}
-        wait = needs_wait(architecture(x.device), fold)
+        wait = needs_wait(arch, fold)
         lift = {"ROWS": tile.lift_rows, **shape, **kind, "WAIT": wait, **finish_constants(self.padded)}
-        project_grid, lift_grid = (plan.column_splits, blocks, layers), (columns, plan.row_splits, layers)
+        project_grid, lift_grid = (blocks, plan.column_splits, 1), (columns, plan.row_splits, 1)
         self._project = Launch(
             lambda *arguments: _project_kernel[project_grid](
                 *arguments, **project, **launch_options(_project_kernel, tile.warps, tile.stages)
@@ -469,7 +496,7 @@ class SubspaceUpdate:
 
     def launch(
         self,
-        rows: tuple[Tensor, Tensor, Tensor, Tensor | None],  # x, shift, mask (without one: anything), and the table
+        rows: tuple[Tensor, Tensor, Tensor],  # x, shift, and mask (without one: anything)
         operand: Operand,
         totals: tuple[Tensor, Tensor, Tensor],  # product, column_sum, square_sum
         sign: float,
@@ -494,40 +521,29 @@ def padded_columns(q: int, fold: bool) -> int:
     return max(MIN_COLUMNS, triton.next_power_of_2(q)) if fold or INTERPRETED else GENERIC_COLUMNS
 
 
-def accumulate_products_(
-    products: list[Tensor],  # (d, q) float32 each, one pair of strides
-    column_sums: list[Tensor],  # (d,) float64 each
-    square_sums: list[Tensor],  # () float64 each
-    x: list[Tensor],  # (n, d) each; one dtype, one pair of strides
-    bases: list[Tensor],  # (d, q) float32 each, one pair of strides
-    shifts: list[Tensor],  # (d,) float32 each
-    row_masks: list[Tensor] | None,  # (n,) bool each
+def accumulate_product_(
+    product: Tensor,  # (d, q) float32
+    column_sum: Tensor,  # (d,) float64
+    square_sum: Tensor,  # () float64
+    x: Tensor,  # (n, d)
+    basis: Tensor,  # (d, q) float32
+    shift: Tensor,  # (d,) float32
+    row_mask: Tensor | None,  # (n,) bool
     sign: float = 1.0,
     workspace: Workspace | None = None,
 ) -> None:
-    """Fold rows into the products of one or more layers, with one launch of each kernel a chunk.
+    """Fold rows into a product, with one launch of each kernel a chunk.
 
-    Rows that are not aligned 16-bit rows go one layer at a time. All tensors are on the current device. Without a
-    ``workspace`` of the current stream one is made.
+    All tensors are on the current device. Without a ``workspace`` of the current stream one is made.
     """
-    layers, device = len(x), x[0].device
-    rows = make_rows(x, shifts, row_masks, products, column_sums, square_sums)
-    if layers > 1 and not (rows.aligned and x[0].dtype != torch.float32):
-        for i in range(layers):
-            one = slice(i, i + 1)
-            mask = None if row_masks is None else row_masks[one]
-            accumulate_products_(
-                products[one], column_sums[one], square_sums[one], x[one], bases[one], shifts[one], mask, sign,
-                workspace,
-            )  # fmt: skip
-        return
     update = SubspaceUpdate(
-        x[0], layers, aligned=rows.aligned, masked=rows.masks is not None, target=products[0],
-        workspace=workspace or Workspace(device),
+        x, aligned=is_aligned(x), masked=row_mask is not None, target=product,
+        workspace=workspace or Workspace(x.device),
     )  # fmt: skip
-    operand = make_operand(bases, rows.shifts, x[0].dtype, update.padded)
-    first = x[0], rows.shifts[0], (rows.masks or x)[0], rows.table
-    update.launch(first, operand, (products[0], column_sums[0], square_sums[0]), sign, current_stream(device))
+    shift = shift.contiguous()
+    rows = x, shift, x if row_mask is None else row_mask.contiguous()
+    operand = make_operand(basis, shift, x.dtype, update.padded)
+    update.launch(rows, operand, (product, column_sum, square_sum), sign, current_stream(x.device))
 
 
 def subspace_triton(
@@ -545,15 +561,12 @@ def subspace_triton(
         return
     with torch.cuda.device_of(x):  # kernels are launched on the current device
         for rows, mask in row_views(x, row_mask):
-            masks = None if mask is None else [mask]
-            aligned = make_rows([rows], [shift], masks).aligned and x.dtype != torch.float32
-            width = MAX_COLUMNS if aligned else GENERIC_COLUMNS
+            width = MAX_COLUMNS if is_aligned(rows) and x.dtype != torch.float32 else GENERIC_COLUMNS
             totals = column_sum, square_sum
             for first in range(0, max(basis.shape[1], 1), width):
                 part = slice(first, first + width)
-                accumulate_products_(
-                    [product[:, part]], [totals[0]], [totals[1]], [rows], [basis[:, part]], [shift], masks, sign,
-                    workspace,
+                accumulate_product_(
+                    product[:, part], *totals, rows, basis[:, part], shift, mask, sign, workspace
                 )  # fmt: skip
                 totals = torch.zeros_like(column_sum), torch.zeros_like(square_sum)  # the first part has added them
 
@@ -590,9 +603,9 @@ def add_rows_(
         return
     operand = sample.operands.get(update.operand_key)
     if operand is None:
-        operand = make_operand([sample.basis], [sample.shift], *update.operand_key)
+        operand = make_operand(sample.basis, sample.shift, *update.operand_key)
         sample.operands[update.operand_key] = operand
-    rows = x, sample.shift, x if row_mask is None else row_mask, None
+    rows = x, sample.shift, x if row_mask is None else row_mask
     update.launch(rows, operand, (product, column_sum, square_sum), sign, stream)
 
 
@@ -603,7 +616,7 @@ def _update_for(
     rows = one_view(x, sample.shift, row_mask, product)
     if rows is None:
         return None
-    aligned = make_rows([rows], [sample.shift], None).aligned
+    aligned = is_aligned(rows)
     if product.shape[1] > (MAX_COLUMNS if aligned and x.dtype != torch.float32 else GENERIC_COLUMNS):
         return None
-    return SubspaceUpdate(rows, 1, aligned=aligned, masked=row_mask is not None, target=product, workspace=workspace)
+    return SubspaceUpdate(rows, aligned=aligned, masked=row_mask is not None, target=product, workspace=workspace)

@@ -1,5 +1,6 @@
 """Every choice of an EVA run, validated once."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -8,11 +9,22 @@ Convergence = Literal["component", "subspace", "captured"]
 StatisticKind = Literal["auto", "gram", "subspace"]
 
 DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run that would never converge
-# By criterion: batches between refreshes in the long run, and columns kept per candidate. The paper's criterion and
+# By criterion: batches between refreshes in the long run, and columns kept per candidate at least. The paper's and
 # "captured" are defined batch by batch; what refreshes often needs fewer columns for the same accuracy.
 REFRESH_PERIOD = {"subspace": 4, "component": 1, "captured": 1}
 DEFAULT_OVERSAMPLING = {"subspace": 2.5, "component": 2.0, "captured": 2.0}
+EXTRA_COLUMNS = 32  # kept beyond the candidates at least: multiples of few are too few
+COLUMNS_AT_ONCE = 16  # that kernels multiply
 GRAM_MAX_WIDENING = 5  # d / q up to which the exact Gram takes at most 2.5 times the operations of the subspace product
+
+
+def default_columns(candidates: int, convergence: str = "subspace") -> int:
+    """Columns of a basis that so many candidate components come from, where ``oversampling`` is None.
+
+    docs/choosing.md has the losses that this rests on. One rule for all devices, so that they find the same.
+    """
+    wanted = max(math.ceil(candidates * DEFAULT_OVERSAMPLING[convergence]), candidates + EXTRA_COLUMNS)
+    return -(-wanted // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class EvaConfig:
             inputs up to ``GRAM_MAX_WIDENING`` times as wide as q while ``memory_budget`` lasts, where it costs
             at most 2.5 times as much.
         oversampling: Columns kept per candidate component, ≥ 1. None: 2.5 for "subspace", 2 for the criteria that
-            refresh with every batch.
+            refresh with every batch; but 32 more than candidates at least, and a multiple of 16.
         memory_budget: Bytes all "gram" states together may take under "auto". None: no bound.
         equal_data: Keep all layers accumulating until all have converged, so that their ratios come from
             the same rows. False frees a layer's hook as soon as it has converged.
@@ -127,6 +139,12 @@ class EvaConfig:
         if type(config).__name__ == "EvaConfig" and all(hasattr(config, name) for name in shared):
             return cls(**{name: getattr(config, name) for name in shared})
         raise TypeError(f"config: expected eva_lora.EvaConfig or peft.EvaConfig, got {type(config).__name__}")
+
+    def columns_for(self, candidates: int) -> int:
+        """Columns of a basis that so many candidate components are to come from."""
+        if self.oversampling is None:
+            return default_columns(candidates, self.convergence)
+        return math.ceil(candidates * self.oversampling)
 
     def least_rank(self, removable: Iterable[bool]) -> int:
         """The least rank of any layer: ``min_rank``, or 1 where there are layers that cannot have rank 0."""

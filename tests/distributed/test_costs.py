@@ -34,7 +34,7 @@ def test_bytes_of_batches_and_refreshes_are_those_that_are_sent(size):
         sent = []
         for count in (before, after):
             start = written()
-            config = EvaConfig(statistic="subspace", tau=1.0, max_batches=count)
+            config = EvaConfig(statistic="subspace", oversampling=2.5, tau=1.0, max_batches=count)
             assert collect(lora(tiny_llama()), batches, config, progress=False).num_batches == count
             sent.append(written() - start)
         return sent[1] - sent[0]

@@ -36,7 +36,7 @@ def run_folder(files):
     """What ``eva-lora init`` leaves, and what it printed."""
     done = eva_lora(
         "init", "base", "--data", "train.jsonl", "--output", "run", "--rank", 4, "--alpha", 8, "--max-length", 64,
-        "--rho", 1.5, "--seed", 3, "--json", cwd=files,
+        "--rho", 1.5, "--oversampling", 2.5, "--seed", 3, "--json", cwd=files,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "EVA:" not in done.stderr  # no progress line off a terminal

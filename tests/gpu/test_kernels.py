@@ -72,6 +72,21 @@ def test_subspace(n, d, q, dtype, masked):
     assert error(state[0], exact) <= allowed
 
 
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("d", [384, 1027])
+def test_the_product_of_large_float16_rows_does_not_overflow(d, few):
+    x, shift, _ = rows_like(1000, d, torch.float32)
+    large = torch.arange(1000, device=DEVICE) % 64 == 3 if few else torch.ones(1000, dtype=torch.bool, device=DEVICE)
+    x = torch.where(large[:, None], x.sign() * 60_000, x).half()
+    basis = torch.linalg.qr(torch.randn(d, 48, device=DEVICE)).Q.half().float()  # as it is multiplied
+    state = zeros(d, 48)
+    subspace_accumulate_(*state, x, basis, shift, impl="triton")
+    z = x.double() - shift
+    # Of P, and where rows are not aligned of z in both products, float16's rounding; what float32 adds is far less.
+    bound = 4 * 2**-11 * (z.abs().mT @ (z.abs() @ basis.double().abs()))
+    assert ((state[0].double() - z.mT @ (z @ basis.double())).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("d", [384, 1027])
 def test_a_rerun_is_bit_equal(d):
     x, shift, mask = rows_like(3000, d, torch.bfloat16)

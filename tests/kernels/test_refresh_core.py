@@ -39,7 +39,7 @@ def in_float64(members):
     """What the same extraction gives where nothing is rounded to float32: bases and eigenvalues."""
     sample, image, basis = (torch.stack([x.double() for x in m]) for m in zip(
         *((s.sample, s.image(), s.basis) for s in members), strict=True))  # fmt: skip
-    mean, difference = type(members[0]).means(members).double().unbind(1)
+    mean, difference = type(members[0]).means(members, type(members[0]).counts(members)).double().unbind(1)
     product = image - mean[:, :, None] @ (mean[:, None] @ sample)
     approximation, _ = refresh.nystrom(sample, product)
     return refresh.combine(basis, type(members[0]).past_eigenvalues(members), difference, approximation)

@@ -204,7 +204,7 @@ def test_three_steps_equal_the_one_call(tmp_path):
 
 def test_another_budget_needs_no_forward():
     model = lora(tiny_llama())
-    statistics = collect(model, token_batches(), EvaConfig(max_batches=3), progress=False)
+    statistics = collect(model, token_batches(), EvaConfig(max_batches=3, oversampling=2.5), progress=False)
     assert sum(plan(statistics, budget=50).ranks.values()) == 50
     assert sum(plan(statistics, EvaConfig(rho=1.5)).ranks.values()) == 84
     with pytest.raises(ValueError, match=r"^rho: 7.0 asks for 28 components of .*, but the statistics hold 20"):

@@ -82,9 +82,11 @@ class SimulatedDevice(TorchDispatchMode):
         operations: How often each operator ran on it.
     """
 
+    device = torch.device("lazy", 0)
+    tensors: type[DeviceTensor] = DeviceTensor
+
     def __init__(self, *, dtypes: Collection[torch.dtype] = (torch.float64,), operators: Collection[str] = ()) -> None:
         super().__init__()
-        self.device = torch.device("lazy", 0)
         self.waits = 0
         self.operations: Counter[str] = Counter()
         self._dtypes, self._operators = dtypes, operators
@@ -114,15 +116,15 @@ class SimulatedDevice(TorchDispatchMode):
         target = kwargs.get("device")
         is_made_here = target is not None and torch.device(target).type == self.device.type
         if not ours and not is_made_here:
-            return func(*args, **kwargs)
+            return self._elsewhere(func, args, kwargs)
         name = func.name().removeprefix("aten::")
         lands_here = is_made_here or (target is None and isinstance(tensors[0], DeviceTensor))
         if func not in _TRANSFERS:
             self._refuse_mixture(func, tensors[:1] if func in _INDEXING else tensors)
         if name in self._operators:
             raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for {self.device}")
-        if self._waits(func, tensors, lands_here):
-            self.waits += 1
+        if self._waits(func, tensors, lands_here, kwargs):
+            self.wait(name)
         self.operations[name] += 1
         known = {id(tensor.value): tensor for tensor in ours}
         if is_made_here:
@@ -130,7 +132,7 @@ class SimulatedDevice(TorchDispatchMode):
             kwargs.pop("pin_memory", None)
         args, kwargs = tree_map_only(DeviceTensor, lambda tensor: tensor.value, (args, kwargs))
         self._refuse_dtype(kwargs.get("dtype"))  # a copy converts where it comes from
-        result = func(*args, **kwargs)
+        result = self._computed(func, args, kwargs)
         if not lands_here:
             return result
         return tree_map_only(Tensor, lambda value: self._placed(value, known), result)
@@ -140,7 +142,19 @@ class SimulatedDevice(TorchDispatchMode):
         if id(value) in known:
             return known[id(value)]
         self._refuse_dtype(value.dtype)
-        return DeviceTensor(value, self.device)
+        return self.tensors(value, self.device)
+
+    def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the operator gives for values of the CPU."""
+        return func(*args, **kwargs)
+
+    def wait(self, what: str) -> None:
+        """The host waits, for ``what``."""
+        self.waits += 1
+
+    def _elsewhere(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the device has no part in."""
+        return func(*args, **kwargs)
 
     def _refuse_dtype(self, dtype: torch.dtype | None) -> None:
         if dtype in self._dtypes:
@@ -152,7 +166,7 @@ class SimulatedDevice(TorchDispatchMode):
         if others and any(isinstance(tensor, DeviceTensor) for tensor in tensors):
             raise RuntimeError(f"{func}: expected all tensors on {self.device}, got one on {others[0].device}")
 
-    def _waits(self, func: Any, tensors: list[Tensor], lands_here: bool) -> bool:
+    def _waits(self, func: Any, tensors: list[Tensor], lands_here: bool, kwargs: dict[str, Any]) -> bool:
         if func in _TRANSFERS:
             return isinstance(tensors[-1], DeviceTensor) and not lands_here
         if func in _INDEXING:  # of a mask the device counts what is True

@@ -7,6 +7,7 @@ import pytest
 import triton
 import triton.language as tl
 
+from eva_kernels._cards import CARDS
 from eva_kernels.gram.triton import GramTile, plan_gram
 from eva_kernels.subspace.triton import needs_wait
 from support.versions import needs
@@ -14,7 +15,7 @@ from tools.kernel_gate.bars import GRAM_FRACTION, failures, fraction
 from tools.kernel_gate.buffers import Event, follow
 from tools.kernel_gate.machine_code import innermost_tensor_loop
 from tools.kernel_gate.model import CHIPS, Pass, gram_update
-from tools.kernel_gate.variants import Variant, all_variants
+from tools.kernel_gate.variants import Variant, all_variants, representative
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -65,13 +66,44 @@ def test_spills_and_a_foreign_instruction_fail(monkeypatch, tmp_path):
 
 
 def _is_plain_gram(variant):
-    return (
-        variant.name == "gram"
-        and variant.barred
-        and variant.dtype == "bf16"
-        and not variant.flags["MASKED"]
-        and not variant.flags["GROUPED"]
-    )
+    return variant.name == "gram" and variant.barred and variant.dtype == "bf16" and not variant.flags["MASKED"]
+
+
+def test_what_a_card_has_no_shared_memory_for_fails(monkeypatch, tmp_path):
+    """Three copies of the widest tile, which every card but AMD's has room for."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    good = next(
+        v for v in all_variants(("gfx942",)) if v.name == "project" and v.barred and v.flags["PADDED"] == 256
+    )  # fmt: skip
+    assert not failures(good, good.compile())
+    wide = replace(good, stages=3)
+    assert failures(wide, wide.compile()) == ["81920 bytes of shared memory, of 65536"]
+
+
+def test_operands_that_are_cut_to_tf32_fail(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    flags = {"BLOCK": 64, "DEPTH": 16, "FOLD": False, "MASKED": False}
+    cut = Variant(_gram_kernel, "sm_80", "fp32", tuple(flags.items()), warps=8)  # tl.dot takes float32 as TF32
+    assert "operands cut to TF32, not rounded" in failures(cut, cut.compile())
+    (ours,) = [
+        v
+        for v in all_variants(("sm_80",))
+        if v.flags.get("PRECISION") == "tf32" and v.flags["ALIGNED"] and not v.flags["MASKED"]
+    ]
+    assert not failures(ours, ours.compile())
+
+
+def test_the_short_form_has_every_kernel_on_every_card():
+    variants = all_variants()
+    short = representative(variants)
+    assert set(short) < set(variants)
+    for kind in (
+        lambda v: (v.architecture, v.name),
+        lambda v: (v.architecture, v.name, v.flags.get("FOLD"), v.flags.get("PRECISION")),
+        lambda v: (v.tiles, v.tile),
+    ):
+        assert {kind(v) for v in short} == {kind(v) for v in variants}
+    assert {v.architecture for v in short} == {name for name, card in CARDS.items() if card.tiles is not None}
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -82,7 +114,7 @@ def test_the_main_variants_pass(architecture, monkeypatch, tmp_path):
         v
         for v in all_variants((architecture,))
         if v.name in ("project", "lift") and v.dtype == "bf16" and v.barred and v.flags["PADDED"] == 64
-        if v.flags["MASKED"] and not v.flags["GROUPED"]
+        if v.flags["MASKED"]
     ]
     assert {v.name for v in chosen} == {"gram", "project", "lift"}
     found = {v.describe(): failures(v, v.compile()) for v in chosen}
@@ -135,7 +167,7 @@ def test_the_lift_without_its_wait_fails(masked, monkeypatch, tmp_path):
         v
         for v in all_variants(("sm_90",))
         if v.name == "lift" and v.dtype == "bf16" and v.barred and v.flags["PADDED"] == 128
-        if v.flags["MASKED"] is masked and not v.flags["GROUPED"]
+        if v.flags["MASKED"] is masked
     ]
     assert lift.flags["WAIT"] is needs_wait("sm_90", True) is True
     assert not failures(lift, lift.compile())
@@ -167,8 +199,8 @@ def test_a_launch_that_idles_fails():
     """Tiles far too large for the width leave most of the chip idle, and the model must say so."""
     chip, tile = CHIPS["sm_80"], GramTile(512, 512, 64, 8, 3)
     one = Pass(tensor=16384.0, shared=0.0, issue=0.0, l2=0.0)
-    assert plan_gram(2048, 384, 1, tile, chip.processors).tiles == 1
-    update = gram_update(2048, 384, 1, tile, one, chip)
+    assert plan_gram(2048, 384, tile, chip.processors).tiles == 1
+    update = gram_update(2048, 384, tile, one, chip)
     assert update.seconds > 1.25 * update.ideal
 
 

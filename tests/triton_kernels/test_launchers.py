@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from eva_kernels import _triton
+from eva_kernels._cards import CARDS, card_named
 from eva_kernels.gram import triton as gram
 from eva_kernels.subspace import triton as subspace
 from eva_kernels.symmetric_eigen import triton as symmetric_eigen
@@ -29,7 +31,12 @@ KERNELS = {
     for name, kernel in vars(module).items()
     if isinstance(kernel, JITFunction) and name.endswith("_kernel")
 }
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}  # AMD's needs a linker of ROCm's
+HERE = tuple(map(int, triton.__version__.split(".")[:2]))
+TARGETS = {  # every card that this Triton has kernels for; AMD's need a linker of ROCm's
+    name: GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    for name in CARDS
+    if name.startswith("sm_") and card_named(name, HERE).tiles is not None
+}
 
 
 @pytest.fixture(params=TARGETS)
@@ -43,7 +50,8 @@ def compiled(request, monkeypatch, tmp_path):
     )
     before = dict(vars(driver))
     driver.set_active(device)
-    facts = {"architecture": lambda device: request.param, "multiprocessors": lambda device: 108}
+    tiles = CARDS[request.param].tiles
+    facts = {"architecture": lambda device: tiles, "multiprocessors": lambda device: 108}
     for module in MODULES:
         for name, fact in {**facts, "l2_bytes": lambda device: 40 << 20}.items():
             if hasattr(module, name):
@@ -59,24 +67,13 @@ def compiled(request, monkeypatch, tmp_path):
     vars(driver).update(before)  # to reset it would look for a device
 
 
-def rows(dtype, layers, n=600, d=256):
-    """The totals, rows, and shifts that a launch takes."""
-    return (
-        [torch.zeros(d, dtype=torch.float64) for _ in range(layers)],
-        [torch.zeros((), dtype=torch.float64) for _ in range(layers)],
-        [torch.zeros(n, d, dtype=dtype) for _ in range(layers)],
-        [torch.zeros(d) for _ in range(layers)],
-    )
-
-
-@pytest.mark.parametrize(("dtype", "layers", "masked"), [(torch.bfloat16, 2, True), (torch.float32, 1, False)])
-def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, layers, masked):
-    sums, squares, x, shifts = rows(dtype, layers)
-    n, d = x[0].shape
-    masks = [torch.ones(n, dtype=torch.bool) for _ in x] if masked else None
-    gram.accumulate_triangles_([torch.zeros(d, d) for _ in x], sums, squares, x, shifts, masks)
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, masked):
+    n, d = 600, 256
+    totals = torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    x, shift, mask = torch.zeros(n, d, dtype=dtype), torch.zeros(d), torch.ones(n, dtype=torch.bool) if masked else None
+    gram.accumulate_triangle_(torch.zeros(d, d), *totals, x, shift, mask)
     gram.mirror_triangle_(torch.zeros(d, d))
-    bases = [torch.zeros(d, 24) for _ in x]
-    subspace.accumulate_products_([torch.zeros(d, 24) for _ in x], sums, squares, x, bases, shifts, masks)
+    subspace.accumulate_product_(torch.zeros(d, 24), *totals, x, torch.zeros(d, 24), shift, mask)
     symmetric_eigen.symmetric_eigen_triton(torch.eye(24)[None])
     assert compiled == KERNELS

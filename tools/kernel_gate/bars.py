@@ -2,21 +2,29 @@
 
 from dataclasses import dataclass
 
+import triton
+
+from eva_kernels._cards import CARDS
 from eva_kernels.gram.triton import ALIGNED_TILES, GramTile
 from eva_kernels.subspace.triton import SubspaceTile
 
 from .machine_code import TENSOR_INSTRUCTION, Code
-from .model import CHIPS, SCHEDULERS, SHARED_BYTES, Chip, Pass, Update, gram_pass, gram_update, layers_to_fill
+from .model import CHIPS, SCHEDULERS, SHARED_BYTES, Chip, Pass, Update, gram_pass, gram_update
 from .variants import Variant
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+JUDGED_SINCE = (3, 8)  # of an older one it is asked only what a launch would fail on, and what would race
 # The masked loop of sm_80 issues 6.5 instructions per product, 2.8 without a mask: selects for the predicates of
 # its copies. At 8 warps that is 0.81 of the issue slots, so the tensor cores still set the modelled pace.
 GRAM_FRACTION = {"sm_80": 0.95, "sm_90": 0.80}
 UPDATE_RATIO = 1.25
+# Instructions outside the loop, that a program runs once: there the assembler takes fewer registers than it needs.
+SPILLS_OUTSIDE = {"sm_110": 8, "sm_120": 8, "sm_121": 8}
 ROWS = (2048, 16384)
-# Hidden sizes and MLP widths of current models. Reported without a bar: 576, whose last tiles are half empty, which
-# costs 1.48 times the arithmetic whatever the launch does; and few rows of 3072, where the last wave of the widest tile
-# is 24 or 8 tiles, whose shares one program each adds up. A launch of its own would do that sooner, if it cost nothing.
+# Hidden sizes and MLP widths of current models. Reported without a bar: widths with fewer tiles than the chip has
+# multiprocessors, all of which are split and added up again; 576, whose last tiles are half empty, which costs 1.48
+# times the arithmetic whatever the launch does; and few rows of 3072, where the last wave of the widest tile is 24 or 8
+# tiles, whose shares one program each adds up. A launch of its own would do that sooner, if it cost nothing.
 WIDTHS = (
     384,
     576,
@@ -71,15 +79,22 @@ def product_fraction(variant: Variant, code: Code, chip: Chip) -> float:
 def failures(variant: Variant, code: Code) -> list[str]:
     """Why this variant fails, one line each; empty if it passes."""
     found = []
-    if code.spills:
-        found.append(f"{code.spills} spills")
+    if code.shared > CARDS[variant.architecture].shared:
+        found.append(f"{code.shared} bytes of shared memory, of {CARDS[variant.architecture].shared}")
     found += code.short_buffers
+    if TRITON < JUDGED_SINCE:
+        return found
+    in_loop = sum(i.kind in ("STL", "LDL") for i in code.loop)
+    if in_loop or code.spills > SPILLS_OUTSIDE.get(variant.architecture, 0):
+        found.append(f"{code.spills} spills")
+    if any("TF32" in name for name in code.tensor) and not code.rounded:
+        found.append("operands cut to TF32, not rounded")
     if not variant.barred:
         return found
-    own = TENSOR_INSTRUCTION[variant.architecture]
+    own = TENSOR_INSTRUCTION[variant.tiles]
     if not code.tensor or any(not name.startswith(own) for name in code.tensor):
         found.append(f"products by {', '.join(sorted(code.tensor)) or 'no tensor instruction'}, expected {own}")
-    if variant.architecture == "gfx942":
+    if variant.tiles == "gfx942":
         return found
     if not code.asynchronous:
         loads = ", ".join(f"{count} {kind} of {width} bytes" for (kind, width), count in sorted(code.loads.items()))
@@ -92,7 +107,7 @@ def failures(variant: Variant, code: Code) -> list[str]:
 
 
 def _is_largest_tile(variant: Variant) -> bool:
-    return variant.architecture not in ALIGNED_TILES or variant.tile == ALIGNED_TILES[variant.architecture][-1][1]
+    return variant.tile == ALIGNED_TILES[variant.tiles][-1][1]
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,8 @@ class UpdateLine:
 
     @property
     def failed(self) -> bool:
-        return self.ratio > UPDATE_RATIO and (self.n, self.d) not in UNBARRED
+        fills = self.update.plan.tiles >= self.chip.processors
+        return fills and self.ratio > UPDATE_RATIO and (self.n, self.d) not in UNBARRED
 
 
 def updates(architecture: str, passes: dict[GramTile, Pass]) -> list[UpdateLine]:
@@ -122,6 +138,5 @@ def updates(architecture: str, passes: dict[GramTile, Pass]) -> list[UpdateLine]
     for n in ROWS:
         for d in WIDTHS:
             tile = max((entry for entry in ALIGNED_TILES[architecture] if entry[0] <= d), key=lambda entry: entry[0])[1]
-            layers = layers_to_fill(d, tile, chip)
-            lines.append(UpdateLine(chip, n, d, gram_update(n, d, layers, tile, passes[tile], chip)))
+            lines.append(UpdateLine(chip, n, d, gram_update(n, d, tile, passes[tile], chip)))
     return lines

@@ -13,13 +13,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from eva_kernels._cards import CARDS
+
 from .buffers import short_buffers
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-TENSOR_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+ARCHITECTURES = tuple(name for name, card in CARDS.items() if card.tiles is not None)
+TENSOR_INSTRUCTION = {  # by the architecture whose tiles are taken
+    "sm_80": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-_GFX942_REGISTERS = 512  # vector and accumulation registers of one lane
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,14 @@ class Code:
     """One compiled variant.
 
     Attributes:
-        registers: of one lane; for gfx942 vector registers alone.
+        registers: of one lane; for AMD vector registers alone.
         spills: spilling instructions (NVIDIA) or registers (AMD).
         shared: bytes of a block.
-        instructions: of the whole kernel; empty for gfx942.
+        instructions: of the whole kernel; empty for AMD.
         loop: of the innermost loop that holds the tensor instruction, empty where there is none.
         tensor: names of the tensor instructions anywhere in the kernel.
         short_buffers: operands of products in loops that are overwritten while they are read, one line each.
+        rounded: instructions that round an operand to TF32; without them tensor cores cut it.
     """
 
     registers: int
@@ -60,6 +68,7 @@ class Code:
     loop: tuple[Instruction, ...]
     tensor: frozenset[str]
     short_buffers: tuple[str, ...] = ()
+    rounded: int = 0
 
     @cached_property
     def multiplies(self) -> int:
@@ -115,14 +124,16 @@ def compile_variant(
     """Compile as the launcher would on that device, with its ``options``; ``aligned`` pointers are multiples of 16."""
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    if architecture == "gfx942":
-        target = GPUTarget("hip", architecture, 64)
-    else:
-        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    target = target_of(architecture)
     compiled = triton.compile(source, target=target, options=options)
-    if architecture == "gfx942":
-        return _read_amd(compiled)
-    return _read_nvidia(compiled)
+    return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
+
+
+def target_of(architecture: str) -> GPUTarget:
+    """As Triton names an architecture that there are tiles for."""
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
 
 
 def _read_amd(compiled: Any) -> Code:
@@ -152,6 +163,7 @@ def _read_nvidia(compiled: Any) -> Code:
         loop=loop,
         tensor=frozenset(i.name for i in instructions if _is_tensor(i)),
         short_buffers=tuple(short_buffers(compiled.asm["ttgir"], by_themselves)),
+        rounded=len(re.findall(r"and\.b32\s+%r\d+, %r\d+, -8192;", compiled.asm["ptx"])),
     )
 
 

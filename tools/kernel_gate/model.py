@@ -84,7 +84,7 @@ def gram_pass(code: Code, tile: GramTile, chip: Chip) -> Pass:
 
 @dataclass(frozen=True)
 class Update:
-    """A whole Gram update, in seconds for all layers of the launch.
+    """A whole Gram update, in seconds.
 
     ``ideal`` is the same loop with nothing wasted: no tile area above the diagonal, no idle multiprocessor, no
     reduction, X and the triangle moved once. ``roofline`` has the tensor peak in place of the loop's own pace
@@ -92,23 +92,13 @@ class Update:
     """
 
     plan: GramPlan
-    layers: int
     seconds: float
     ideal: float
     roofline: float
 
 
-def layers_to_fill(d: int, tile: GramTile, chip: Chip) -> int:
-    """Layers of one launch where one has too few tiles: the count, up to 16 or one wave, that idles the least."""
-    tiles = plan_gram(1, d, 1, tile, chip.processors).tiles
-    if tiles >= chip.processors:
-        return 1
-    counts = range(1, max(16, chip.processors // tiles) + 1)
-    return min(counts, key=lambda layers: -(-tiles * layers // chip.processors) / (tiles * layers))
-
-
-def gram_update(n: int, d: int, layers: int, tile: GramTile, one: Pass, chip: Chip) -> Update:
-    plan = plan_gram(n, d, layers, tile, chip.processors)
+def gram_update(n: int, d: int, tile: GramTile, one: Pass, chip: Chip) -> Update:
+    plan = plan_gram(n, d, tile, chip.processors)
     area = tile.block_m * tile.block_n
     own_memory, own_l2 = chip.memory / chip.processors, chip.l2_bytes * chip.clock / chip.processors
 
@@ -123,10 +113,8 @@ def gram_update(n: int, d: int, layers: int, tile: GramTile, one: Pass, chip: Ch
         port = PORT_BYTES * chip.clock  # of a tile's last program, beside those of the other split tiles
         seconds += 4 * area * plan.splits / min(port, chip.l2_bytes * chip.clock / plan.split)
         seconds += 8 * area / min(port, chip.memory / plan.split)
-    rows_read = layers * 2 * n * d / chip.memory  # by the totals, which leave what fits in the L2 cache
-    triangle = layers * d * (d + 1) / 2
+    rows_read = 2 * n * d / chip.memory  # by the totals, which leave what fits in the L2 cache
+    triangle = d * (d + 1) / 2
     peak = n * triangle / (chip.processors * chip.multiply_adds * chip.clock)
     flush = 8 * triangle / chip.memory
-    return Update(
-        plan, layers, seconds + rows_read, rows_read + peak / one.fraction + flush, max(peak, rows_read + flush)
-    )
+    return Update(plan, seconds + rows_read, rows_read + peak / one.fraction + flush, max(peak, rows_read + flush))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from eva_kernels import _triton
+from eva_kernels._cards import CARDS
 from eva_kernels.gram import triton as gram
 from eva_kernels.subspace import triton as subspace
 from eva_kernels.symmetric_eigen import triton as symmetric_eigen
@@ -37,6 +38,11 @@ class Variant:
     tile: gram.GramTile | subspace.SubspaceTile | None = None
 
     @property
+    def tiles(self) -> str:
+        """The architecture whose tiles it has."""
+        return tiles_of(self.architecture)
+
+    @property
     def name(self) -> str:
         return str(self.kernel.__name__).strip("_").removesuffix("_kernel")
 
@@ -52,7 +58,7 @@ class Variant:
     def describe(self) -> str:
         flags = self.flags
         block = [f"{flags[k]}" for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "COLUMNS", "PADDED") if k in flags]
-        names = [k.lower() for k in ("ALIGNED", "FOLD", "MASKED", "GROUPED") if flags.get(k)]
+        names = [k.lower() for k in ("ALIGNED", "FOLD", "MASKED") if flags.get(k)]
         names += ["tf32"] if flags.get("PRECISION") == "tf32" else []
         names += [] if self.base16 else ["odd base"]
         return f"{self.name} {self.dtype} {'x'.join(block)} {' '.join(names)}".strip()
@@ -62,9 +68,6 @@ class Variant:
         for name in self.kernel.arg_names:
             if name in constants:
                 signature[name] = "constexpr"
-            elif self._is_none(name):
-                signature[name] = "constexpr"
-                constants[name] = None
             elif name.endswith("_ptr"):
                 signature[name] = "*" + self._element(name)
                 if name not in _triton.FOREIGN and (name != "x_ptr" or self.base16):
@@ -76,12 +79,7 @@ class Variant:
         options = _triton.launch_options(self.kernel, self.warps, self.stages)
         return compile_variant(self.kernel, self.architecture, signature, constants, frozenset(aligned), options)
 
-    def _is_none(self, name: str) -> bool:
-        return name.endswith("table_ptr") and not self.flags.get("GROUPED")
-
     def _element(self, name: str) -> str:
-        if name.endswith("table_ptr"):
-            return "i64"
         if name == "counter_ptr":
             return "i32"
         if name in ("column_sum_ptr", "square_sum_ptr"):
@@ -91,16 +89,18 @@ class Variant:
         return self.dtype if name in TYPED else "fp32"
 
 
+def tiles_of(architecture: str) -> str:
+    """The architecture whose tiles another is launched with."""
+    tiles = CARDS[architecture].tiles
+    assert tiles is not None, f"{architecture} has none"
+    return tiles
+
+
 def row_kinds() -> Iterator[tuple[str, dict[str, bool], bool]]:
-    """Dtype, flags and base of every kind of rows: only aligned 16-bit rows fold and are grouped."""
+    """Dtype, flags and base of every kind of rows: only aligned 16-bit rows fold."""
     for dtype, masked in product(DTYPES, (False, True)):
-        common = {"MASKED": masked, "GROUPED": False}
-        if dtype != "fp32":
-            for grouped in (False, True):
-                yield dtype, {"ALIGNED": True, "FOLD": True, "MASKED": masked, "GROUPED": grouped}, True
-        else:
-            yield dtype, {"ALIGNED": True, "FOLD": False, **common}, True
-        yield dtype, {"ALIGNED": False, "FOLD": False, **common}, False
+        yield dtype, {"ALIGNED": True, "FOLD": dtype != "fp32", "MASKED": masked}, True
+        yield dtype, {"ALIGNED": False, "FOLD": False, "MASKED": masked}, False
 
 
 def make(kernel: Any, architecture: str, dtype: str, constants: dict[str, Any], **rest: Any) -> Variant:
@@ -113,8 +113,9 @@ def make(kernel: Any, architecture: str, dtype: str, constants: dict[str, Any], 
 def gram_variants(architecture: str) -> Iterator[Variant]:
     for dtype, flags, base16 in row_kinds():
         fold = flags["FOLD"]
-        tiles = [tile for _, tile in gram.ALIGNED_TILES[architecture]] if fold else [gram.GENERIC_TILE]
-        for tile, precision in product(tiles, ("ieee", "tf32") if dtype == "fp32" else ("ieee",)):
+        tiles = [tile for _, tile in gram.ALIGNED_TILES[tiles_of(architecture)]] if fold else [gram.GENERIC_TILE]
+        precisions = ("ieee", "tf32") if dtype == "fp32" and CARDS[architecture].tf32 else ("ieee",)
+        for tile, precision in product(tiles, precisions):
             blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BAND": tile.band}
             constants = {**blocks, **flags, "COLUMNS": gram.FLUSH_COLUMNS, "PRECISION": precision, "UPCAST": False}
             shape = {"base16": base16, "warps": tile.warps, "stages": tile.stages, "tile": tile}
@@ -125,11 +126,11 @@ def gram_variants(architecture: str) -> Iterator[Variant]:
 def subspace_variants(architecture: str) -> Iterator[Variant]:
     for dtype, flags, base16 in row_kinds():
         for padded in PADDED if flags["FOLD"] else (subspace.GENERIC_COLUMNS,):
-            tile = subspace.choose_tile(DTYPES[dtype], flags["ALIGNED"], padded)
+            tile = subspace.choose_tile(tiles_of(architecture), DTYPES[dtype], flags["ALIGNED"], padded)
             shape = {"base16": base16, "warps": tile.warps, "stages": tile.stages, "tile": tile}
             constants = {**flags, "COLUMNS": tile.columns, "PADDED": padded}
             yield make(subspace._project_kernel, architecture, dtype, {**constants, "ROWS": tile.rows}, **shape)
-            wait = subspace.needs_wait(architecture, flags["FOLD"])
+            wait = subspace.needs_wait(tiles_of(architecture), flags["FOLD"])
             lift = {**constants, "ROWS": tile.lift_rows, "WAIT": wait, **subspace.finish_constants(padded)}
             yield make(subspace._lift_kernel, architecture, dtype, lift, **shape)
             if not flags["MASKED"]:
@@ -162,3 +163,25 @@ def all_variants(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Variant
                     variant = replace(variant, dtype="fp32")
                 unique.setdefault(variant, None)
     return list(unique)
+
+
+def representative(variants: list[Variant]) -> list[Variant]:
+    """Of every architecture's variants those that ask for most, of each kernel on rows that fold and on others: the
+    widest tile, with a mask. Where tiles are an architecture's own, every tile too, as models of updates take it."""
+    most: dict[Any, Variant] = {}
+    for variant in variants:
+        key = variant.architecture, variant.name, variant.flags.get("FOLD"), variant.flags.get("PRECISION")
+        most[key] = max(most.get(key, variant), variant, key=_asks_for)
+    chosen = set(most.values())
+    for variant in variants:
+        plain = variant.dtype == "bf16" and not variant.flags.get("MASKED")
+        if variant.barred and plain and variant.tiles == variant.architecture:
+            chosen.add(variant)
+    return [variant for variant in variants if variant in chosen]
+
+
+def _asks_for(variant: Variant) -> tuple[int, bool, bool]:
+    """More of what fills registers and shared memory; float16 has a scale to find, float64 twice the bytes."""
+    flags = variant.flags
+    size = int(flags.get("PADDED", 1)) * int(flags.get("BLOCK_M", 1)) * int(flags.get("BLOCK_N", 1))
+    return size, bool(flags.get("MASKED")), variant.dtype in ("fp16", "fp64")

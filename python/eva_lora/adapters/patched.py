@@ -26,7 +26,7 @@ class PatchedSite(ParameterSite):
         if not adjust:
             growth = rank / self.rank
             owner.scale = owner.scale / (growth if self.linear_in_rank else growth**0.5)
-        owner.alpha = torch.as_tensor(owner.scale * rank, dtype=torch.float32, device=owner.alpha.device)
+        owner.alpha = torch.full((), owner.scale * rank, dtype=torch.float32, device=owner.alpha.device)
 
 
 def site_of(name: str, module: Any) -> LoraSite | None:

@@ -79,12 +79,12 @@ def _in_one_line(versions: dict[str, str], checks: list["KernelCheck"]) -> str:
     """What a report to us has to say of this machine."""
     import torch
 
-    from eva_kernels._devices import card_of
+    from eva_kernels._devices import described
 
     wrong = [f"{check.name}: {_outcome(check)[:LONGEST_OUTCOME]}" for check in checks if not check.passed]
     passed = f"{len(checks) - len(wrong)} of {len(checks)} kernel checks passed"
     known = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return "; ".join([known, card_of(torch.device("cuda", torch.cuda.current_device())), passed, *wrong])
+    return "; ".join([known, described(torch.device("cuda", torch.cuda.current_device())), passed, *wrong])
 
 
 def _check_kernels() -> list["KernelCheck"]:
@@ -94,7 +94,10 @@ def _check_kernels() -> list["KernelCheck"]:
 
     if not torch.cuda.is_available():
         raise click.ClickException("--kernels: expected a CUDA or HIP device, torch finds none")
-    return check_kernels("cuda")
+    try:
+        return check_kernels("cuda")
+    except ValueError as error:  # there are none for this card
+        raise click.ClickException(f"--kernels: {error}") from error
 
 
 @click.command(cls=Command, name="completion")

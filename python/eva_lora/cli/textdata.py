@@ -140,9 +140,9 @@ class TextBatches:
         mask = torch.zeros_like(ids)
         labels = torch.full_like(ids, self._uncounted)
         for row, (tokens, counts) in enumerate(encoded):
-            ids[row, : len(tokens)] = ids.new_tensor(tokens)
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long, device="cpu")
             mask[row, : len(tokens)] = 1
-            counted = ids.new_tensor(counts, dtype=torch.bool)
+            counted = torch.tensor(counts, dtype=torch.bool, device="cpu")
             labels[row, : len(tokens)] = torch.where(counted, ids[row, : len(tokens)], self._uncounted)
         batch = {"input_ids": ids, "attention_mask": mask}
         if self._with_labels and not all(all(counts) for _, counts in encoded):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from eva_kernels.streaming_svd import sent
+
 ForwardFn = Callable[[nn.Module, Any], Any]
 
 
@@ -15,10 +17,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on ``device``; the caller's batch is left alone.
 
     Mappings (as dicts), dataclasses, tuples and lists are gone through, packed sequences moved by their own
-    ``to``; everything else is passed on as it is.
+    ``to``; everything else is passed on as it is. To a GPU nothing waits, unless a tensor is large and not pinned.
     """
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return sent(batch, device)
     if isinstance(batch, PackedSequence):
         return batch.to(device)  # type: ignore[arg-type]
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):

@@ -1,6 +1,5 @@
 """Statistics as a pass needs them: which kind, how wide, on which device."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from eva_kernels.streaming_svd import GramStatistic, Statistic, SubspaceStatistic
 
 from ..adapters import LoraSite
-from ..config import DEFAULT_OVERSAMPLING, GRAM_MAX_WIDENING, EvaConfig
+from ..config import GRAM_MAX_WIDENING, EvaConfig
 
 __all__ = ["StatisticMaker", "device_of"]
 
@@ -34,10 +33,7 @@ class StatisticMaker:
 
     def __init__(self, sites: Sequence[LoraSite], candidates: Sequence[int], config: EvaConfig) -> None:
         self._sites, self._config = sites, config
-        oversampling = config.oversampling or DEFAULT_OVERSAMPLING[config.convergence]
-        self.columns = [
-            min(site.in_features, math.ceil(k * oversampling)) for site, k in zip(sites, candidates, strict=True)
-        ]
+        self.columns = [min(site.in_features, config.columns_for(k)) for site, k in zip(sites, candidates, strict=True)]
         self.site_of = [i for i, site in enumerate(sites) for _ in range(site.parts)]
         self.gram_bytes = 0
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
+from eva_kernels.streaming_svd import sent
+
 from ..config import EvaConfig
 from .batches import named_fields
 from .origins import Origins
@@ -324,7 +326,7 @@ def _from_invocation(tokens: Any, invocation: Sequence[int]) -> Tensor:  # (batc
     count, length = tokens.shape[1], len(invocation)
     if count < length:
         return torch.zeros_like(tokens, dtype=torch.bool)
-    wanted = torch.tensor(list(invocation), dtype=tokens.dtype, device=tokens.device)
+    wanted = sent(torch.tensor(list(invocation), dtype=tokens.dtype, device="cpu"), tokens.device)
     found = (tokens.unfold(1, length, 1) == wanted).all(-1)  # (batch, starts)
     positions = torch.arange(count, dtype=torch.int64, device=tokens.device)
     last = torch.where(found, positions[: found.shape[1]], -1).amax(1, keepdim=True)

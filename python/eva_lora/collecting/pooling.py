@@ -199,9 +199,9 @@ class PooledStatistics(LocalStatistics):
                     torch.zeros_like(entry.statistic.column_sum), 0,
                 )  # fmt: skip
                 sketches.append(entry.sketch or empty)
-            counts = [sketch.total.new_tensor(sketch.num_rows) for sketch in sketches]
+            counts = [sketch.total.new_full((), sketch.num_rows) for sketch in sketches]
             self.ranks.all_reduce_([t for s, n in zip(sketches, counts, strict=True) for t in (*s[:3], n)])
-            for entry, sketch, count in zip(bucket, sketches, counts, strict=True):
+            for entry, sketch, count in zip(bucket, sketches, torch.stack(counts).tolist(), strict=True):
                 entry.sketch = None
                 if count > 0:
                     entry.statistic.start_(sketch._replace(num_rows=int(count)))

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eva_kernels.streaming_svd import sent
+
 from ..adapters import LoraSite
 from .origins import OF_DECODER, OF_ENCODER, Origins, order_of_view
 
@@ -84,6 +86,7 @@ class RowMask:
         encoder_rows: Filled: the shape of the rows that the encoder's layers saw last.
         rules: Filled: layer → the rules its rows were chosen by in this batch.
         skipped: Filled: layer → rows left out for NaN or Inf. Layers that share an input: the first of them.
+        counted: The same before it was moved, where the loader left it: what rows are counted in.
     """
 
     mask: Tensor | None
@@ -100,6 +103,7 @@ class RowMask:
     encoder_rows: tuple[int, ...] | None = None
     rules: dict[str, set[str]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    counted: "RowMask | None" = None
     # What was found for rows of a shape, on a device, of a layer of which that much was known: many are alike.
     _found: dict[tuple[Any, ...], tuple[str, Tensor | None, int]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -111,17 +115,18 @@ class RowMask:
 
     def to(self, device: torch.device) -> "RowMask":
         """The same, with its masks on ``device``."""
-        mask, frames = (None if part is None else part.to(device) for part in (self.mask, self.frames))
+        mask, frames = (None if part is None else sent(part, device) for part in (self.mask, self.frames))
         decoder = None if self.decoder is None else self.decoder.to(device)
-        return replace(self, mask=mask, frames=frames, decoder=decoder)
+        return replace(self, mask=mask, frames=frames, decoder=decoder, counted=self.counted or self)
 
     def split(self, parts: int, index: int) -> "RowMask":
         """The mask of the ``index``-th part of tokens that are split into ``parts``."""
-        decoder = None if self.decoder is None else self.decoder.split(parts, index)
+        decoder, counted = (None if of is None else of.split(parts, index) for of in (self.decoder, self.counted))
         if self.mask is None:
-            return replace(self, num_rows=None, shape=None, decoder=decoder, frames=None)
+            return replace(self, num_rows=None, shape=None, decoder=decoder, frames=None, counted=counted)
         mine = self.mask.tensor_split(parts, self.mask.ndim - 1)[index]
-        return replace(self, mask=mine, num_rows=int(mine.sum()), decoder=decoder, frames=None)
+        num_rows = int(mine.sum()) if counted is None else counted.num_rows
+        return replace(self, mask=mine, num_rows=num_rows, decoder=decoder, frames=None, counted=counted)
 
     @property
     def leaves_rows_out(self) -> bool:
@@ -181,11 +186,11 @@ class RowMask:
             if layout == UNORDERED:
                 rule = IN_NO_KNOWN_ORDER
             else:
-                own = side.frames if layout == FRAMES else _laid_out(side.mask, layout, rows)
+                own = side._own(layout, rows)
                 if layouts.get(site) == SQUARE and layout in (TOKENS, FLAT):
                     rule += ASSUMED
         self._choose(site, rule)
-        count = math.prod(rows) if own is None else side._count(own)
+        count = math.prod(rows) if own is None or layout is None else side._count(layout, rows)
         mask = None if own is None or count == own.numel() else own.to(device)
         if plain and not self.astray and layouts.get(site) == key[2]:  # nothing was learnt that would be missed
             self._found[key] = rule, mask, count
@@ -293,7 +298,7 @@ class RowMask:
             return sides[side]
         if known in sides:
             return sides[known]
-        one, other = self.mask, self.decoder.mask
+        one, other = ((side.counted or side).mask for side in sides.values())
         if one is not other and (one is None or other is None or not torch.equal(one, other)):
             raise ValueError(
                 f"layer {site}: its input has rows {rows}, and so have the masks of both encoder and decoder, "
@@ -301,9 +306,20 @@ class RowMask:
             )
         return self
 
-    def _count(self, own: Tensor) -> int:
+    def _own(self, layout: str, rows: tuple[int, ...]) -> Tensor:
+        """The mask of rows that lie so."""
         assert self.mask is not None
-        return self.num_rows if self.num_rows is not None and own.numel() == self.mask.numel() else int(own.sum())
+        if layout == FRAMES:
+            assert self.frames is not None
+            return self.frames
+        return _laid_out(self.mask, layout, rows)
+
+    def _count(self, layout: str, rows: tuple[int, ...]) -> int:
+        """How many of these rows count."""
+        assert self.mask is not None
+        if self.num_rows is not None and math.prod(rows) == self.mask.numel():
+            return self.num_rows
+        return int((self.counted or self)._own(layout, rows).sum())
 
     def finite(self, x: Tensor, mask: Tensor | None, count: int, site: str) -> tuple[Tensor | None, int]:
         """The mask without the rows whose squared norm is no finite float32, if those are to be left out."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from eva_kernels.streaming_svd import GramStatistic, SubspaceStatistic
 
-from ..config import DEFAULT_OVERSAMPLING, REFRESH_PERIOD
+from ..config import REFRESH_PERIOD, default_columns
 
 __all__ = ["Decoder", "Devices", "InputShape", "Prediction", "Traffic", "predict", "traffic"]
 
 BUCKET_BYTES = 2**26  # of the tensors that are reduced at a time: what a pass needs beside its statistics, twice
 EVIDENCE = 4  # rows of a refresh's evidence: cosines, overlaps, ratios, gains
-OVERSAMPLING, PERIOD = DEFAULT_OVERSAMPLING["subspace"], REFRESH_PERIOD["subspace"]  # of the default criterion
+PERIOD = REFRESH_PERIOD["subspace"]  # of the default criterion
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class Decoder:
     hidden: int
     intermediate: int
 
-    def inputs(self, rank: int, *, rho: float = 2.0, oversampling: float = OVERSAMPLING) -> list[InputShape]:
+    def inputs(self, rank: int, *, rho: float = 2.0) -> list[InputShape]:
         """Of each block: of query, key and value together, of the output projection, of gate and up, and of down."""
-        columns = round(rank * rho * oversampling)
+        columns = default_columns(round(rank * rho))
         widths = [self.hidden, self.hidden, self.hidden, self.intermediate]
         return [InputShape(width, min(width, columns)) for _ in range(self.blocks) for width in widths]
 
