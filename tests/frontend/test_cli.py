@@ -381,6 +381,25 @@ def test_doctor_cannot_check_kernels_without_a_gpu():
     assert "expected a CUDA or HIP device" in done.output
 
 
+def test_doctor_says_why_there_are_no_kernels_to_check(monkeypatch):
+    from eva_kernels import _dispatch
+    from eva_kernels._cards import CARDS
+
+    def check_kernels(device):
+        gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
+        return _dispatch.choose_impl("triton", gpu, gpu)
+
+    monkeypatch.setattr(_dispatch, "has_tiles", lambda device: False)
+    monkeypatch.setattr(_dispatch, "card_of", lambda device: CARDS["sm_75"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("eva_kernels._devices.seen_devices", list)
+    monkeypatch.setattr("eva_kernels.check_kernels", check_kernels)
+    done = invoke("doctor", "--kernels")
+    assert done.exit_code == 1
+    assert "--kernels: there are none for this GPU: impl: expected a GPU that there are kernels for" in done.output
+    assert CARDS["sm_75"].why in done.output
+
+
 @pytest.mark.parametrize(
     ("hip", "card"),
     [

@@ -96,8 +96,8 @@ def _check_kernels() -> list["KernelCheck"]:
         raise click.ClickException("--kernels: expected a CUDA or HIP device, torch finds none")
     try:
         return check_kernels("cuda")
-    except ValueError as error:  # there are none for this card
-        raise click.ClickException(f"--kernels: {error}") from error
+    except ValueError as error:
+        raise click.ClickException(f"--kernels: there are none for this GPU: {error}") from error
 
 
 @click.command(cls=Command, name="completion")
