@@ -29,9 +29,9 @@ def least(matrix, r, rank):
 
 
 def require_least(matrix, moment, u):
-    """The objective is least to 1e-6 of it; where so little is left that the dtype's products no longer tell, as near as
-    by PyTorch's eigenvectors of a product in that dtype. What columns that are ``APART`` from orthonormal miss is the
-    square of that."""
+    """The objective is least to 1e-6 of it; where so little is left that a dtype's products no longer tell, as near
+    as by PyTorch's eigenvectors of a product in that dtype. What columns that are ``APART`` from orthonormal miss is
+    the square of that."""
     m, full, rank = matrix.double().numpy(), dense(moment), u.shape[1]
     outputs = matrix @ torch.from_numpy(full).to(matrix) @ matrix.T
     plain = torch.linalg.eigh((outputs + outputs.T) / 2)[1][:, -rank:]
