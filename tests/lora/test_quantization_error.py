@@ -1,4 +1,4 @@
-"""LoRA that starts by repairing its quantised base: the fit against dense float64 solutions, on models small and real."""
+"""LoRA that starts by repairing its quantised base, against dense float64 solutions, on models small and real."""
 
 import copy
 import warnings
@@ -357,9 +357,9 @@ def test_what_is_merged_or_exported_is_what_was_fitted(floats):
 
 
 def test_nothing_changes_where_it_fails(floats, model):
-    before = state_of(model)
     wrong = {name: tensor + torch.randn_like(tensor) for name, tensor in floats.state_dict().items()}
     missing = {n: t for n, t in floats.state_dict().items() if "layers.2.mlp.down_proj" not in n}
+    before = state_of(model)
     for weights, message in (
         (wrong, "are not what its base was made of"),
         (missing, r"a weight of layer model\.layers\.2\.mlp\.down_proj in the state dict, there is none"),
@@ -498,7 +498,7 @@ def test_a_plan_with_b_is_a_file_like_any_other(floats, model, tmp_path):
             assert torch.equal(delta(other, name), delta(model, name))
 
 
-# --- pEFT's own function
+# --- PEFT's own function
 
 
 def test_peft_s_loftq_function_by_its_arguments(floats):

@@ -42,7 +42,7 @@ def least_errors(floats, bases, rows, ranks):
     found = {}
     for name, x in rows.items():
         error = (floats.get_submodule(name).weight - bases.get_submodule(name).weight).detach().double()
-        root = torch.linalg.svd(x / len(x) ** 0.5, full_matrices=False)
-        values = torch.linalg.svdvals(error @ (root.Vh.T * root.S)).square()
+        variances, directions = torch.linalg.eigh(x.T @ x / len(x))
+        values = torch.linalg.svdvals(error @ (directions * variances.clamp_min(0).sqrt())).square()
         found[name] = float(values[ranks[name] :].sum())
     return found
