@@ -68,10 +68,11 @@ def fit_low_rank(
             f"{tuple(moment.factor.shape)} and {tuple(moment.rest.shape)}"
         )
     flat = matrix.reshape(-1, rows, columns)
-    total = moment.energy(flat)
+    product = flat @ moment.factor
+    total = moment.energy(flat, product)
     width = min(rows, rank + max(8, rank // 2))  # of the iteration's blocks
     if min(rows, columns) > DENSE_BLOCKS * width:
-        left, energies = leading_directions(flat, moment, rank, width, total, seed)
+        left, energies = leading_directions(flat, moment, rank, width, product, total, seed)
     elif rows <= columns:
         left, energies = dense_directions(flat, moment, rank)
     else:  # M = Q T, and U is Q times T's own

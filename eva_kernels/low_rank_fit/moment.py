@@ -26,9 +26,13 @@ class SecondMoment(NamedTuple):
         rest = self.rest[:, None] if self.rest.ndim else self.rest
         return self.factor @ (self.factor.mT @ z) + rest * z
 
-    def energy(self, matrix: Tensor) -> Tensor:  # (..., m, n) -> (...) float64
-        """tr(M R Mᵀ): the mean of ‖M x‖² over the inputs."""
-        squares = double(matrix @ self.factor).square().sum((-2, -1))
+    def energy(
+        self,
+        matrix: Tensor,  # (..., m, n)
+        product: Tensor | None = None,  # (..., m, k)
+    ) -> Tensor:  # (...) float64
+        """tr(M R Mᵀ): the mean of ‖M x‖² over the inputs. ``product``: M F, where it is known."""
+        squares = double(matrix @ self.factor if product is None else product).square().sum((-2, -1))
         norms = torch.linalg.vector_norm(matrix, dim=-2)  # without a copy of the matrix
         return squares + (double(norms).square() * double(self.rest)).sum(-1)
 
