@@ -5,9 +5,9 @@
 Weights of all linear layers (of SmolLM2 all but the head) are rounded to nearest, with a step for each group of a row.
 Fitted is on text of the Python documentation, measured on other text of it: the mean over layers of the output's
 error, E‖(W − Q − s B A) x‖² over E‖W x‖² with x from the float model; the model's hidden states, ‖h − h_float‖ over
-‖h_float‖; and SmolLM2's perplexity. Methods: none; LoftQ, one round and five, each of which rounds W − s B A anew; QERA's
-approximation (the diagonal of E x xᵀ); and ours, with every layer's own rank ("repair") and with ranks moved ("repair,
-rho 2").
+‖h_float‖; and SmolLM2's perplexity. Methods: none; LoftQ, one round and five, each of which rounds W − s B A anew;
+QERA's approximation (the diagonal of E x xᵀ); and ours, with every layer's own rank ("repair") and with ranks moved
+("repair, rho 2").
 """
 
 import argparse
@@ -181,11 +181,13 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)  # not converged in so few batches
     torch.set_grad_enabled(False)
-    cells = []
+    cells: list[dict[str, Any]] = []
+    perplexities = {}
     for name in arguments.models:
         model, batches, layers = load(name)
         fitted, held = batches[HELD:], batches[:HELD]
         measured = Measured(model, held, layers)
+        perplexities[name] = measured.float_perplexity()
         for bits in arguments.bits:
             for group in arguments.groups:
                 base = copy.deepcopy(model)
@@ -199,7 +201,8 @@ def main() -> None:
                             {**cell, **measured.of(weights), "seconds": None if math.isnan(seconds) else seconds}
                         )
                         print(json.dumps(cells[-1]), flush=True)
-                    written = {"versions": versions(), "cells": cells}
+                    known = {name: value for name, value in perplexities.items() if not math.isnan(value)}
+                    written = {"versions": versions(), "float": known, "cells": cells}
                     arguments.output.parent.mkdir(parents=True, exist_ok=True)
                     arguments.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 

@@ -13,6 +13,7 @@ from torch import nn
 import eva_lora
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, ParameterSite, RepairReport, collect, eva_initialize
 from eva_lora import fit_quantization_error as fit
+from eva_lora.cli.demo import load_smollm2, packed_text
 from eva_lora.fitting import completed
 from eva_lora.peft import replace_lora_weights_loftq
 from support.models import LINEARS, layer_inputs, load_minilm, lora, minilm_text_batches, tiny_llama, token_batches
@@ -82,6 +83,39 @@ def test_a_streamed_subspace_is_enough_on_every_layer_of_a_real_model():
     ratios = {name: after / least[name] for name, (_, after, _) in output_errors(model, real, rows).items()}
     assert len(ratios) == 36
     assert max(ratios.values()) <= 1.01, max(ratios, key=ratios.get)
+
+
+@pytest.mark.slow
+def test_a_streamed_subspace_is_enough_on_every_layer_of_a_language_model():
+    floats, tokenizer = load_smollm2()
+    bases = quantised(floats)
+    model = get_peft_model(copy.deepcopy(bases), LoraConfig(r=16, target_modules="all-linear"))
+    batches = [{"input_ids": b["input_ids"]} for b in packed_text(tokenizer, sequences=4, tokens=256)[:6]]
+    moments = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: add_moment(moments, name, args[0]))
+        for name, layer in bases.named_modules()
+        if isinstance(layer, nn.Linear) and name != "lm_head"
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            bases(**batch)
+    for hook in hooks:
+        hook.remove()
+    report = repaired(model, floats, batches)
+    assert len(report.layers) == 210
+    for name in report.layers:
+        rank = report.ranks[name]
+        error = (floats.get_submodule(name).weight - bases.get_submodule(name).weight).detach().double()
+        variances, directions = torch.linalg.eigh(moments[name])
+        root = directions * variances.clamp_min(0).sqrt()
+        least = torch.linalg.svdvals(error @ root)[rank:].square().sum()
+        assert ((error - delta(model, name)) @ root).square().sum() <= 1.01 * least, name
+
+
+def add_moment(moments, name, x):
+    rows = x.flatten(0, -2).double()
+    moments[name] = moments.get(name, 0) + rows.T @ rows
 
 
 def test_no_layer_is_worse_than_without_on_rows_of_the_fit_and_on_others():
