@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from .adapters import (
@@ -15,11 +14,13 @@ from .adapters import (
     Dequantize,
     LoraAdapter,
     LoraSite,
+    ModelOutline,
     SiteAdapter,
     TrainedLayers,
     find_adapter,
     ordinary_tensors,
     require_changeable,
+    wrapped,
 )
 from .collecting import ForwardFn, RowMaskFn, Visits, collect_with
 from .config import DEFAULT_OVERSAMPLING, EvaConfig
@@ -108,9 +109,10 @@ def fit_quantization_error(
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
         chosen = _wide_enough(EvaConfig.of(adapter.eva_config if config is None else config))
-        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
+        _require_whole(model)
+        require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(_loaded_from(model) if float_weights is None else float_weights)
-        source = LayerWeights(bases, floats, dequantize)
+        source = LayerWeights(bases, floats, dequantize, _tied(model))
 
         held: list[Any] = []
         statistics: EvaStatistics | None = None
@@ -132,7 +134,8 @@ def fit_quantization_error(
                 adapter, model, batches, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
             )
         members = _members(adapter, statistics, bases, without)
-        with torch.no_grad(), adapter.disabled():
+        visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
+        with visits.still():
             fits = _fit(members, statistics, source, chosen)
             samples = samples_of({site.name: bases[site.name] for site in members})
         plan = _planned(adapter, members, fits, statistics, chosen, method, repair_share, without)
@@ -140,7 +143,6 @@ def fit_quantization_error(
         errors: dict[str, tuple[float, float]] = {}
         of_model = ModelErrors()
         if held:
-            visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
             errors = layer_errors(visits, held, source.error_of, factors)
             of_model = model_errors(visits, held, source.error_of, factors)
         adapter.apply(plan)
@@ -169,7 +171,7 @@ def require_same_base(model: nn.Module, saved: "RepairReport | str | Path") -> N
     adapter = find_adapter(model)
     bases, _ = _bases(adapter)
     fitted = {name: values for name, values in report.base.items() if report.layers[name].repaired}
-    with torch.no_grad(), adapter.disabled():
+    with Visits(adapter, model, EvaConfig()).still():
         found = difference(fitted, report.quantization, bases, quantization_of(model))
     if found:
         raise ValueError(f"model: its base is not the one that the adapter was fitted to: {found}")
@@ -232,6 +234,27 @@ def _bases(adapter: LoraAdapter) -> tuple[dict[str, BaseWeight], dict[str, str]]
             stacklevel=3,
         )
     return bases, without
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Raise ValueError where layers cannot be asked one by one what they compute with."""
+    outline = ModelOutline(model)
+    state = wrapped(outline)
+    if state is None and any(hasattr(parameter, "device_mesh") for parameter in outline.parameters):
+        state = "split over processes"
+    if state is not None:
+        raise ValueError(f"model: it is {state}; fit it first, and compile, wrap or shard it afterwards")
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """The output head's name → that of the input embedding whose weight it has, if it has: a file holds one of them."""
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
+    if not getattr(getattr(inner, "config", None), "tie_word_embeddings", False):
+        return {}
+    names = {id(module): name for name, module in inner.named_modules()}
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    return {names[id(head)]: names[id(embedding)]} if id(head) in names and id(embedding) in names else {}
 
 
 def _loaded_from(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -512,6 +513,70 @@ def test_layers_that_keep_their_parameters_are_repaired_whatever_they_scale_by(t
     values = torch.linalg.eigvalsh(error @ (x.T @ x / len(x)) @ error.T)
     assert left <= (1 + 1e-5) * values[:-4].sum()
     assert report.layers["own"].repaired == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_scaling_is_found_though_little_of_it_shows_in_short_dtypes(dtype):
+    """Of what a small repair adds to a large output, half is rounded off."""
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 32)
+    own = Own(layer, 4).to(dtype)
+    site = ParameterSite.of("own", own, rank=())
+    b = 1e-4 * torch.randn(32, 4)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        site.write_second(b)
+    unit = torch.finfo(dtype).eps / 2
+    # B is rounded to the dtype, and so is all that the scaling was seen in.
+    assert (own.B.float() * own.hidden_scale - b).norm() <= 4 * unit * b.norm()
+    assert own.training
+
+
+def test_autocast_and_training_change_nothing(floats):
+    reports = []
+    for around in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        torch.manual_seed(0)
+        model = nn.Sequential(Own(nn.Linear(48, 32), 4)).train()
+        weight = nn.Linear(48, 32).weight.detach() * 0 + model[0].base.weight + 0.01 * torch.randn(32, 48)
+        with around:
+            report = fit(
+                model, None, {"own.weight": weight}, method="loftq", sites=[ParameterSite.of("own", model[0], rank=())]
+            )
+        reports.append((report.layers, model[0].A.detach(), model[0].B.detach()))
+        assert model.training
+    assert reports[0][0] == reports[1][0]
+    assert torch.equal(reports[0][1], reports[1][1])
+    assert torch.equal(reports[0][2], reports[1][2])
+
+
+def test_a_layer_of_loralib_is_repaired():
+    import loralib
+
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 32)
+    model = nn.Sequential(loralib.Linear(48, 32, r=4, lora_alpha=12))
+    model[0].weight.data, model[0].bias.data = rounded(layer.weight.data, group=16), layer.bias.data.clone()
+    error = (layer.weight - model[0].weight).detach().double()
+    fit(model, None, {"0.weight": layer.weight.detach()}, EvaConfig(rho=1.0), method="loftq")
+    left = error - model[0].scaling * (model[0].lora_B @ model[0].lora_A).detach().double()
+    assert left.square().sum() <= (1 + 1e-5) * torch.linalg.svdvals(error)[4:].square().sum()
+
+
+def test_tied_weights_are_looked_for_where_a_file_has_them(tmp_path):
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    tied = type(tiny_llama())(config)
+    tied.save_pretrained(tmp_path)
+    base = copy.deepcopy(tied)
+    base.lm_head.weight = nn.Parameter(rounded(tied.lm_head.weight.detach(), group=16))
+    model = lora(base, target_modules=["lm_head"])
+    report = fit(model, None, tmp_path, EvaConfig(rho=1.0), method="loftq")
+    assert report.layers["lm_head"].fitted[1] < report.layers["lm_head"].fitted[0]
+
+
+def test_models_whose_layers_cannot_be_asked_are_refused(floats, model):
+    with pytest.raises(ValueError, match=r"it is compiled by torch\.compile; fit it first"):
+        repaired(torch.compile(model), floats)
 
 
 def test_a_plan_with_b_is_a_file_like_any_other(floats, model, tmp_path):

@@ -17,6 +17,8 @@ from .sites import LoraSite, Rows
 
 __all__ = ["ParameterSite", "SiteAdapter", "check_plan"]
 
+LARGER = 256.0  # than the base's output, what B A x is made to be while its scaling is looked for
+
 
 @dataclass(frozen=True)
 class ParameterSite(LoraSite):
@@ -152,14 +154,17 @@ class ParameterSite(LoraSite):
         (a,), (b,) = self.first, self.second
         matrix = a.T if self.transposed else a
         x = torch.nn.functional.normalize(matrix.float().sum(0), dim=0).to(a.dtype)[None]
-        expected = (x.float() @ matrix.float().T) @ lora_b.to(x.device).T
-        if not bool(expected.any()):
-            return 1.0
-        with _without_dropout(self.module):
-            seen = self.module(x).float()
-            values = b.detach().clone()
+        values = b.detach().clone()
+        with _without_dropout(self.module), torch.autocast(x.device.type, enabled=False):
+            expected = (x.float() @ matrix.float().T) @ lora_b.to(x.device).T
+            if not bool(expected.any()):
+                return 1.0
             b.zero_()
-            seen -= self.module(x).float()
+            base = self.module(x).float()
+            # So large that little of it is rounded off beside the base's output.
+            larger = max(1.0, LARGER * float(base.norm() / expected.norm()))
+            b.copy_(values * larger)
+            seen = (self.module(x).float() - base) / larger
             b.copy_(values)
         scaling = float((seen * expected).sum() / expected.square().sum())
         if not scaling or bool((seen - scaling * expected).norm() > 2.0**-5 * seen.norm()):

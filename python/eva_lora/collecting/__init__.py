@@ -11,4 +11,13 @@ from .masks import RowMaskFn
 from .passing import collect, collect_with
 from .visiting import Visits
 
-__all__ = ["Estimate", "ForwardFn", "RowMaskFn", "Visits", "collect", "collect_with", "estimate", "matmul_rate"]
+__all__ = [
+    "Estimate",
+    "ForwardFn",
+    "RowMaskFn",
+    "Visits",
+    "collect",
+    "collect_with",
+    "estimate",
+    "matmul_rate",
+]

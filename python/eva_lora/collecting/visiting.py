@@ -14,7 +14,7 @@ from .batches import ForwardFn, default_forward, to_device
 from .ending import ForwardEnd, output_head
 from .forwards import Forwards, input_device
 from .masks import RowMaskFn, row_mask
-from .restoring import borrowed
+from .restoring import borrowed, without_autocast
 from .run import Run
 
 __all__ = ["Outputs", "Visits"]
@@ -99,6 +99,12 @@ class Visits:
 
         with borrowed(self._outline), self._adapter.disabled():
             yield outputs
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within it layers can be asked what they compute: no forward runs, no dropout, no autocast, no adapter."""
+        with borrowed(self._outline), self._adapter.disabled(), without_autocast(input_device(self._outline)):
+            yield
 
     def mask(self, batch: Any) -> Tensor | None:  # (batch, tokens) bool
         """Which tokens of a batch count; None: all, or it is not known of which it is said."""

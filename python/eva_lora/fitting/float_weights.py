@@ -58,6 +58,10 @@ class FloatWeights:
         files = _files(Path(weights) if Path(weights).exists() else _from_hub(str(weights)))
         return cls(files, lambda key: _read(files[key], key), str(weights))
 
+    def has(self, name: str) -> bool:
+        """Whether there is a weight of that very name."""
+        return f"{name}.weight" in self._keys
+
     def key_of(self, name: str) -> str:
         """The name that a layer's weight has there.
 
@@ -121,23 +125,29 @@ class LayerWeights:
         bases: Layer → its base weight.
         floats: The weights before they were quantised.
         dequantize: As in :func:`eva_lora.fit_quantization_error`.
+        tied: Layer → the module whose weight it has, which a file may hold instead.
 
     Raises:
         ValueError: a layer has no float weight.
     """
 
     def __init__(
-        self, bases: Mapping[str, BaseWeight], floats: FloatWeights, dequantize: Dequantize | None = None
+        self,
+        bases: Mapping[str, BaseWeight],
+        floats: FloatWeights,
+        dequantize: Dequantize | None = None,
+        tied: Mapping[str, str] | None = None,
     ) -> None:
         self._bases, self._floats, self._dequantize = bases, floats, dequantize
-        for name in bases:
+        self._kept_as = {name: name if floats.has(name) else (tied or {}).get(name, name) for name in bases}
+        for name in self._kept_as.values():
             floats.key_of(name)
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:  # (out, in) float32, both
         """W, and Q that the layer computes with, on the layer's device."""
         base = self._bases[name]
         quantized = base.read(self._dequantize)
-        return self._floats.read(name, quantized, fan_in_fan_out=base.fan_in_fan_out), quantized
+        return self._floats.read(self._kept_as[name], quantized, fan_in_fan_out=base.fan_in_fan_out), quantized
 
     def error_of(self, name: str) -> tuple[Tensor, Tensor]:  # (out, in) float32, both
         """W, and M = W − Q."""
