@@ -116,7 +116,7 @@ class BaseWeight:
         """Whether some columns of a matrix are what the layer computes with."""
         columns = sorted({i * self.in_features // CHECKED_COLUMNS for i in range(CHECKED_COLUMNS)})
         told, seen = matrix[:, columns].T, self._images(columns, matrix.device)
-        largest = torch.maximum(matrix.abs().max(), seen.abs().max())
+        largest = max(map(float, (matrix.max(), -matrix.min(), seen.abs().max())))
         return bool((told - seen).abs().max() <= AS_COMPUTED * largest)
 
 

@@ -109,7 +109,8 @@ class FloatWeights:
                 f"{tuple(matrix.shape)}"
             )
         matrix = matrix.to(quantized.device, torch.float32, copy=True)
-        cosine = float((matrix * quantized).sum() / (matrix.norm() * quantized.norm()).clamp_min(1e-30))
+        product = torch.dot(matrix.flatten(), quantized.flatten())  # without a third matrix
+        cosine = float(product / (matrix.norm() * quantized.norm()).clamp_min(1e-30))
         if quantized.any() and not cosine > SAME_DIRECTION:
             raise ValueError(
                 f"float_weights: those of layer {name} in {self._source} are not what its base was made of: their "
