@@ -229,10 +229,8 @@ def _bases(adapter: LoraAdapter) -> tuple[dict[str, BaseWeight], dict[str, str]]
     if not bases:
         raise ValueError(f"model: none of its LoRA layers has a base weight to repair: {without}")
     if without:
-        warnings.warn(
-            "These layers are not repaired: " + "; ".join(f"{name}: {why}" for name, why in without.items()),
-            stacklevel=3,
-        )
+        named = "; ".join(f"{name}: {why}" for name, why in without.items())
+        warnings.warn(f"These layers are not repaired: {named}", stacklevel=3)
     return bases, without
 
 

@@ -70,12 +70,13 @@ class RepairReport:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             version = stored.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format version {version}, this version reads {FORMAT_VERSION}")
             layers = {name: storage.checked(LayerRepair, layer) for name, layer in stored.pop("layers").items()}
-            return storage.checked(cls, stored, layers=layers)
+            report = storage.checked(cls, stored, layers=layers)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is no complete report of a fit: {error}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"path: {path} is no complete report of a fit: expected format version {FORMAT_VERSION}")
+        return report
 
     @property
     def ranks(self) -> dict[str, int]:
