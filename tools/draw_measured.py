@@ -1,4 +1,4 @@
-"""Draws docs/figures/, and the tables of docs/choosing.md and docs/comparison.md, from the results in docs/measured/.
+"""Draws docs/figures/, and tables of three pages in docs/, from the results in docs/measured/.
 
     python tools/draw_measured.py            writes them
     python tools/draw_measured.py --check    fails if they are not what the results say
@@ -156,6 +156,38 @@ def missed(found: dict[str, Any]) -> str:
     return table(["after batch", *map(str, shown)], rows)
 
 
+MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
+MEASURES = {
+    "outputs": ("layers' outputs, E‖error‖² over E‖W x‖², mean over layers", ".2%"),
+    "hidden": ("hidden states at the model's end, relative error", ".1%"),
+    "perplexity": ("perplexity", ".2f"),
+}
+
+
+def quantization(found: dict[str, Any]) -> str:
+    """What of a quantiser's error each start leaves: a table for each model and measure, the least in bold."""
+    cells = found["cells"]
+    parts = []
+    for model, label in MODELS.items():
+        for measure, (what, form) in MEASURES.items():
+            mine = [cell for cell in cells if cell["model"] == model and measure in cell]
+            if not mine:
+                continue
+            methods = list(dict.fromkeys(cell["method"] for cell in mine))
+            rows = []
+            for place in dict.fromkeys((cell["bits"], cell["group"], cell["rank"]) for cell in mine):
+                values = {c["method"]: c[measure] for c in mine if (c["bits"], c["group"], c["rank"]) == place}
+                least = min(values.values())
+                shown = [f"{values[m]:{form}}" if m in values else "" for m in methods]
+                bold = [
+                    f"**{text}**" if values.get(m) == least else text for m, text in zip(methods, shown, strict=True)
+                ]
+                rows.append([*map(str, place), *bold])
+            float_one = f"; {found['float'][model]:.2f} with float weights" if measure == "perplexity" else ""
+            parts.append(f"{label}, {what}{float_one}:\n\n{table(['bits', 'group', 'rank', *methods], rows)}")
+    return "\n\n".join(parts)
+
+
 def made(found: dict[str, Any]) -> str:
     facts = found["made"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -174,7 +206,10 @@ def rendered() -> dict[Path, str]:
     figures = {FIGURES / f"{name}.svg": draw(illustrations) for name, draw in drawn.items()}
     compared = {"missed": missed(illustrations), "made": made(illustrations)}
     chosen = filled(DOCS / "choosing.md", tables(choosing))
-    return {DOCS / "choosing.md": chosen, DOCS / "comparison.md": filled(DOCS / "comparison.md", compared), **figures}
+    repaired = json.loads((MEASURED / "quantization.json").read_text(encoding="utf-8"))
+    starts = filled(DOCS / "quantised-bases.md", {"quantization": quantization(repaired)})
+    pages = {DOCS / "choosing.md": chosen, DOCS / "quantised-bases.md": starts}
+    return {**pages, DOCS / "comparison.md": filled(DOCS / "comparison.md", compared), **figures}
 
 
 def filled(path: Path, contents: dict[str, str]) -> str:

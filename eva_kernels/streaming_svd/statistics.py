@@ -156,6 +156,13 @@ class Statistic(ABC):
             return torch.zeros_like(self.square_sum)
         return (self.square_sum - self.column_sum.square().sum() / self.num_rows).clamp_min(0)
 
+    def mean(self) -> Tensor:  # (d,) float64
+        """The mean of all rows; zero where there are none."""
+        column_sum = self.column_sum
+        if self.shift is None:
+            return torch.zeros_like(column_sum)
+        return double(self.shift) + column_sum / max(self.num_rows, 1)
+
     def explained_variance_ratio(self) -> Tensor:  # (q,) float64
         """Each eigenvalue over the total scatter; 0 where there is no variance.
 

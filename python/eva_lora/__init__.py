@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .config import EvaConfig
     from .initialize import apply, eva_initialize
     from .planning import EvaPlan, EvaStatistics, plan
-    from .reporting import EvaReport, compare
+    from .repair import fit_quantization_error, require_same_base
+    from .reporting import EvaReport, RepairReport, compare
 
 __all__ = [
     "EvaConfig",
@@ -22,14 +23,17 @@ __all__ = [
     "EvaStatistics",
     "LoraSite",
     "ParameterSite",
+    "RepairReport",
     "apply",
     "collect",
     "compare",
     "estimate",
     "eva_initialize",
     "export_uniform",
+    "fit_quantization_error",
     "plan",
     "register_adapter",
+    "require_same_base",
 ]
 
 _HOME = {
@@ -39,14 +43,17 @@ _HOME = {
     "EvaStatistics": "planning",
     "LoraSite": "adapters",
     "ParameterSite": "adapters",
+    "RepairReport": "reporting",
     "apply": "initialize",
     "collect": "collecting",
     "compare": "reporting",
     "estimate": "collecting",
     "eva_initialize": "initialize",
     "export_uniform": "adapters",
+    "fit_quantization_error": "repair",
     "plan": "planning",
     "register_adapter": "adapters",
+    "require_same_base": "repair",
 }
 
 

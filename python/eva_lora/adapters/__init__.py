@@ -11,6 +11,7 @@ from torch import nn
 
 from ..planning import EvaPlan
 from . import libraries, peft
+from .base_weights import BaseWeight, Dequantize
 from .export import VLLM_RANKS, export_uniform
 from .generators import ordinary_tensors, same_generators
 from .outline import ModelOutline
@@ -33,6 +34,8 @@ from .training import TrainedLayers
 
 __all__ = [
     "VLLM_RANKS",
+    "BaseWeight",
+    "Dequantize",
     "LayerInput",
     "LoraAdapter",
     "LoraSite",

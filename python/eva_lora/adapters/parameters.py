@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..planning import EvaPlan, PlannedSite
+from .base_weights import BaseWeight
 from .preflight import require_no_optimizer
 from .sharded import fill_
 from .sites import LoraSite, Rows
 
 __all__ = ["ParameterSite", "SiteAdapter", "check_plan"]
+
+LARGER = 256.0  # than the base's output, what B A x is made to be while its scaling is looked for
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,42 @@ class ParameterSite(LoraSite):
                 fill_(new_a, matrix.T if self.transposed else matrix.view(new_a.shape))
             new_b.zero_()
 
+    def write_second(self, lora_b: Tensor) -> None:
+        """Set B to what the layer scales to ``lora_b`` (out, rank); after :meth:`write`.
+
+        Raises:
+            ValueError: what the layer adds to its base's output is no multiple of B A x.
+        """
+        (b,) = self.second
+        fill_(b, lora_b.T if self.transposed else lora_b)
+        fill_(b, b / self._scaling(lora_b))
+
+    def _scaling(self, lora_b: Tensor) -> float:
+        """What the layer multiplies B A x with: seen in what it makes of the input that A answers most.
+
+        Raises:
+            ValueError: that is no multiple of B A x.
+        """
+        (a,), (b,) = self.first, self.second
+        matrix = a.T if self.transposed else a
+        x = torch.nn.functional.normalize(matrix.float().sum(0), dim=0).to(a.dtype)[None]
+        values = b.detach().clone()
+        with _without_dropout(self.module), torch.autocast(x.device.type, enabled=False):
+            expected = (x.float() @ matrix.float().T) @ lora_b.to(x.device).T
+            if not bool(expected.any()):
+                return 1.0
+            b.zero_()
+            base = self.module(x).float()
+            # So large that little of it is rounded off beside the base's output.
+            larger = max(1.0, LARGER * float(base.norm() / expected.norm()))
+            b.copy_(values * larger)
+            seen = (self.module(x).float() - base) / larger
+            b.copy_(values)
+        scaling = float((seen * expected).sum() / expected.square().sum())
+        if not scaling or bool((seen - scaling * expected).norm() > 2.0**-5 * seen.norm()):
+            raise ValueError(f"layer {self.name}: what it adds to its base layer's output is no multiple of B A x")
+        return scaling
+
     def rescale(self, rank: int, adjust: bool) -> None:
         """Set what of rank, alpha and scaling the layer keeps, for a new number of rows of A."""
         growth = rank / self.rank
@@ -209,6 +248,23 @@ class SiteAdapter:
             for factor, value in zip(second, values, strict=True):
                 factor.data.copy_(value)
 
+    def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
+        """Layer → its base weight, and layer → why it has none: as they are within :meth:`disabled`."""
+        found, without = {}, {}
+        for site in self.sites:
+            one = isinstance(site, ParameterSite) and site.row_maker is None and site.groups == site.parts == 1
+            if not isinstance(site, ParameterSite) or not one:
+                without[site.name] = "its B A is not one matrix that is multiplied with its inputs"
+            elif len(site.second) > 1:
+                without[site.name] = "it has several matrices B"
+            else:
+                (b,) = site.second
+                out = b.shape[1] if site.transposed else b.shape[0]
+                found[site.name] = BaseWeight(
+                    site.name, site.module, site.in_features, out, b.dtype, matrix_is_weight=False
+                )
+        return found, without
+
     def writable(self) -> list[ParameterSite]:
         """The sites, all of which can be written.
 
@@ -239,6 +295,8 @@ class SiteAdapter:
             for site in writable:
                 planned: PlannedSite = plan.sites[site.name]
                 site.write(planned.rank, plan.lora_a.get(site.name), adjust_scaling=plan.config.adjust_scaling_factors)
+                if site.name in plan.lora_b:
+                    site.write_second(plan.lora_b[site.name])
         except BaseException:
             for site, snapshot in zip(writable, snapshots, strict=True):
                 site.restore(snapshot)
@@ -273,6 +331,18 @@ def check_plan(plan: EvaPlan, sites: Sequence[LoraSite]) -> None:
             raise ValueError(
                 f"plan: {site.name} is given rank {planned.rank}, it must be a multiple of {site.rank_multiple}{floor}"
             )
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    training = [member for member in module.modules() if member.training]
+    for member in training:
+        member.training = False  # not eval(), in which some libraries merge weights
+    try:
+        yield
+    finally:
+        for member in training:
+            member.training = True
 
 
 def _paths(path: str | tuple[str, ...]) -> tuple[str, ...]:

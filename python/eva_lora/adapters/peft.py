@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..planning import EvaPlan
+from .base_weights import BaseWeight
 from .fused import unfused
 from .outline import ModelOutline, plain_modules
 from .parameters import check_plan
-from .peft_layers import factors, parts_of, site_of
+from .peft_layers import base_weight_of, factors, parts_of, site_of
 from .peft_roots import base_models
 from .peft_writing import PlanWriter
+from .sharded import fill_
 from .sites import LeftAlone, LoraSite
 
 __all__ = ["PeftAdapter", "PeftAdapters", "find"]
@@ -141,6 +143,39 @@ class PeftAdapter:
         """
         return PlanWriter(self.name, self._root, self._configs, self.sites, self._everything).write(plan)
 
+    @property
+    def root(self) -> nn.Module:
+        """The base model, relative to which layers are named."""
+        return self._root
+
+    @torch.no_grad()
+    def write_factors(self, name: str, a: Tensor, b: Tensor) -> Callable[[], None]:  # (r, d), (out, r)
+        """Write A into a layer, and B such that the layer adds ``b`` A x; its rank stays. Returns what undoes it."""
+        layer = self.layers[name]
+        (first,), (module,) = factors(layer, self.name)
+        second: Any = module.weight
+        before = [parameter.detach().clone() for parameter in (first, second)]
+        fill_(first, a.view(first.shape))
+        fill_(second, (b / layer.scaling[self.name]).view(second.shape))
+
+        @torch.no_grad()
+        def undo() -> None:
+            for parameter, value in zip((first, second), before, strict=True):
+                parameter.copy_(value)
+
+        return undo
+
+    def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
+        """Layer → its base weight, and layer → why it has none."""
+        found, without = {}, {}
+        dtype = next((p.dtype for p in self._root.parameters() if p.is_floating_point()), torch.float32)
+        for site in self.sites:
+            try:
+                found[site.name] = base_weight_of(site, self.layers[site.name], self.name, dtype)
+            except LeftAlone as reason:
+                without[site.name] = str(reason)
+        return found, without
+
     def zero_before_training(self) -> dict[str, list[Tensor]]:
         """Layer → its B, with a bias if it has one; where B does not begin as zero but B A does, what shows that."""
         found = {}
@@ -209,6 +244,16 @@ class PeftAdapters:
 
     def disabled(self) -> AbstractContextManager[None]:
         return next(iter(self._adapters.values())).disabled()  # all adapters of the model at once
+
+    def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
+        """As of each adapter."""
+        found: dict[str, BaseWeight] = {}
+        without: dict[str, str] = {}
+        for path, adapter in self._adapters.items():
+            weights, reasons = adapter.base_weights()
+            found |= {f"{path}.{name}": replace(weight, name=f"{path}.{name}") for name, weight in weights.items()}
+            without |= {f"{path}.{name}": reason for name, reason in reasons.items()}
+        return found, without
 
     def zero_before_training(self) -> dict[str, list[Tensor]]:
         """As of each adapter."""

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base_weights import BaseWeight
 from .sites import LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
 
-__all__ = ["ConvSite", "factors", "parts_of", "site_of"]
+__all__ = ["ConvSite", "base_weight_of", "factors", "parts_of", "site_of"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,22 @@ def _parameter_site(name: str, layer: Any, adapter: str) -> LoraSite:
             f"it is a stack of {layer.num_experts} matrices of a {type(base).__name__}, whose routing EVA does not know"
         )
     return ExpertsSite(name, layer, width, rank, parts=layer.num_experts, parameter=parameter)
+
+
+def base_weight_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype) -> BaseWeight:
+    """The base weight that a site's B A is added to; inputs of linear layers are of ``dtype``.
+
+    Raises:
+        LeftAlone: what B A is added to is not one matrix that is multiplied with the site's rows.
+    """
+    if site.parts > 1 or hasattr(layer, "parameter_name"):
+        raise LeftAlone("its weight is a parameter of a larger module")
+    if adapter in layer.lora_variant:
+        raise LeftAlone(f"its adapter is a {type(layer.lora_variant[adapter]).__name__}, not W + s B A")
+    return BaseWeight(
+        site.name, layer.get_base_layer(), site.in_features, layer.lora_B[adapter].weight.shape[0], dtype,
+        fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)),
+    )  # fmt: skip
 
 
 def parts_of(layer: Any) -> list[Any]:

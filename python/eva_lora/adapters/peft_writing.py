@@ -43,7 +43,7 @@ class PlanWriter:
         self._layers = {site.name: everything[site.name] for site in sites}
 
     def write(self, plan: EvaPlan) -> Callable[[], None]:
-        """Write A, zero B, set ranks and alphas, drop the adapter where the rank is 0, and make the
+        """Write A, and B or zero, set ranks and alphas, drop the adapter where the rank is 0, and make the
         ``LoraConfig`` say so, so that the adapter saves and loads as it is. All of it, or nothing.
 
         Returns:
@@ -63,8 +63,8 @@ class PlanWriter:
         before = self._configs[self._name]
         config = copy.deepcopy(before)
         if not (config.lora_bias or any(isinstance(site, ConvSite) for site in self._sites)):  # refused with "eva"
-            config.init_lora_weights = "eva"  # what the weights are from here on
-            config.eva_config = _peft_eva_config(plan)
+            config.init_lora_weights = True if plan.lora_b else "eva"  # what the weights are from here on
+            config.eva_config = None if plan.lora_b else _peft_eva_config(plan)
         emptied = [name for name in self._layers if plan.sites[name].rank == 0]
 
         def undo() -> None:
@@ -79,7 +79,9 @@ class PlanWriter:
                 for name, layer in self._layers.items():
                     if name not in emptied:
                         adjust = plan.config.adjust_scaling_factors
-                        self._write(layer, plan.sites[name], plan.lora_a.get(name), config, adjust)
+                        self._write(
+                            layer, plan.sites[name], plan.lora_a.get(name), plan.lora_b.get(name), config, adjust
+                        )
                 self._describe(config, set(emptied))
                 for name in emptied:
                     self._remove(self._layers[name], replaced)
@@ -89,7 +91,15 @@ class PlanWriter:
             raise
         return undo
 
-    def _write(self, layer: Any, site: PlannedSite, lora_a: Tensor | None, config: Any, adjust: bool) -> None:
+    def _write(
+        self,
+        layer: Any,
+        site: PlannedSite,
+        lora_a: Tensor | None,  # (parts · rank, d)
+        lora_b: Tensor | None,  # (out, rank), times the scaling
+        config: Any,
+        adjust: bool,
+    ) -> None:
         adapter = self._name
         old_rank, alpha = layer.r[adapter], layer.lora_alpha[adapter]
         on_meta = factors(layer, adapter)[0][0].device.type == "meta"
@@ -133,6 +143,10 @@ class PlanWriter:
                 fill_(weight, rows.view(weight.shape))
         for parameter in (p for module in second for p in module.parameters()):
             parameter.zero_()
+        if lora_b is not None:
+            (module,) = second
+            b: Any = module.weight
+            fill_(b, (lora_b / layer.scaling[adapter]).view(b.shape))
 
     def _remove(self, layer: Any, replaced: list[tuple[nn.Module, str, nn.Module]]) -> None:
         members = parts_of(layer)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ..config import DEFAULT_MAX_BATCHES, EvaConfig
-from .options import config_options, lora_options, model_options, take_config, take_pretrained
+from .options import QUANTIZERS, config_options, lora_options, model_options, take_config, take_pretrained
 from .running import (
     EXIT_NOT_CONVERGED,
     Command,
@@ -39,6 +39,12 @@ PREDICTION_BATCHES = 100  # the paper needs about 90
 )
 @click.option("--require-convergence", is_flag=True, help="Exit with 3 if a layer had not converged.")
 @model_options
+@click.option(
+    "--quantize", type=click.Choice([*QUANTIZERS]), help="Load the base with bitsandbytes' weights of this kind."
+)
+@click.option(
+    "--repair", is_flag=True, help="Spend ranks on what quantising broke in MODEL's float weights, not on EVA."
+)
 @lora_options
 @click.option("--split", default="train", show_default=True, help="Part of a saved dataset.")
 @click.option("--limit", type=click.IntRange(1), help="Use only the first so many records.")
@@ -59,6 +65,9 @@ PREDICTION_BATCHES = 100  # the paper needs about 90
 def init(context: click.Context, /, model: str, output: Path | None, **params: Any) -> None:
     """Initialise LoRA for MODEL from data; write adapter, plan, statistics and report.
 
+    With --quantize and --repair A and B undo most of what quantising the base did to its layers' outputs (docs:
+    Quantised bases); adapter and report are written then.
+
     MODEL is a folder or id that transformers loads, or an adapter folder, whose base model and LoRA settings
     are then taken.
 
@@ -69,6 +78,8 @@ def init(context: click.Context, /, model: str, output: Path | None, **params: A
     dry_run = params["dry_run"]
     if output is None and not dry_run:
         raise click.UsageError("--output is needed, except with --dry-run")
+    if params["repair"]:
+        _require_repairable(params)
     if output is not None:
         require_new_folder(output)
     with launched() as (rank, ranks):
@@ -96,12 +107,18 @@ def _run(
     assert output is not None
     run = {
         "model": f"{pretrained.base}, {pretrained.model_class.__name__}",
-        "computed in": f"{str(pretrained.dtype).removeprefix('torch.')} on {pretrained.device}",
+        "computed in": f"{str(pretrained.dtype).removeprefix('torch.')} on {pretrained.device}"
+        + (f", weights in {params['quantize']}" if params["quantize"] else ""),
         "LoRA": _describe_lora(pretrained.lora_config),
         "data": describe_files(params["data"], num_records),
         "batches": f"{len(batches)} of up to {params['batch_size']} x {batches.max_length} tokens, as {batches.kind}"
         + (f", on each of {ranks} ranks" if ranks > 1 else ""),
     }
+    if params["repair"]:
+        if ranks > 1:
+            raise ValueError("repair: expected one process; several make statistics with eva_lora.collect")
+        _repair(pretrained, batches, config, output, params)
+        return
     report = _initialize(pretrained, batches, config, output, run, params, writes=rank == 0)
     if rank:
         return
@@ -180,6 +197,31 @@ def _initialize(
     model.save_pretrained(output / "adapter")
     report.save(output / "report", plots=params["plots"])
     return report
+
+
+def _require_repairable(params: dict[str, Any]) -> None:
+    if not params["quantize"]:
+        raise click.UsageError("--repair: needs --quantize, which says how the base is quantised")
+    for name in ("checkpoint", "require_convergence", "plots", "dora"):
+        if params[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')}: not with --repair")
+
+
+def _repair(pretrained: Any, batches: Any, config: EvaConfig, output: Path, params: dict[str, Any]) -> None:
+    from .. import fit_quantization_error
+
+    model = pretrained.load()
+    report = fit_quantization_error(
+        model, batches, pretrained.base, config, progress=not (params["quiet"] or params["as_json"])
+    )
+    pretrained.lora_config.save_pretrained(output / "lora")
+    model.save_pretrained(output / "adapter")
+    report.save(output / "report")
+    if params["as_json"]:
+        print_json({"output": str(output), "report": report.to_dict()})
+    else:
+        click.echo(str(report))
+        click.echo(f"\nadapter  {output / 'adapter'}\nreport   {output / 'report' / 'repair.json'}")
 
 
 def _require_forward(model: Any, batches: Any, pretrained: Any) -> None:

@@ -18,6 +18,14 @@ from .running import Decorator
 PLANNING_FIELDS = ("rho", "min_rank", "max_rank", "rank_multiple", "whiten", "adjust_scaling_factors")
 
 
+#: What ``--quantize`` may say, and what bitsandbytes is told then.
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
 def config_options(only: Iterable[str] | None = None) -> Decorator:
     """One option for every field of ``EvaConfig`` (or those named); what is not given is left out."""
     names = None if only is None else set(only)
@@ -159,5 +167,5 @@ def take_pretrained(model: str, params: dict[str, Any]) -> Any:
     given = {name: value for name, value in given.items() if value is not None}
     return Pretrained(
         model, dtype=params["dtype"], device=params["device"], trust_remote_code=params["trust_remote_code"],
-        lora=LoraOptions(**given) if given else None,
+        lora=LoraOptions(**given) if given else None, quantize=QUANTIZERS.get(params.get("quantize") or "", {}),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """A pretrained model with the LoRA layers asked for: from a folder or an id, with weights or only their shapes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,7 @@ class Pretrained:
         device: "auto" (a GPU where there is one), or what torch calls it.
         trust_remote_code: Whether code that comes with the model may run.
         lora: None: the defaults, or an adapter folder's own.
+        quantize: What bitsandbytes is told of the weights; nothing where they stay as they are.
 
     Raises:
         ValueError: nothing loads from there (the message says why), LoRA options together with an adapter
@@ -80,8 +81,11 @@ class Pretrained:
         device: str = "auto",
         trust_remote_code: bool = False,
         lora: LoraOptions | None = None,
+        quantize: Mapping[str, Any] | None = None,
     ) -> None:
         import transformers
+
+        self._quantize = dict(quantize or {})
 
         self.trust = {"trust_remote_code": trust_remote_code}
         self.device = _device(device)
@@ -186,11 +190,19 @@ class Pretrained:
 
     def load(self) -> nn.Module:
         """The model with its weights, LoRA layers added, on the device."""
+        options: dict[str, Any] = {dtype_keyword(): self.dtype, **self.trust}
         try:
-            base = self.model_class.from_pretrained(self.base, **{dtype_keyword(): self.dtype}, **self.trust)
+            if self._quantize:
+                from transformers import BitsAndBytesConfig
+
+                computed = {"bnb_4bit_compute_dtype": self.dtype} if "load_in_4bit" in self._quantize else {}
+                options["quantization_config"] = BitsAndBytesConfig(**self._quantize, **computed)
+                options["device_map"] = {"": self.device}
+            base = self.model_class.from_pretrained(self.base, **options)
         except Exception as error:
             self._refuse(error)
-        return self._with_lora(base, self.lora_config).to(self.device)
+        adapted = self._with_lora(base, self.lora_config)
+        return adapted if self._quantize else adapted.to(self.device)
 
     def shapes(self) -> nn.Module:
         """The same without weights, on the meta device."""

@@ -9,5 +9,15 @@ from .batches import ForwardFn
 from .estimating import Estimate, estimate, matmul_rate
 from .masks import RowMaskFn
 from .passing import collect, collect_with
+from .visiting import Visits
 
-__all__ = ["Estimate", "ForwardFn", "RowMaskFn", "collect", "collect_with", "estimate", "matmul_rate"]
+__all__ = [
+    "Estimate",
+    "ForwardFn",
+    "RowMaskFn",
+    "Visits",
+    "collect",
+    "collect_with",
+    "estimate",
+    "matmul_rate",
+]

@@ -48,4 +48,5 @@ def _input_statistics(run: Run, entry: DistinctInput) -> InputStatistics:
         nbytes=statistic.nbytes(), reason=entry.reason,
         skipped_rows=sum(run.row_rules.skipped.get(name, 0) for name in run.names(entry)),
         eigenvalues=statistic.eigenvalues.cpu(), components=statistic.basis.T.float().cpu().contiguous(),
+        mean=statistic.mean().float().cpu(),
     )  # fmt: skip

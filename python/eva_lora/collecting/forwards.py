@@ -21,7 +21,7 @@ from .restoring import attributes
 from .rows import INSIDE, RowMask, sides_of
 from .run import Run
 
-__all__ = ["Forwards"]
+__all__ = ["Forwards", "input_device"]
 
 
 class Forwards:
@@ -48,7 +48,7 @@ class Forwards:
         self._can_look = wrapper_of(outline) is None and not any(map(is_partitioned, outline.parameters))
         self._with_attributes = [m for m in outline.modules if not type(m).__module__.startswith("torch.nn.modules.")]
         self._with_buffers = [module for module in outline.modules if module._buffers]
-        self.device, self.in_step = _input_device(outline), waits_for_others(outline)
+        self.device, self.in_step = input_device(outline), waits_for_others(outline)
 
     def fold(self, batch: Any, *, only: Collection[int] | None = None) -> RowMask:
         """Run one batch; ``only`` as in :meth:`Capture.batch`. Returns which rows counted.
@@ -162,7 +162,7 @@ def _is_plain(batch: Any) -> bool:
     return all(leaf is None or isinstance(leaf, (Tensor, str, bytes, int, float, complex)) for leaf in _leaves(batch))
 
 
-def _input_device(outline: ModelOutline) -> torch.device:
+def input_device(outline: ModelOutline) -> torch.device:
     """Where batches go: where the first of its modules computes."""
     device = device_of(outline.modules)
     if device is None:

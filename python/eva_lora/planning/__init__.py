@@ -5,13 +5,14 @@ Knows numbers and names of layers; what a pass leaves behind (:class:`EvaStatist
 """
 
 from . import storage
-from .eva_plan import EvaPlan, PlannedSite, plan
+from .eva_plan import Allocation, EvaPlan, PlannedSite, plan
 from .provenance import command_line, versions
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 from .storage import raw_bytes
 from .trace import Trace
 
 __all__ = [
+    "Allocation",
     "EvaPlan",
     "EvaStatistics",
     "InputStatistics",

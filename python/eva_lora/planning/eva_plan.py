@@ -1,6 +1,7 @@
 """From statistics to ranks and A matrices, under one budget. No model, no data, no forward pass."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ..config import EvaConfig
 from . import storage
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
-__all__ = ["EvaPlan", "PlannedSite", "plan"]
+__all__ = ["Allocation", "EvaPlan", "PlannedSite", "plan"]
+
+_B = "lora_b:"  # before the names of matrices B in a file; those of A have none
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class PlannedSite:
         rank: Its new rank; 0 removes the adapter from the layer.
         configured_rank: The rank it was configured with.
         in_features: Width of its input.
-        explained_variance_ratio: Ratio of every candidate component, descending.
+        explained_variance_ratio: Ratio of every candidate component, descending; in a plan that repairs a quantised
+            base, which share of the layer's output energy each gives back.
         input: Index of its input among the distinct inputs; the first, where it has several; −1 for none.
         parts: How many matrices A of that rank it has (one for each expert, for instance).
     """
@@ -51,6 +55,8 @@ class EvaPlan:
         config: The configuration it was planned with.
         budget: Ranks there were to give.
         notes: Layers and experts that data alone did not determine, each with the reason.
+        lora_b: Name → (out, rank) float32, what B is times the layer's scaling. Absent where B is zero: everywhere in
+            EVA.
     """
 
     sites: dict[str, PlannedSite]
@@ -58,6 +64,7 @@ class EvaPlan:
     config: EvaConfig
     budget: int
     notes: tuple[str, ...] = ()
+    lora_b: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -78,8 +85,11 @@ class EvaPlan:
         }
         if not sites:
             raise ValueError(f"path: expected that of a part of the planned model, got {path!r}")
-        lora_a = {name.removeprefix(start): a for name, a in self.lora_a.items() if name.startswith(start)}
-        return EvaPlan(sites, lora_a, self.config, sum(site.rank for site in sites.values()), self.notes)
+        lora_a, lora_b = (
+            {name.removeprefix(start): matrix for name, matrix in matrices.items() if name.startswith(start)}
+            for matrices in (self.lora_a, self.lora_b)
+        )
+        return EvaPlan(sites, lora_a, self.config, sum(site.rank for site in sites.values()), self.notes, lora_b)
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file; returns its path."""
@@ -89,17 +99,19 @@ class EvaPlan:
             "budget": self.budget,
             "notes": self.notes,
         }
-        return storage.save(path, "plan", self.lora_a, facts)
+        tensors = {**self.lora_a, **{f"{_B}{name}": b for name, b in self.lora_b.items()}}
+        return storage.save(path, "plan", tensors, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaPlan":
         """Read what :meth:`save` wrote; raises as :func:`eva_lora.planning.storage.load` does."""
         lora_a, facts = storage.load(path, "plan")
+        lora_b = {name.removeprefix(_B): lora_a.pop(name) for name in [*lora_a] if name.startswith(_B)}
         try:
             entries = [storage.checked(PlannedSite, entry) for entry in facts.pop("sites")]
             config = EvaConfig.from_dict(facts.pop("config"))
             result = storage.checked(
-                cls, facts, sites={site.name: site for site in entries}, lora_a=lora_a, config=config
+                cls, facts, sites={site.name: site for site in entries}, lora_a=lora_a, lora_b=lora_b, config=config
             )
             result._check(len(entries))
         except (KeyError, TypeError, ValueError) as error:
@@ -113,6 +125,15 @@ class EvaPlan:
         called = {name for name, site in self.sites.items() if site.input >= 0}
         if set(self.lora_a) != called:
             raise ValueError(f"A of {sorted(called ^ set(self.lora_a))} is missing or has no site")
+        if not set(self.lora_b) <= called:
+            raise ValueError(f"B of {sorted(set(self.lora_b) - called)} has no site that saw an input")
+        for name, b in self.lora_b.items():
+            rank = self.sites[name].rank
+            if b.ndim != 2 or b.shape[1] != rank or b.dtype != torch.float32 or not bool(b.isfinite().all()):
+                raise ValueError(
+                    f"B of {name} is {b.dtype} of shape {tuple(b.shape)}, expected float32 of shape (out, {rank}) "
+                    "without NaN and Inf"
+                )
         for name, site in self.sites.items():
             ratios = site.explained_variance_ratio
             if name not in called:
@@ -175,35 +196,68 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
     return EvaPlan(sites, lora_a, config, free + kept, tuple(notes))
 
 
+class Allocation:
+    """How many components of each layer are candidates, and who is given which rank.
+
+    Args:
+        sites: The layers, all of which saw an input.
+        config: Says ``rho`` and the ranks' bounds.
+        groups: Equal labels mark layers whose candidates are the same. None: no two are.
+
+    Attributes:
+        candidates: (sites,) int64.
+    """
+
+    def __init__(self, sites: Sequence[SiteStatistics], config: EvaConfig, groups: Sequence[int] | None = None) -> None:
+        self._sites, self._config = sites, config
+        self._groups = list(range(len(sites))) if groups is None else groups
+        self._divisors = [site.rank_multiple for site in sites]
+        self.candidates = candidate_components(
+            [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites],
+            groups=self._groups, rank_multiple=config.rank_multiple, divisors=self._divisors,
+        )  # fmt: skip
+
+    def ranks(self, ratios: Sequence[np.ndarray], budget: int) -> dict[str, int]:
+        """Layer → rank: the ``budget`` largest ratios are taken, each layer's in order.
+
+        Args:
+            ratios: Of each layer's candidates, descending.
+            budget: Ranks to give.
+
+        Raises:
+            ValueError: the bounds cannot be met.
+        """
+        table = np.zeros((len(self._sites), int(self.candidates.max())))
+        for row, values in zip(table, ratios, strict=True):
+            row[: len(values)] = values
+        allocated = allocate_ranks(
+            table, self.candidates, budget, groups=self._groups, divisors=self._divisors,
+            min_rank=self._config.least_rank(site.removable for site in self._sites), max_rank=self._config.max_rank,
+            rank_multiple=self._config.rank_multiple,
+        )  # fmt: skip
+        return dict(zip([site.name for site in self._sites], allocated.tolist(), strict=True))
+
+
 def _allocate(
     sites: list[SiteStatistics], statistics: EvaStatistics, config: EvaConfig, budget: int
 ) -> tuple[dict[str, int], dict[str, tuple[float, ...]]]:
     """Ranks, and the ratios of all candidates, by name."""
     groups = [site.input if len(site.inputs) == 1 else -2 - i for i, site in enumerate(sites)]
-    divisors = [site.rank_multiple for site in sites]
-    candidates = candidate_components(
-        [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites], groups=groups,
-        rank_multiple=config.rank_multiple, divisors=divisors,
-    )  # fmt: skip
-    ratios = np.zeros((len(sites), int(candidates.max())))
-    for i, site in enumerate(sites):
+    allocation = Allocation(sites, config, groups)
+    ratios = [np.zeros(count) for count in allocation.candidates]
+    for site, mine in zip(sites, ratios, strict=True):
         entries = [statistics.inputs[index] for index in site.inputs if index >= 0]
         rows = sum(entry.num_rows for entry in entries)
         for entry in entries:
             known = entry.explained_variance_ratio().numpy()
-            if candidates[i] > len(known):
+            if len(mine) > len(known):
                 raise ValueError(
-                    f"rho: {config.rho} asks for {candidates[i]} components of {site.name}, but the statistics hold "
+                    f"rho: {config.rho} asks for {len(mine)} components of {site.name}, but the statistics hold "
                     f"{len(known)}; collect with this rho"
                 )
-            ratios[i, : candidates[i]] += known[: candidates[i]] * (entry.num_rows / max(1, rows))
-    allocated = allocate_ranks(
-        ratios, candidates, budget, groups=groups, min_rank=config.least_rank(s.removable for s in sites),
-        max_rank=config.max_rank, rank_multiple=config.rank_multiple, divisors=divisors,
-    )  # fmt: skip
-    names = [site.name for site in sites]
-    by_name = {name: tuple(ratios[i, : candidates[i]].tolist()) for i, name in enumerate(names)}
-    return dict(zip(names, allocated.tolist(), strict=True)), by_name
+            mine += known[: len(mine)] * (entry.num_rows / max(1, rows))
+    by_name = {site.name: tuple(mine.tolist()) for site, mine in zip(sites, ratios, strict=True)}
+    return allocation.ranks(ratios, budget), by_name
 
 
 def _lora_a(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eva_kernels.low_rank_fit import SecondMoment
+
 from ..config import EvaConfig
 from . import storage
 from .trace import Trace
@@ -58,6 +60,7 @@ class InputStatistics:
         skipped_rows: Rows left out because they held NaN or Inf (``nonfinite="skip"``).
         eigenvalues: (q,) float64, of the centred scatter, descending.
         components: (q, d) float32, orthonormal rows: the leading principal directions.
+        mean: (d,) float32, of the rows.
     """
 
     kind: str
@@ -68,6 +71,21 @@ class InputStatistics:
     skipped_rows: int
     eigenvalues: Tensor
     components: Tensor
+    mean: Tensor
+
+    def second_moment(self, *, centred: bool = False) -> SecondMoment:
+        """E[x xᵀ] of the rows, or their covariance: as far as it is known.
+
+        That is R = QΛQᵀ + τ(I − QQᵀ) + x̄x̄ᵀ with the components Q and τ the mean variance of the other directions;
+        exact where there are none. In float32.
+        """
+        rows, left = max(1, self.num_rows), self.components.shape[1] - len(self.eigenvalues)
+        variances = self.eigenvalues / rows
+        rest = max(0.0, self.total_scatter / rows - float(variances.sum())) / left if left else 0.0
+        factor = self.components.T.double() * (variances - rest).clamp_min(0).sqrt()
+        if not centred:
+            factor = torch.cat([factor, self.mean.double()[:, None]], 1)
+        return SecondMoment(factor.float(), torch.tensor(rest, dtype=torch.float32, device=factor.device))
 
     def explained_variance_ratio(self) -> Tensor:  # (q,) float64
         """Eigenvalues over the total scatter of all directions, kept or not (PEFT's ratio, not eq. 6)."""
@@ -89,8 +107,14 @@ class InputStatistics:
             )
         if values.dtype != torch.float64 or rows.dtype != torch.float32:
             raise ValueError(f"input {index}: expected float64 and float32, got {values.dtype} and {rows.dtype}")
-        if not (bool(values.isfinite().all()) and bool(rows.isfinite().all()) and bool((values >= 0).all())):
-            raise ValueError(f"input {index}: expected finite components, and eigenvalues of at least 0")
+        if self.mean.shape != rows.shape[1:] or self.mean.dtype != torch.float32:
+            raise ValueError(
+                f"input {index}: expected a float32 mean ({rows.shape[1]},), got {self.mean.dtype} of shape "
+                f"{tuple(self.mean.shape)}"
+            )
+        finite = all(bool(tensor.isfinite().all()) for tensor in (values, rows, self.mean))
+        if not (finite and bool((values >= 0).all())):
+            raise ValueError(f"input {index}: expected finite components and mean, and eigenvalues of at least 0")
         if min(self.num_rows, self.nbytes, self.skipped_rows) < 0 or not 0 <= self.total_scatter < float("inf"):
             raise ValueError(f"input {index}: its totals are out of range")
 
@@ -132,6 +156,7 @@ class EvaStatistics:
         for i, entry in enumerate(self.inputs):
             tensors[f"{i}.eigenvalues"] = entry.eigenvalues
             tensors[f"{i}.components"] = entry.components
+            tensors[f"{i}.mean"] = entry.mean
         return storage.save(path, "statistics", tensors, facts)
 
     @classmethod
@@ -145,6 +170,7 @@ class EvaStatistics:
                     entry,
                     eigenvalues=tensors.pop(f"{i}.eigenvalues"),
                     components=tensors.pop(f"{i}.components"),
+                    mean=tensors.pop(f"{i}.mean"),
                 )
                 for i, entry in enumerate(facts.pop("inputs"))
             ]

@@ -5,8 +5,20 @@ Knows statistics and plans; knows no model, no loader and no pass.
 
 from .comparing import Comparison, compare, load_directions
 from .facts import ReportFacts
+from .layer_repair import LayerRepair
 from .layout import Grid
 from .page import render
+from .repair import RepairReport
 from .report import EvaReport
 
-__all__ = ["Comparison", "EvaReport", "Grid", "ReportFacts", "compare", "load_directions", "render"]
+__all__ = [
+    "Comparison",
+    "EvaReport",
+    "Grid",
+    "LayerRepair",
+    "RepairReport",
+    "ReportFacts",
+    "compare",
+    "load_directions",
+    "render",
+]

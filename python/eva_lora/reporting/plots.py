@@ -1,7 +1,7 @@
 """Figures of a report for papers and notebooks, drawn by matplotlib."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from ..config import EvaConfig
 from .facts import ReportFacts
+from .layer_repair import LayerRepair
 from .layout import Grid, short_names, split_name
 
-__all__ = ["plot_budget", "plot_convergence", "plot_ranks", "plot_spectra", "save_all"]
+__all__ = ["plot_budget", "plot_convergence", "plot_ranks", "plot_repair", "plot_spectra", "save_all", "save_figure"]
 
 
 def plot_ranks(report: ReportFacts) -> Figure:
@@ -101,14 +102,45 @@ def plot_budget(report: ReportFacts) -> Figure:
     return figure
 
 
+def plot_repair(layers: Mapping[str, LayerRepair]) -> Figure:
+    """Each layer's output error without and with the fit, one panel a kind of layer, over the blocks."""
+    grid = Grid.of({name: layer.rank for name, layer in layers.items()})
+    names = {split_name(name): name for name in layers}
+    columns = min(4, len(grid.columns))
+    lines = -(-len(grid.columns) // columns)
+    figure = Figure(figsize=(2.6 * columns + 0.6, 2.1 * lines + 0.6), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for axes, column, label in zip(panels, grid.columns, short_names(grid.columns), strict=False):
+        found = [(x, layers[names[row, column]]) for x, row in enumerate(grid.rows) if (row, column) in names]
+        pairs = [(x, layer.held or layer.fitted) for x, layer in found]
+        for which, (style, text) in enumerate((("o", "without the fit"), ("s", "with"))):
+            axes.plot([x for x, _ in pairs], [pair[which] for _, pair in pairs], style, markersize=3, label=text)
+        axes.vlines([x for x, _ in pairs], [b for _, (_, b) in pairs], [a for _, (a, _) in pairs], "0.7", linewidth=0.8)
+        axes.set(title=label, ylim=(0, None))
+        axes.set_xticks([])
+    for axes in panels:
+        axes.set_axis_off()
+    held = any(layer.held for layer in layers.values())
+    figure.supylabel("output error" + (", held back" if held else ", rows of the fit"), fontsize=9)
+    figure.supxlabel("blocks, first to last", fontsize=9)
+    figure.axes[0].legend(fontsize=7)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure; the same one gives the same file."""
+    suffix = path.suffix
+    metadata = {"Date": None} if suffix == ".svg" else {"CreationDate": None} if suffix == ".pdf" else None
+    with mpl.rc_context({"svg.hashsalt": "eva"}):
+        figure.savefig(path, dpi=200, metadata=metadata)
+
+
 def save_all(report: ReportFacts, folder: Path, formats: Iterable[str]) -> list[Path]:
     """Every figure in every format, as ``ranks.svg`` and so on; returns the paths."""
     figures = {"ranks": plot_ranks, "spectra": plot_spectra, "convergence": plot_convergence, "budget": plot_budget}
     paths = []
-    with mpl.rc_context({"svg.hashsalt": "eva"}):
-        for suffix in formats:
-            metadata = {"Date": None} if suffix == "svg" else {"CreationDate": None} if suffix == "pdf" else None
-            for name, draw in figures.items():
-                paths.append(folder / f"{name}.{suffix}")
-                draw(report).savefig(paths[-1], dpi=200, metadata=metadata)
+    for suffix in formats:
+        for name, draw in figures.items():
+            paths.append(folder / f"{name}.{suffix}")
+            save_figure(draw(report), paths[-1])
     return paths

@@ -1,0 +1,84 @@
+"""Block Lanczos iteration with restarts on M R Mᵀ, of which only products are made."""
+
+import torch
+from torch import Tensor
+
+from .._double import double
+from ..orthonormal import orthonormalize
+from .moment import SecondMoment
+
+DEPTH = 4  # blocks between two restarts
+MAX_RESTARTS = 30
+TOLERANCE = 1e-7  # of what is left of the total: what a restart must still promise to gain
+APART = 16  # roundings: no more is between columns that are orthonormal
+
+
+def leading_directions(
+    matrices: Tensor,  # (b, m, n)
+    moment: SecondMoment,
+    rank: int,
+    width: int,
+    product: Tensor,  # (b, m, k): M F
+    total: Tensor,  # (b,) float64
+    seed: int,
+) -> tuple[Tensor, Tensor]:  # (b, m, r), (b, r) float64
+    """The leading eigenvectors and eigenvalues of M R Mᵀ, from blocks of ``width`` columns.
+
+    The first block is that of the leading eigenvectors of M F Fᵀ Mᵀ, which is most of it; where F is too narrow for
+    that, M times noise of covariance R. From there on two blocks fewer do.
+
+    Between restarts the space grows by the product of its last block, orthonormalised against all before; a restart
+    keeps the best ``width`` directions in it. It ends where a restart gains no more than ``TOLERANCE`` of what is left,
+    or where residuals say that the next one would not: what directions x with values θ miss is about Σ ‖A x − θ x‖²
+    over the gap to those that are not kept (Parlett 1998, The Symmetric Eigenvalue Problem, theorem 11.7.1).
+    """
+
+    def times(x: Tensor) -> Tensor:  # (b, m, c) -> (b, m, c)
+        return matrices @ moment.times(matrices.mT @ x)
+
+    if product.shape[-1] >= width:
+        turned = torch.linalg.eigh(double(product).mT @ double(product))[1][..., -width:].flip(-1)
+        start = product @ turned.to(product)
+    else:
+        start = matrices @ _noise(moment, width, seed)
+    space, total = orthonormalize(start), double(total)
+    energies = total.new_zeros(len(matrices), rank)
+    for _ in range(MAX_RESTARTS):
+        images = times(space)
+        for _ in range(DEPTH - 1):
+            block = _apart(images[..., -width:], space)
+            space, images = torch.cat([space, block], -1), torch.cat([images, times(block)], -1)
+        projected = double(space).mT @ double(images)
+        values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
+        values, best = values.flip(-1), vectors.flip(-1)[..., :width].to(space)
+        before, energies = energies.sum(-1), values[..., :rank].clamp_min(0)
+        kept = space @ best
+        residuals = double(images @ best[..., :rank] - kept[..., :rank] * values[:, None, :rank].to(space))
+        gap = (values[:, rank - 1] - values[:, width]).clamp_min(torch.finfo(torch.float64).tiny)
+        missing = torch.minimum(energies.sum(-1) - before, residuals.square().sum((-2, -1)) / gap)
+        space = orthonormalize(kept)
+        if bool((missing <= TOLERANCE * (total - energies.sum(-1)).clamp_min(0)).all()):
+            break
+    return space[..., :rank].contiguous(), energies
+
+
+def _noise(moment: SecondMoment, count: int, seed: int) -> Tensor:  # (n, count)
+    """Columns of covariance R."""
+    factor, rest = moment.factor, moment.rest.sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(sum(factor.shape), count, generator=generator, dtype=torch.float32, device="cpu").to(factor)
+    n = len(factor)
+    return factor @ drawn[n:] + (rest[:, None] if rest.ndim else rest) * drawn[:n]
+
+
+def _apart(block: Tensor, space: Tensor) -> Tensor:
+    """Orthonormal columns that span a block's part outside of a space, and others outside of it where that is less."""
+    norms = torch.linalg.vector_norm(block, dim=-2, keepdim=True)
+    block = block / norms.where(norms > 0, 1)
+    for _ in range(2):  # the second time takes what the first one's rounding has left
+        block = block - space @ (space.mT @ block)
+    block = orthonormalize(block)
+    if bool((double(space).mT @ double(block)).abs().max() <= APART * torch.finfo(block.dtype).eps):
+        return block
+    # The space holds all of the block but rounding: columns that were completed know nothing of it.
+    return orthonormalize(torch.cat([space, block], -1))[..., space.shape[-1] :]

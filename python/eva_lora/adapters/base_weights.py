@@ -1,0 +1,128 @@
+"""The base weights under LoRA layers, as the layers compute with them: quantised ones of any library included."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BaseWeight", "Dequantize"]
+
+Dequantize = Callable[[str, nn.Module], "Tensor | None"]
+
+PROBED_ROWS = 512  # of the identity, at a time
+CHECKED_COLUMNS = 4
+AS_COMPUTED = 2.0**-5  # of the largest entry: what an 8-bit activation or a 16-bit output may round off
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """The base weight of one LoRA layer.
+
+    Attributes:
+        name: The layer's.
+        module: What computes with it: the base layer, or a layer whose B is zero.
+        in_features, out_features: Of the matrix.
+        dtype: Of the inputs that the module is called with.
+        fan_in_fan_out: Whether the module's own ``weight`` is (in, out).
+        matrix_is_weight: Whether the module's ``weight``, if it is floating point, is the matrix (out, in), flattened;
+            False: only its outputs tell.
+    """
+
+    name: str
+    module: nn.Module
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    fan_in_fan_out: bool = False
+    matrix_is_weight: bool = True
+
+    @torch.no_grad()
+    def read(self, dequantize: Dequantize | None = None) -> Tensor:  # (out, in) float32
+        """The matrix that the layer multiplies its inputs with, on the layer's device.
+
+        What ``dequantize`` gives; else a weight in floating point as it is, or what bitsandbytes, HQQ and torchao make
+        of theirs, if some of its columns are what the layer computes with; else what the layer makes of the identity,
+        which every linear layer answers with its matrix.
+
+        Raises:
+            ValueError: what ``dequantize`` gives is not what the layer computes with, or the layer is not linear.
+        """
+        given = dequantize(self.name, self.module) if dequantize is not None else None
+        weight = self._own() if given is None and self.matrix_is_weight else given
+        if weight is not None:
+            matrix = weight.detach().float().flatten(1)
+            if matrix.shape == (self.out_features, self.in_features) and (weight.ndim > 2 or self._is_computed(matrix)):
+                return matrix
+        if given is not None:
+            raise ValueError(
+                f"dequantize: what it returned for layer {self.name}, {tuple(given.shape)}, is not the matrix "
+                f"({self.out_features}, {self.in_features}) that the {type(self.module).__name__} multiplies its "
+                "inputs with"
+            )
+        return self._probed()
+
+    @torch.no_grad()
+    def samples(self, count: int) -> tuple[float, ...]:
+        """``count`` entries each of as many columns of that matrix: the same ones each time."""
+        columns, rows = (
+            [i * size // count for i in range(min(count, size))] for size in (self.in_features, self.out_features)
+        )
+        return tuple(self._images(columns, _device_of(self.module))[:, rows].flatten().tolist())
+
+    def _own(self) -> Tensor | None:
+        """The weight that the module keeps, as far as it is known how."""
+        module: Any = self.module
+        weight: Any = getattr(module, "weight", None)
+        if hasattr(module, "W_q"):  # HQQ
+            return cast(Tensor, module.dequantize())
+        if type(weight).__name__ == "Params4bit":
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, weight.quant_state)
+        if type(weight).__name__ == "Int8Params":
+            scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
+            return None if scales is None else weight.data.float() * (scales.float() / 127)[:, None]
+        if type(weight).__module__.startswith("torchao."):
+            return cast(Tensor, weight.dequantize())
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
+            return None
+        return weight.T if self.fan_in_fan_out else weight
+
+    def _probed(self) -> Tensor:
+        device = _device_of(self.module)
+        pieces = []
+        for start in range(0, self.in_features, PROBED_ROWS):
+            rows = range(start, min(start + PROBED_ROWS, self.in_features))
+            pieces.append(self._images(rows, device))
+        return torch.cat(pieces).T.contiguous()
+
+    def _images(self, rows: Iterable[int], device: torch.device) -> Tensor:  # (rows, out)
+        """What the layer makes of some unit vectors, its bias taken off."""
+        index = torch.tensor([*rows], dtype=torch.long, device=device)
+        x = torch.zeros(len(index) + 1, self.in_features, dtype=self.dtype, device=device)
+        x[torch.arange(len(index), device=device), index] = 1
+        y = self.module.forward(x)  # past hooks, which may be reading this
+        if not isinstance(y, Tensor) or y.shape != (len(x), self.out_features):
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"layer {self.name}: expected outputs of {self.out_features} features for inputs of "
+                f"{self.in_features}, got {got}"
+            )
+        return y[:-1].float() - y[-1].float()
+
+    def _is_computed(self, matrix: Tensor) -> bool:
+        """Whether some columns of a matrix are what the layer computes with."""
+        columns = sorted({i * self.in_features // CHECKED_COLUMNS for i in range(CHECKED_COLUMNS)})
+        told, seen = matrix[:, columns].T, self._images(columns, matrix.device)
+        largest = max(map(float, (matrix.max(), -matrix.min(), seen.abs().max())))
+        return bool((told - seen).abs().max() <= AS_COMPUTED * largest)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensors = [*module.parameters(), *module.buffers()]
+    hook = vars(module).get("_hf_hook")
+    if getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)  # type: ignore[union-attr]
+    return next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))

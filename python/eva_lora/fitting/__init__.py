@@ -1,0 +1,25 @@
+"""A and B fitted to a weight: what the float weights were, what of the difference each direction gives back, and what
+that repairs.
+
+Knows weights, the layers they are in and statistics of these layers' inputs; does not know how a pass is made.
+"""
+
+from .base_samples import difference, quantization_of, samples_of
+from .float_weights import FloatWeights, LayerWeights
+from .layer_fit import LayerFit, completed, fit_layer, no_preference
+from .measuring import ModelErrors, layer_errors, model_errors
+
+__all__ = [
+    "FloatWeights",
+    "LayerFit",
+    "LayerWeights",
+    "ModelErrors",
+    "completed",
+    "difference",
+    "fit_layer",
+    "layer_errors",
+    "model_errors",
+    "no_preference",
+    "quantization_of",
+    "samples_of",
+]

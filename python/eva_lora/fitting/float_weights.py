@@ -1,0 +1,199 @@
+"""Float weights of a model that is quantised, one at a time: from a folder, a state dict or a module."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..adapters import BaseWeight, Dequantize
+
+__all__ = ["FloatWeights", "LayerWeights"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAME_DIRECTION = 0.5  # cosine of a weight and what a quantiser made of it; that of two others is about 0
+
+
+class FloatWeights:
+    """The weights of a model's layers by the layers' names, read when they are asked for.
+
+    Args:
+        keys: Names of all tensors there are.
+        get: Reads one by name.
+        source: What they come from, for messages.
+    """
+
+    def __init__(self, keys: Collection[str], get: Callable[[str], Tensor], source: str) -> None:
+        self._keys, self._get, self._source = frozenset(keys), get, source
+
+    @classmethod
+    def of(cls, weights: Any) -> "FloatWeights":
+        """From a folder of safetensors (or one such file), the id of a model on the hub, a state dict or a module.
+
+        Of a folder only the headers are read now; of a model on the hub its safetensors are loaded into the hub's
+        cache.
+
+        Raises:
+            TypeError: none of these.
+            FileNotFoundError: there are no safetensors.
+        """
+        if isinstance(weights, cls):
+            return weights
+        if isinstance(weights, nn.Module):
+            named = dict(weights.named_parameters(remove_duplicate=False))  # tied ones by each of their names
+            return cls(named, named.__getitem__, f"the {type(weights).__name__}")
+        if isinstance(weights, Mapping):
+            wrong = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+            if wrong:
+                raise TypeError(f"float_weights: expected tensors in the state dict, {wrong[0]!r} is none")
+            return cls(weights, weights.__getitem__, "the state dict")
+        if not isinstance(weights, (str, Path)):
+            raise TypeError(
+                "float_weights: expected a folder, a model's id, a state dict or a module, got "
+                f"{type(weights).__name__}"
+            )
+        files = _files(Path(weights) if Path(weights).exists() else _from_hub(str(weights)))
+        return cls(files, lambda key: _read(files[key], key), str(weights))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a weight of that very name."""
+        return f"{name}.weight" in self._keys
+
+    def key_of(self, name: str) -> str:
+        """The name that a layer's weight has there.
+
+        It is the layer's own, or one of the two ends with the other: models with a head, and those in another model,
+        have names that begin otherwise.
+
+        Raises:
+            ValueError: there is none, or several.
+        """
+        wanted = f"{name}.weight"
+        if wanted in self._keys:
+            return wanted
+        found = [key for key in self._keys if key.endswith(f".{wanted}") or wanted.endswith(f".{key}")]
+        longest = max(map(len, found), default=0)
+        found = [key for key in found if len(key) == longest]
+        if len(found) != 1:
+            among = f"several: {sorted(found)}" if found else "none"
+            raise ValueError(
+                f"float_weights: expected a weight of layer {name} in {self._source}, there is {among}. Where the "
+                "model was loaded under other names, pass the float model, or a state dict by the model's own names"
+            )
+        return found[0]
+
+    def read(self, name: str, quantized: Tensor, *, fan_in_fan_out: bool = False) -> Tensor:  # (out, in) float32
+        """A layer's weight, on the device of what a quantiser made of it.
+
+        Args:
+            name: The layer's.
+            quantized: (out, in), what the layer computes with.
+            fan_in_fan_out: Whether weights are kept as (in, out).
+
+        Raises:
+            ValueError: there is none, it has another shape or is quantised itself, or is no weight that this could be
+                made of.
+        """
+        weight = self._get(self.key_of(name)).detach()
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"float_weights: that of layer {name} in {self._source} is {weight.dtype}, quantised itself"
+            )
+        matrix = (weight.T if fan_in_fan_out and weight.ndim == 2 else weight).flatten(1)
+        if matrix.shape != quantized.shape:
+            raise ValueError(
+                f"float_weights: expected {tuple(quantized.shape)} for layer {name}, {self._source} has "
+                f"{tuple(matrix.shape)}"
+            )
+        matrix = matrix.to(quantized.device, torch.float32, copy=True)
+        product = torch.dot(matrix.flatten(), quantized.flatten())  # without a third matrix
+        cosine = float(product / (matrix.norm() * quantized.norm()).clamp_min(1e-30))
+        if quantized.any() and not cosine > SAME_DIRECTION:
+            raise ValueError(
+                f"float_weights: those of layer {name} in {self._source} are not what its base was made of: their "
+                f"cosine is {cosine:.2f}"
+            )
+        return matrix
+
+
+class LayerWeights:
+    """Layers' float weights and what their bases compute with, read one layer at a time.
+
+    Args:
+        bases: Layer → its base weight.
+        floats: The weights before they were quantised.
+        dequantize: As in :func:`eva_lora.fit_quantization_error`.
+        tied: Layer → the module whose weight it has, which a file may hold instead.
+
+    Raises:
+        ValueError: a layer has no float weight.
+    """
+
+    def __init__(
+        self,
+        bases: Mapping[str, BaseWeight],
+        floats: FloatWeights,
+        dequantize: Dequantize | None = None,
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        self._bases, self._floats, self._dequantize = bases, floats, dequantize
+        self._kept_as = {name: name if floats.has(name) else (tied or {}).get(name, name) for name in bases}
+        for name in self._kept_as.values():
+            floats.key_of(name)
+
+    def read(self, name: str) -> tuple[Tensor, Tensor]:  # (out, in) float32, both
+        """W, and Q that the layer computes with, on the layer's device."""
+        base = self._bases[name]
+        quantized = base.read(self._dequantize)
+        return self._floats.read(self._kept_as[name], quantized, fan_in_fan_out=base.fan_in_fan_out), quantized
+
+    def error_of(self, name: str) -> tuple[Tensor, Tensor]:  # (out, in) float32, both
+        """W, and M = W − Q."""
+        weight, quantized = self.read(name)
+        return weight, weight - quantized
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Name of each tensor → the file that it is in."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        path = next((path / name for name in (SINGLE, INDEX) if (path / name).is_file()), path)
+    if path.name.endswith(".index.json"):
+        listed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        missing = sorted(name for name in set(listed.values()) if not (folder / name).is_file())
+        if missing:
+            raise FileNotFoundError(f"float_weights: {path} names files that are not there: {missing}")
+        return {key: folder / name for key, name in listed.items()}
+    files = [path] if path.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"float_weights: there are no safetensors in {folder}")
+    found: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+        except SafetensorError as error:
+            raise ValueError(f"float_weights: {file} is damaged or no safetensors file: {error}") from error
+    return found
+
+
+def _read(file: Path, key: str) -> Tensor:
+    with torch.device("cpu"), safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(key)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise FileNotFoundError(f"float_weights: there is no folder or file {name}") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"float_weights: there is no folder {name}, and no such model to be had: {error}"
+        ) from error

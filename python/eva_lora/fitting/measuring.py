@@ -1,0 +1,111 @@
+"""What a fit repairs on batches that it has not seen: in each layer's output, and in the model's."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..collecting import Visits
+
+__all__ = ["ModelErrors", "layer_errors", "model_errors"]
+
+ROWS = 1024  # whose outputs are made at a time
+
+Error = Callable[[str], tuple[Tensor, Tensor]]  # a layer's name -> its float weight W and M = W − Q, (out, in) float32
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # a layer's name -> A (r, in) and s B (out, r) float32
+
+
+@dataclass(frozen=True)
+class ModelErrors:
+    """How far a model is from one with float weights in the layers that were fitted, over all rows that count.
+
+    Attributes:
+        hidden: ‖h − h_float‖ / ‖h_float‖ of what the output head is given, or else of the model's first output: without
+            and with the fit. None where no batch tells.
+        kl: Mean KL divergence of the next token's distribution from the float one's, in nats: without and with the fit.
+            None where the model has no output head.
+    """
+
+    hidden: tuple[float, float] | None = None
+    kl: tuple[float, float] | None = None
+
+
+def layer_errors(
+    visits: Visits, batches: Iterable[Any], error_of: Error, factors: Factors
+) -> dict[str, tuple[float, float]]:
+    """Layer → Σ‖M x‖² and Σ‖(M − s B A) x‖², each over Σ‖W x‖², over the rows x that count.
+
+    Layers that no row reached are left out.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def visit(name: str, rows: Tensor) -> None:
+        if name not in factors:
+            return
+        weight, error = error_of(name)
+        a, b = (matrix.to(weight.device) for matrix in factors[name])
+        for x in torch.split(rows, ROWS):
+            x = x.to(weight.device, torch.float32)
+            wrong = x @ error.T
+            parts = (wrong, wrong - (x @ a.T) @ b.T, x @ weight.T)
+            found = torch.stack([part.square().sum(1).cpu().to(torch.float64).sum() for part in parts])
+            sums[name] = sums.get(name, 0) + found
+
+    with visits.rows(visit) as run_batch:
+        for batch in batches:
+            run_batch(batch)
+    totals = {name: found.tolist() for name, found in sums.items()}
+    return {name: (before / of, after / of) for name, (before, after, of) in totals.items() if of > 0}
+
+
+def model_errors(visits: Visits, batches: Iterable[Any], error_of: Error, factors: Factors) -> ModelErrors:
+    """What becomes of the layers' errors at the model's end."""
+
+    def true_to(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: functional.linear(x.float(), error_of(name)[1].to(x.device))
+
+    def repaired(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: functional.linear(
+            functional.linear(x.float(), factors[name][0].to(x.device)), factors[name][1].to(x.device)
+        )
+
+    changes = [{name: make(name) for name in factors} for make in (true_to, repaired)]
+    squares, divergences, rows = [0.0, 0.0, 0.0], [0.0, 0.0], 0
+    with visits.outputs() as outputs:
+        for batch in batches:
+            true, fitted, plain = outputs(batch, changes[0]), outputs(batch, changes[1]), outputs(batch)
+            if true.hidden is None or plain.hidden is None or fitted.hidden is None:
+                return ModelErrors()
+            keep = _rows_that_count(visits.mask(batch), true.hidden)
+            wanted = true.hidden[keep].float()
+            for i, made in enumerate((plain.hidden, fitted.hidden)):
+                squares[i] += float((made[keep].float() - wanted).square().sum())
+            squares[2] += float(wanted.square().sum())
+            if true.logits is not None and true.logits.shape[:-1] == true.hidden.shape[:-1]:
+                for i, logits in enumerate((plain.logits, fitted.logits)):
+                    assert logits is not None
+                    divergences[i] += _divergence(true.logits[keep], logits[keep])
+                rows += len(wanted)
+    if not squares[2]:
+        return ModelErrors()
+    before, after = (float((part / squares[2]) ** 0.5) for part in squares[:2])
+    kl = (divergences[0] / rows, divergences[1] / rows) if rows else None
+    return ModelErrors((before, after), kl)
+
+
+def _rows_that_count(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    if mask is None or mask.shape != hidden.shape[:-1]:
+        return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    return mask.to(hidden.device)
+
+
+def _divergence(true: Tensor, made: Tensor) -> float:  # (n, vocabulary)
+    """Σ over rows of KL(true ‖ made)."""
+    total = 0.0
+    for p, q in zip(torch.split(true, ROWS), torch.split(made, ROWS), strict=True):
+        expected, got = functional.log_softmax(p.float(), -1), functional.log_softmax(q.float(), -1)
+        total += float((expected.exp() * (expected - got)).sum())
+    return total

@@ -1,0 +1,172 @@
+"""The best matrix of a rank for inputs of a known second moment, against dense float64 solutions."""
+
+import numpy as np
+import pytest
+import torch
+
+from eva_kernels.low_rank_fit import SecondMoment, fit_low_rank
+from eva_kernels.low_rank_fit.iteration import APART
+from support.bounds import deviation, orthonormality
+from support.models import load_minilm
+
+UNIT = 2.0**-24  # of float32
+
+
+def dense(moment):
+    """R as a float64 matrix."""
+    rest = moment.rest.double().expand(len(moment.factor))
+    return (moment.factor.double() @ moment.factor.double().T + rest.diag()).numpy()
+
+
+def objective(error, r):
+    return float(np.einsum("ij,jk,ik->", error, r, error))
+
+
+def least(matrix, r, rank):
+    """The objective's minimum over matrices of a rank: what the smaller eigenvalues of M R Mᵀ leave."""
+    values = np.linalg.eigvalsh(matrix @ r @ matrix.T)
+    return float(values[: len(values) - rank].sum())
+
+
+def require_least(matrix, moment, u):
+    """The objective is least to 1e-6 of it; where so little is left that a dtype's products no longer tell, as near
+    as by PyTorch's eigenvectors of a product in that dtype. What columns that are ``APART`` from orthonormal miss is
+    the square of that."""
+    m, full, rank = matrix.double().numpy(), dense(moment), u.shape[1]
+    outputs = matrix @ torch.from_numpy(full).to(matrix) @ matrix.T
+    plain = torch.linalg.eigh((outputs + outputs.T) / 2)[1][:, -rank:]
+    best = least(m, full, rank)
+    got, allowed = (objective(m - v @ (v.T @ m), full) for v in (u.double().numpy(), plain.double().numpy()))
+    rounding = (APART * torch.finfo(matrix.dtype).eps) ** 2 + len(full) ** 2 * torch.finfo(torch.float64).eps
+    assert got - best <= 1e-6 * best + 2 * (allowed - best) + rounding * objective(m, full)
+
+
+def decaying(n, k, seed=0):
+    """Leading directions whose variances fall by three powers of ten, and little in the others."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(n, k, generator=generator)).Q
+    return SecondMoment(basis * torch.logspace(1, -2, k), torch.tensor(1e-3))
+
+
+MOMENTS = {
+    "streamed": lambda n: decaying(n, n // 4),
+    "exact": lambda n: SecondMoment(decaying(n, n).factor, torch.zeros(())),
+    "singular": lambda n: SecondMoment(decaying(n, n // 4).factor, torch.zeros(())),
+    "diagonal": lambda n: SecondMoment(torch.zeros(n, 0), torch.logspace(0, -3, n)),
+    "none": lambda n: SecondMoment(torch.zeros(n, 0), torch.ones(())),
+}
+SHAPES = [(96, 96), (300, 64), (64, 300), (257, 129)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("rank", [1, 7, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_reaches_the_minimum(moment, shape, rank, dtype):
+    matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    r = SecondMoment(*(part.to(dtype) for part in MOMENTS[moment](shape[1])))
+    fit = fit_low_rank(matrix, r, rank)
+    require_least(matrix, r, fit.left)
+    assert fit.left.dtype == dtype
+    assert deviation(fit.left).abs().max() <= orthonormality(shape[0], rank, dtype)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_says_what_each_direction_gives_back(moment):
+    matrix = torch.randn(200, 96, generator=torch.Generator().manual_seed(2))
+    r = MOMENTS[moment](96)
+    fit = fit_low_rank(matrix, r, 12)
+    values = np.linalg.eigvalsh(matrix.double().numpy() @ dense(r) @ matrix.double().numpy().T)[::-1]
+    rounding = 2 * 96 * UNIT * values.sum()  # of the products that the projection is made of
+    np.testing.assert_allclose(fit.energies, values[:12], rtol=0, atol=max(rounding, 1e-6 * values.sum()))
+    np.testing.assert_allclose(float(fit.total), values.sum(), rtol=2 * 96 * UNIT)
+    assert (fit.energies.diff() <= 0).all()
+
+
+def test_without_preference_it_is_the_truncated_svd():
+    matrix = torch.randn(220, 80, generator=torch.Generator().manual_seed(3))
+    matrix *= torch.logspace(0, -1, 80)  # gaps between singular values
+    fit = fit_low_rank(matrix, MOMENTS["none"](80), 5)
+    u, s, vt = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    expected = (u[:, :5] * s[:5]) @ vt[:5]
+    assert np.linalg.norm((fit.left @ fit.right).numpy() - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_right_is_the_projection():
+    matrix = torch.randn(130, 70, generator=torch.Generator().manual_seed(4))
+    fit = fit_low_rank(matrix, decaying(70, 20), 6)
+    exact = fit.left.double().T @ matrix.double()
+    bound = 130 * UNIT * fit.left.abs().double().T @ matrix.abs().double()
+    assert ((fit.right - exact).abs() <= bound).all()
+
+
+def test_several_matrices_at_once_are_each_fitted():
+    matrices = torch.randn(2, 3, 150, 40, generator=torch.Generator().manual_seed(6))
+    moment = decaying(40, 12)
+    together = fit_low_rank(matrices, moment, 5)
+    assert together.left.shape == (2, 3, 150, 5)
+    assert together.right.shape == (2, 3, 5, 40)
+    assert together.energies.shape == (2, 3, 5)
+    for i in range(2):
+        for j in range(3):
+            require_least(matrices[i, j], moment, together.left[i, j])
+
+
+def test_reruns_are_bit_equal_and_leave_the_generators_alone():
+    matrix, moment = torch.randn(300, 60), decaying(60, 20)
+    state = torch.get_rng_state()
+    first, second = (fit_low_rank(matrix, moment, 4) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("case", ["zero", "one row", "one column", "rank one", "one entry", "tiny", "huge"])
+def test_edges(case):
+    generator = torch.Generator().manual_seed(7)
+    matrix = {
+        "zero": torch.zeros(100, 20), "one row": torch.randn(1, 20, generator=generator),
+        "one column": torch.randn(100, 1, generator=generator),
+        "rank one": torch.outer(torch.randn(100, generator=generator), torch.randn(20, generator=generator)),
+        "one entry": torch.zeros(100, 20).index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(1.0)),
+        "tiny": 1e-15 * torch.randn(100, 20, generator=generator),
+        "huge": 1e15 * torch.randn(100, 20, generator=generator),
+    }[case]  # fmt: skip
+    rank = min(3, *matrix.shape)
+    moment = decaying(matrix.shape[1], matrix.shape[1])
+    fit = fit_low_rank(matrix, moment, rank)
+    assert fit.left.isfinite().all()
+    assert deviation(fit.left).abs().max() <= orthonormality(len(matrix), rank)
+    require_least(matrix, moment, fit.left)
+
+
+def test_a_quantiser_s_error_of_real_weights_is_fitted_to_the_minimum():
+    """It is nearly white: neighbouring singular values differ by a per cent."""
+    weight = load_minilm().get_submodule("encoder.layer.1.intermediate.dense").weight.detach()
+    groups = weight.reshape(len(weight), -1, 64)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = (high - low) / 15
+    error = weight - (((groups - low) / step).round() * step + low).reshape(weight.shape)
+    for moment in (decaying(384, 40), MOMENTS["none"](384)):
+        u = fit_low_rank(error, moment, 16).left.double().numpy()
+        m = error.double().numpy()
+        # M R Mᵀ has the eigenvalues of the smaller Rᐟ Mᵀ M Rᐟ, with Rᐟ a root of R.
+        values, vectors = np.linalg.eigh(dense(moment))
+        root = vectors * np.sqrt(values.clip(0))
+        best = np.linalg.eigvalsh(root.T @ m.T @ m @ root)[:-16].sum()
+        assert objective(m - u @ (u.T @ m), dense(moment)) <= (1 + 1e-6) * best
+
+
+@pytest.mark.parametrize(
+    ("matrix", "moment", "rank", "error", "message"),
+    [
+        (torch.zeros(4, 4).half(), decaying(4, 2), 1, TypeError, "matrix: expected float32 or float64"),
+        (torch.zeros(4), decaying(4, 2), 1, ValueError, r"matrix: expected shape \(..., m, n\), got \(4,\)"),
+        (torch.zeros(4, 4), decaying(4, 2), 0, ValueError, "rank: expected 1 to 4"),
+        (torch.zeros(4, 3), decaying(3, 2), 4, ValueError, r"rank: expected 1 to 3 for shape \(4, 3\), got 4"),
+        (torch.zeros(4, 3), decaying(4, 2), 1, ValueError, r"moment: expected a factor \(3, k\)"),
+        (torch.zeros(4, 3), SecondMoment(torch.zeros(3, 1), torch.zeros(2)), 1, ValueError, "moment: expected"),
+    ],
+)
+def test_mistakes_are_named(matrix, moment, rank, error, message):
+    with pytest.raises(error, match=message):
+        fit_low_rank(matrix, moment, rank)

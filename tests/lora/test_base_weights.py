@@ -1,0 +1,269 @@
+"""What a layer computes with, whatever keeps its weight; and the float weights that it was made of."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from eva_lora.adapters import BaseWeight, find_adapter
+from eva_lora.fitting import FloatWeights
+from support.models import LINEARS, tiny_gpt2, tiny_llama
+
+UNIT = 2.0**-24
+
+
+def linear(out=24, width=64, bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(width, out, bias=bias).requires_grad_(False)
+
+
+class Packed(nn.Module):
+    """A quantiser nobody knows: codes and scales, and a forward that makes a matrix of them."""
+
+    def __init__(self, source):
+        super().__init__()
+        scale = source.weight.abs().amax(1, keepdim=True) / 7
+        self.register_buffer("codes", (source.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = source.bias
+
+    def matrix(self):
+        return self.codes.float() * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.matrix().to(x.dtype), self.bias)
+
+
+class Scaled(nn.Linear):
+    """Its weight is not what inputs are multiplied with: they are scaled first."""
+
+    def forward(self, x):
+        return super().forward(x * torch.linspace(0.5, 2, self.in_features))
+
+
+def base(module, width=64, out=24, **options):
+    return BaseWeight("it", module, width, out, torch.float32, **options)
+
+
+def test_a_float_weight_is_read_as_it_is():
+    module = linear()
+    assert torch.equal(base(module).read(), module.weight)
+
+
+def test_a_conv1d_of_transformers_is_read_the_right_way_round():
+    torch.manual_seed(0)
+    module = Conv1D(24, 64).requires_grad_(False)
+    assert torch.equal(base(module, fan_in_fan_out=True).read(), module.weight.T)
+    assert torch.equal(base(module).read(), module.weight.T)  # read the wrong way round, it is not what is computed
+
+
+@pytest.mark.parametrize("quantiser", ["nf4", "fp4", "int8", "hqq"])
+def test_known_quantisers_weights_are_what_their_layers_compute_with(quantiser):
+    module = linear(64)
+    if quantiser == "hqq":
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        config = BaseQuantizeConfig(nbits=4, group_size=16)
+        made = HQQLinear(copy.deepcopy(module), config, compute_dtype=torch.float32, device="cpu")
+    else:
+        import bitsandbytes as bnb
+
+        if quantiser == "int8":
+            made = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        else:
+            made = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type=quantiser)
+            made.support_avx512bf16_for_cpu = False
+        made.load_state_dict(module.state_dict())
+        made = made.to("cpu")
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    weight = base(made, out=64).read()
+    assert 0.001 < (weight - module.weight).norm() / module.weight.norm() < 0.2
+    x = torch.randn(16, 64)
+    expected = x @ weight.T + module.bias
+    # bitsandbytes rounds inputs to 8 bits for 8-bit weights, and to float16
+    rounding = 1 / 64 if quantiser == "int8" else 2 * 64 * UNIT
+    bound = rounding * (x.abs() @ weight.abs().T + module.bias.abs())
+    assert ((made(x).float() - expected).abs() <= bound).all()
+    for name, tensor in made.state_dict().items():
+        if name in before:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_an_unknown_quantiser_is_shown_the_identity():
+    module = Packed(linear(width=600))
+    weight = base(module, width=600).read()
+    # y = q + b rounds once, y − b once more
+    assert (
+        (weight - module.matrix()).abs() <= 2 * UNIT * (module.matrix().abs() + 2 * module.bias.abs()[:, None])
+    ).all()
+
+
+def test_a_weight_that_is_not_computed_with_is_not_believed():
+    module = Scaled(64, 24, bias=False).requires_grad_(False)
+    expected = module.weight * torch.linspace(0.5, 2, 64)
+    assert torch.allclose(base(module).read(), expected, rtol=2 * UNIT, atol=0)
+
+
+def test_dequantize_is_asked_first_and_checked():
+    module = Packed(linear())
+    asked = []
+
+    def dequantize(name, layer):
+        asked.append((name, layer))
+        return layer.matrix()
+
+    assert torch.equal(base(module).read(dequantize), module.matrix())
+    assert asked == [("it", module)]
+    assert torch.equal(base(linear()).read(lambda name, layer: None), linear().weight)
+    for wrong in (lambda name, layer: layer.matrix() * 1.5, lambda name, layer: layer.matrix().T):
+        with pytest.raises(ValueError, match=r"dequantize: what it returned for layer it, .* is not the matrix"):
+            base(module).read(wrong)
+
+
+def test_a_layer_that_is_no_matrix_is_refused():
+    with pytest.raises(ValueError, match="layer it: expected outputs of 24 features for inputs of 64"):
+        base(nn.Sequential(Packed(linear()), nn.Linear(24, 5))).read()
+
+
+def test_samples_tell_bases_apart_and_are_the_same_each_time():
+    module = linear()
+    assert base(module).samples(4) == base(module).samples(4)
+    assert len(base(module).samples(4)) == 16
+    other = copy.deepcopy(module)
+    other.weight[0, 0] += 1
+    assert base(module).samples(4) != base(other).samples(4)
+    assert len(base(linear(2, 3), 3, 2).samples(4)) == 6
+
+
+def test_peft_s_layers_say_what_they_are_added_to():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=LINEARS))
+    bases, without = find_adapter(model).base_weights()
+    plain = dict(tiny_llama().named_parameters())
+    assert without == {}
+    assert len(bases) == 21
+    for name, weight in bases.items():
+        assert torch.equal(weight.read(), plain[f"{name}.weight"])
+
+
+def test_what_is_not_one_matrix_says_why():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    bases, without = find_adapter(model).base_weights()
+    assert bases == {}
+    assert set(without) == {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}
+    assert "not W + s B A" in without["model.layers.0.self_attn.q_proj"]
+
+
+# --- float weights
+
+
+def named(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with two files and an index, as large models are saved."""
+    weights = named(tiny_llama())
+    halves = [dict(list(weights.items())[:13]), dict(list(weights.items())[13:])]
+    index = {}
+    for i, half in enumerate(halves):
+        save_file(half, tmp_path / f"model-{i}.safetensors")
+        index |= dict.fromkeys(half, f"model-{i}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return tmp_path
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("kind", ["index", "file", "files", "state dict", "module", "itself"])
+def test_float_weights_come_from_anywhere(saved, tmp_path_factory, kind):
+    model = tiny_llama()
+    single = tmp_path_factory.mktemp("single")
+    save_file(named(model), single / "model.safetensors")
+    loose = tmp_path_factory.mktemp("loose")
+    save_file(named(model), loose / "other.safetensors")
+    source = {
+        "index": saved, "file": single / "model.safetensors", "files": str(loose), "state dict": named(model),
+        "module": model, "itself": FloatWeights.of(model),
+    }[kind]  # fmt: skip
+    weight = model.get_submodule(LAYER).weight.detach()
+    read = FloatWeights.of(source).read(LAYER, weight + 0.01)
+    assert torch.equal(read, weight)
+    read.zero_()
+    assert weight.any()  # what was read is its own
+
+
+def test_float_weights_are_float32_wherever_they_are():
+    model = tiny_llama().bfloat16()
+    weight = model.get_submodule(LAYER).weight.detach()
+    read = FloatWeights.of(model).read(LAYER, weight.float())
+    assert read.dtype == torch.float32
+    assert torch.equal(read, weight.float())
+
+
+def test_names_may_begin_otherwise_on_either_side():
+    weights = FloatWeights.of({"transformer.h.0.c_fc.weight": torch.ones(2, 2), "wte.weight": torch.ones(2, 2)})
+    assert weights.key_of("h.0.c_fc") == "transformer.h.0.c_fc.weight"
+    assert weights.key_of("model.wte") == "wte.weight"
+    with pytest.raises(ValueError, match="a weight of layer c_proj in the state dict, there is none"):
+        weights.key_of("c_proj")
+    twice = FloatWeights.of({"a.fc.weight": torch.ones(1), "b.fc.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"there is several: .'a.fc.weight', 'b.fc.weight'"):
+        twice.key_of("fc")
+    assert FloatWeights.of({"fc.weight": torch.ones(1), "a.fc.weight": torch.ones(1)}).key_of("fc") == "fc.weight"
+    # an "up_proj" is not the end of "gate_up_proj"
+    with pytest.raises(ValueError, match="there is none"):
+        FloatWeights.of({"gate_up_proj.weight": torch.ones(1)}).key_of("up_proj")
+
+
+def test_tied_weights_are_found_by_each_name():
+    config = copy.deepcopy(tiny_llama().config)
+    config.tie_word_embeddings = True
+    model = type(tiny_llama())(config)
+    weights = FloatWeights.of(model)
+    assert torch.equal(weights.read("lm_head", model.lm_head.weight.detach()), model.model.embed_tokens.weight)
+
+
+def test_weights_of_gpt2_are_turned():
+    model = tiny_gpt2()
+    matrix = model.transformer.h[0].attn.c_attn.weight.detach().T
+    weights = FloatWeights.of(model)
+    assert torch.equal(weights.read("transformer.h.0.attn.c_attn", matrix, fan_in_fan_out=True), matrix)
+
+
+def test_wrong_weights_are_refused(tmp_path):
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    for state, message in (
+        ({"fc.weight": other}, "are not what its base was made of: their cosine is"),
+        ({"fc.weight": weight.T.contiguous()}, r"expected \(8, 6\) for layer fc, the state dict has \(6, 8\)"),
+        ({"fc.weight": weight.to(torch.int8)}, "is torch.int8, quantised itself"),
+        ({"fc.weight": torch.full((8, 6), float("nan"))}, "are not what its base was made of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FloatWeights.of(state).read("fc", weight)
+    with pytest.raises(TypeError, match="float_weights: expected a folder"):
+        FloatWeights.of(3)
+    with pytest.raises(TypeError, match="'a' is none"):
+        FloatWeights.of({"a": 1})
+    with pytest.raises(FileNotFoundError, match="there are no safetensors"):
+        FloatWeights.of(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        FloatWeights.of(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"fc.weight": "gone.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"files that are not there: .'gone.safetensors'"):
+        FloatWeights.of(tmp_path)
+
+
+def test_a_model_that_is_nowhere_is_said_to_be(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="float_weights: there is no folder no/such-model"):
+        FloatWeights.of("no/such-model")
