@@ -23,7 +23,7 @@ from .adapters import (
     wrapped,
 )
 from .collecting import ForwardFn, RowMaskFn, Visits, collect_with
-from .config import DEFAULT_OVERSAMPLING, EvaConfig
+from .config import EvaConfig, default_columns
 from .distributed import joined
 from .fitting import (
     FloatWeights,
@@ -108,7 +108,9 @@ def fit_quantization_error(
         bases, without = _bases(adapter)
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
-        chosen = _wide_enough(EvaConfig.of(adapter.eva_config if config is None else config))
+        chosen = _wide_enough(
+            EvaConfig.of(adapter.eva_config if config is None else config), max(site.rank for site in adapter.sites)
+        )
         _require_whole(model)
         require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(_loaded_from(model) if float_weights is None else float_weights)
@@ -208,11 +210,12 @@ def _require_options(method: str, repair_share: float, hold_back: int) -> None:
         raise ValueError(f"hold_back: expected 0 or an integer of at least 2, got {hold_back!r}")
 
 
-def _wide_enough(config: EvaConfig) -> EvaConfig:
-    """The configuration with bases that are wide enough for a fit, unless it says how wide they are."""
-    if config.oversampling is not None:
+def _wide_enough(config: EvaConfig, largest: int) -> EvaConfig:
+    """The configuration with bases that are wide enough for a fit of that rank, unless it says how wide they are."""
+    enough = default_columns(round(largest * config.rho), config.convergence) >= COLUMNS_PER_RANK * largest
+    if config.oversampling is not None or enough:
         return config
-    return replace(config, oversampling=max(COLUMNS_PER_RANK / config.rho, DEFAULT_OVERSAMPLING[config.convergence]))
+    return replace(config, oversampling=COLUMNS_PER_RANK / config.rho)
 
 
 def _bases(adapter: LoraAdapter) -> tuple[dict[str, BaseWeight], dict[str, str]]:

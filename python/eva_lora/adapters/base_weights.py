@@ -100,9 +100,10 @@ class BaseWeight:
 
     def _images(self, rows: Iterable[int], device: torch.device) -> Tensor:  # (rows, out)
         """What the layer makes of some unit vectors, its bias taken off."""
-        index = torch.tensor([*rows], dtype=torch.long, device=device)
-        x = torch.zeros(len(index) + 1, self.in_features, dtype=self.dtype, device=device)
-        x[torch.arange(len(index), device=device), index] = 1
+        index = [*rows]
+        x = torch.zeros(len(index) + 1, self.in_features, dtype=self.dtype, device="cpu")
+        x[range(len(index)), index] = 1
+        x = x.to(device)
         y = self.module.forward(x)  # past hooks, which may be reading this
         if not isinstance(y, Tensor) or y.shape != (len(x), self.out_features):
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

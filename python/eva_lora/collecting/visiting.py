@@ -143,7 +143,7 @@ class _Viewer:
     def __init__(self, name: str, visit: Visit) -> None:
         self._name, self._visit = name, visit
         self.num_rows = 0
-        self.square_sum = self.basis = self.eigenvalues = torch.zeros((), device="cpu")
+        self.square_sum = self.basis = self.eigenvalues = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def accumulate_(self, x: Tensor, row_mask: Tensor | None = None, *, num_rows: int, sign: int = 1) -> None:
         rows = x.reshape(-1, x.shape[-1])

@@ -85,7 +85,7 @@ class InputStatistics:
         factor = self.components.T.double() * (variances - rest).clamp_min(0).sqrt()
         if not centred:
             factor = torch.cat([factor, self.mean.double()[:, None]], 1)
-        return SecondMoment(factor.float(), torch.tensor(rest, dtype=torch.float32, device=factor.device))
+        return SecondMoment(factor.float(), torch.full((), rest, dtype=torch.float32, device=factor.device))
 
     def explained_variance_ratio(self) -> Tensor:  # (q,) float64
         """Eigenvalues over the total scatter of all directions, kept or not (PEFT's ratio, not eq. 6)."""
