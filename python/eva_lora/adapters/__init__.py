@@ -12,7 +12,7 @@ from torch import nn
 from ..planning import EvaPlan
 from . import libraries, peft
 from .export import VLLM_RANKS, export_uniform
-from .generators import ordinary_tensors, same_generators
+from .generators import noted_generators, ordinary_tensors, same_generators
 from .outline import ModelOutline
 from .parameters import ParameterSite, SiteAdapter
 from .peft import PeftAdapter
@@ -48,6 +48,7 @@ __all__ = [
     "is_lora",
     "is_partitioned",
     "is_targeted",
+    "noted_generators",
     "ordinary_tensors",
     "pattern_of",
     "planned_targets",
