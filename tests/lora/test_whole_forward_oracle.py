@@ -127,6 +127,8 @@ class Scripted(nn.Module):
             elif name == "log":
                 self.log.append(name)
                 hidden = hidden / len(self.log)
+            elif name == "again":
+                pass
             elif name == "branch":
                 hidden = hidden + 1 if float((hidden if logits is None else logits).sum()) > 0 else hidden * 0.5
             else:
@@ -448,6 +450,36 @@ def test_what_asks_for_values_that_are_not_there_raises(asks):
             LOGITS[asks](logits)
     with torch.no_grad():
         LOGITS[asks](head(hidden))  # with values it goes through
+
+
+class Catching(Scripted):
+    """Calls a layer after the head where the logits say so, and takes any failure for a no."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, x, steps, labels=None):
+        hidden, logits, loss = super().forward(x, steps, labels)
+        try:
+            self.ask(logits[0])
+            if steps[-1] == "again":
+                self.a(hidden)
+        except Exception:
+            pass
+        return hidden, logits, loss
+
+
+@pytest.mark.filterwarnings("ignore:batch .* every forward runs whole", "ignore:.*__array__")
+@pytest.mark.parametrize("asks", sorted({*LOGITS} - {"dlpack"}))  # compiled code that PyTorch does not see called
+def test_what_asks_for_values_and_catches_the_refusal_runs_whole(asks):
+    """The layer is called in the third batch alone, after the refusal."""
+
+    def make():
+        return peft.get_peft_model(Catching(LOGITS[asks]), peft.LoraConfig(r=2, target_modules=["a", "b", "tied"]))
+
+    scripts = [PLAIN, PLAIN, [*PLAIN, "again"], PLAIN]
+    assert_rows_are_the_plain_calls(make, script_batches(scripts), 4, forward=run)
 
 
 def test_a_head_that_changes_its_input_needs_values():
