@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..adapters import ModelOutline, is_partitioned, waits_for_others, wrapper_of
+from ..adapters import ModelOutline, is_partitioned, waits_for_others
 from .batches import ForwardFn, default_forward, named_fields, to_device
 from .ending import WHOLE_AT_FIRST
 from .making import device_of
@@ -44,7 +44,7 @@ class Forwards:
         self._two_sided, inside = sides_of(outline.modules, run.sites)
         run.row_rules.memory.sides.update(dict.fromkeys(inside, INSIDE))
         self._frame_mask = frame_mask_of(outline.modules)
-        self._can_look = wrapper_of(outline) is None and not any(map(is_partitioned, outline.parameters))
+        self._can_look = not any(map(is_partitioned, outline.parameters))
         self.device, self.in_step = _input_device(outline), waits_for_others(outline)
         # What waits for others gathers its parameters in a forward, which is no edit.
         parameters = [] if self.in_step else outline.parameters
@@ -84,7 +84,8 @@ class Forwards:
         """One forward, looked at operation by operation; again without that, where an operation cannot be looked at."""
         unknown = self.note(batch)
         try:
-            with origins:
+            # What compiled code does is not seen: it runs as it was written, this once.
+            with torch.compiler.set_stance("force_eager"), origins:
                 self._run_forward(batch)
         except NotImplementedError:  # PyTorch's word for an operator that has no rule for a mode
             if unknown or not self._state.restore():
