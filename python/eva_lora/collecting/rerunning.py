@@ -32,6 +32,7 @@ _CONSTANT = (
 #: Whose objects run a model and are ready for its next forward. What they know of other processes may not be put back.
 _MACHINERY = frozenset({"torch", "deepspeed", "accelerate", "lightning", "lightning_fabric", "pytorch_lightning"})
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Thread)
+_STATELESS = ("torch.nn.modules.", "peft.tuners.lora.")
 _OWN = frozenset(vars(nn.Module()))
 _POINTER = object.__basicsize__ // 2
 _ABSENT = object()
@@ -55,7 +56,7 @@ class ForwardState:
         self, modules: Iterable[nn.Module], parameters: Iterable[Tensor] = (), devices: Iterable[torch.device] = ()
     ) -> None:
         self._modules, self._devices = list(modules), set(devices)
-        self._roots: list[Any] = [module for module in self._modules if not _is_torchs(module)]
+        self._roots: list[Any] = [module for module in self._modules if not _is_stateless(module)]
         self._roots += [module._buffers for module in self._modules if module._buffers]
         self._parameters = [x for x in parameters if not x.is_inference()]
         self._model: _Held | None = None
@@ -232,8 +233,9 @@ def _at(holder: Any, name: str) -> Any:
         return _ABSENT
 
 
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+def _is_stateless(module: nn.Module) -> bool:
+    """Whether it is of a class whose forwards are known to change no attribute: PyTorch's layers, and PEFT's LoRA."""
+    return type(module).__module__.startswith(_STATELESS) and "forward" not in vars(module)
 
 
 def _slots(kind: type) -> list[str]:
