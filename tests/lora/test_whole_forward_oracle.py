@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from eva_lora import EvaConfig, collect
@@ -21,6 +22,7 @@ from eva_lora.collecting import ending, forwards
 from eva_lora.collecting.capture import Capture
 from eva_lora.collecting.inputs import Call
 from eva_lora.collecting.origins import Origins
+from eva_lora.collecting.rerunning import ForwardState
 from eva_lora.collecting.rows import RowMask, RowMemory
 from support.kinds import call
 from support.models import lora, tiny_llama, token_batches
@@ -310,6 +312,14 @@ def test_a_tensor_that_a_model_holds_and_edits_is_not_put_back():
 def test_a_model_that_holds_what_nobody_can_look_into_runs_whole(place, recwarn):
     assert_rows_are_the_plain_calls(counting(OPAQUE[place]), script_batches(AGAIN), 6, forward=run)
     assert not any("has to be run again" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("kind", [*(kind.parameter() for kind in KINDS), *OTHER_KINDS])
+def test_every_kind_of_model_can_be_looked_into(kind):
+    """Otherwise nothing would be spared."""
+    state = ForwardState(kind.model().modules())
+    assert state.note(tree_leaves(kind.batches())) == ""
+    assert state.restore()
 
 
 class Box:

@@ -178,9 +178,7 @@ class _Held:
             inside = [inner for name, inner in names.items() if name not in _OWN]
             return [*inside, value._buffers, *value._modules.values()]
         if isinstance(value, Tensor):
-            if value.is_inference():
-                self.unknown = "a tensor made in inference mode"
-            else:
+            if not value.is_inference():  # which PyTorch lets nobody edit outside of inference mode
                 self._tensors.append(value)
             return ()
         if isinstance(value, types.FunctionType):
