@@ -1,5 +1,6 @@
 """Several ranks, each with its own shard: what one rank fed all of it would have found."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from eva_lora import EvaConfig, collect, eva_initialize
+from eva_lora.collecting import rerunning
 from support.agreement import (
     require_captured_as_well,
     require_equal,
@@ -26,6 +28,7 @@ from support.models import (
     token_batches,
 )
 from support.ranks import on_ranks
+from support.stateful import Counter
 from support.tiny import tiny_batches
 
 MINILM = {"target_modules": ["query", "intermediate.dense"], "layers_to_transform": [0, 3], "r": 8}
@@ -70,28 +73,61 @@ def test_exact_statistics_are_those_of_one_rank_to_rounding(size):
 
 
 class Counting(nn.Module):
-    """Counts its calls in a plain number, and goes by it."""
+    """Goes by the number of its calls, which it keeps in a place of its own, and doubles its batch in place."""
 
-    def __init__(self):
+    def __init__(self, place):
         super().__init__()
         torch.manual_seed(0)
-        self.calls, self.a = 0, nn.Linear(12, 12)
+        self.a, self.place = nn.Linear(12, 12), place
+        self.calls, self.plain, self.count = 0, torch.zeros(()), Counter()
+        self.register_buffer("total", torch.zeros(()))
 
     def forward(self, x):
+        x.mul_(2)
         self.calls += 1
-        return self.a(x * self.calls)
+        calls = {"number": lambda: self.calls, "tensor": lambda: self.plain.add_(1),
+                 "buffer": lambda: self.total.add_(1), "object": self.count}  # fmt: skip
+        return self.a(x * float(calls[self.place]()))
 
 
-def test_the_first_batch_which_runs_twice_is_one_call_to_a_model_that_counts():
-    make = lambda: get_peft_model(Counting(), LoraConfig(r=2, target_modules=["a"]))  # noqa: E731
+def counting(place):
+    return get_peft_model(Counting(place), LoraConfig(r=2, target_modules=["a"]))
+
+
+@pytest.mark.parametrize("place", ["number", "tensor", "buffer", "object"])
+def test_the_first_batch_which_runs_twice_is_one_call_to_a_model_that_counts(place):
     batches = [{"x": batch["x"]} for batch in tiny_batches(3, (4, 9))]
     options = {"statistic": "gram", "max_batches": 3}
-    one = collected(make(), batches, **options)
-    results = on_ranks(2, lambda rank: collected(make(), [shard(b, rank, 2) for b in batches], **options))
+    one = collected(counting(place), copy.deepcopy(batches), **options)
+    results = on_ranks(
+        2, lambda rank: collected(counting(place), [shard(copy.deepcopy(b), rank, 2) for b in batches], **options)
+    )
     require_same_bits(results)
     require_equal(
         results[0], one, product_rounding("reference", 3 * 4 * 9, 12)
     )  # the rows are the same to the last bit
+
+
+def test_a_first_batch_that_cannot_be_run_twice_is_refused(monkeypatch):
+    monkeypatch.setattr(rerunning, "CONTENT_BYTES", 0)
+
+    def fails(rank):
+        with pytest.raises(RuntimeError, match=r'batch 1 is run twice .* edits a tensor .* \(process_group="off"\)'):
+            collected(counting("buffer"), [{"x": batch["x"]} for batch in tiny_batches(3, (4, 9))])
+
+    on_ranks(2, fails)
+
+
+def test_a_first_batch_whose_model_cannot_be_put_back_in_between_says_so():
+    def speaks():
+        model = counting("number")
+        model.opaque = iter([])
+        with pytest.warns(UserWarning, match=r"^batch 1 is run twice .* holds builtins.list_iterator, which"):
+            collected(model, [{"x": batch["x"]} for batch in tiny_batches(3, (4, 9))], max_batches=2)
+
+    on_ranks(2, lambda rank: speaks() if rank == 0 else collected(
+        counting("number"), [{"x": batch["x"]} for batch in tiny_batches(3, (4, 9))], max_batches=2)
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

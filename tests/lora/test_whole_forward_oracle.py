@@ -2,9 +2,11 @@
 
 import inspect
 import itertools
+import random
 from contextlib import contextmanager, suppress
 from functools import partial
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from eva_lora import EvaConfig, collect
@@ -19,12 +22,14 @@ from eva_lora.collecting import ending, forwards
 from eva_lora.collecting.capture import Capture
 from eva_lora.collecting.inputs import Call
 from eva_lora.collecting.origins import Origins
+from eva_lora.collecting.rerunning import ForwardState
 from eva_lora.collecting.rows import RowMask, RowMemory
 from support.kinds import call
 from support.models import lora, tiny_llama, token_batches
 from support.oracle import assert_rows_are_the_plain_calls, rows_taken
 from support.other_kinds import OTHER_KINDS
 from support.peft_kinds import KINDS
+from support.stateful import OPAQUE, PLACES, in_place
 from support.tiny import fingerprint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at", "ignore:the inputs of")
@@ -124,6 +129,8 @@ class Scripted(nn.Module):
             elif name == "log":
                 self.log.append(name)
                 hidden = hidden / len(self.log)
+            elif name == "again":
+                pass
             elif name == "branch":
                 hidden = hidden + 1 if float((hidden if logits is None else logits).sum()) > 0 else hidden * 0.5
             else:
@@ -239,6 +246,9 @@ def test_any_module(scripts, labels, whole_at_first, targets):
             compare(share_inputs=False, early_stop=False)
 
 
+EDITED = r"^batch 4: layer a is called after .* has edited the batch, a parameter, a buffer or .* early_stop=False"
+
+
 def test_a_batch_that_was_changed_in_place_is_not_run_again():
     class Editing(Scripted):
         def forward(self, x, steps, labels=None):
@@ -250,9 +260,7 @@ def test_a_batch_that_was_changed_in_place_is_not_run_again():
 
     assert_rows_are_the_plain_calls(make, script_batches([PLAIN] * 5), 5, forward=run)
     batches = script_batches([PLAIN] * 3 + [LATER["called after the head"]])
-    with pytest.raises(
-        RuntimeError, match=r"^batch 4: layer a is called after .* has changed the batch or a buffer.* early_stop=False"
-    ):
+    with pytest.raises(RuntimeError, match=EDITED):
         assert_rows_are_the_plain_calls(make, batches, 4, forward=run)
     assert_rows_are_the_plain_calls(make, batches, 4, forward=run, early_stop=False)
 
@@ -265,27 +273,99 @@ def test_a_forward_that_is_run_again_finds_the_attributes_that_the_first_one_fou
     assert_rows_are_the_plain_calls(scripted(), script_batches(scripts), 6, forward=run)
 
 
+class Counting(Scripted):
+    """What its forward computes depends on the number of forwards before."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x, steps, labels=None):
+        return super().forward(x / self.count(), steps, labels)
+
+
+def counting(place):
+    def make():
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(0)
+        return peft.get_peft_model(Counting(place()), peft.LoraConfig(r=2, target_modules=["a", "b", "tied"]))
+
+    return make
+
+
+AGAIN = [PLAIN] * 3 + [LATER["called after the head"]] + [PLAIN] * 2  # the fourth is run again
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_forward_that_is_run_again_finds_whatever_the_model_holds_as_it_was(place):
+    with pytest.warns(UserWarning, match=r"^batch 4: layer a is called after the output head"):
+        assert_rows_are_the_plain_calls(counting(PLACES[place]), script_batches(AGAIN), 6, forward=run)
+
+
+def test_a_tensor_that_a_model_holds_and_edits_is_not_put_back():
+    with pytest.raises(RuntimeError, match=EDITED):
+        assert_rows_are_the_plain_calls(counting(in_place), script_batches(AGAIN), 6, forward=run)
+    assert_rows_are_the_plain_calls(counting(in_place), script_batches(AGAIN), 6, forward=run, early_stop=False)
+
+
+@pytest.mark.parametrize("place", OPAQUE)
+def test_a_model_that_holds_what_nobody_can_look_into_runs_whole(place, recwarn):
+    assert_rows_are_the_plain_calls(counting(OPAQUE[place]), script_batches(AGAIN), 6, forward=run)
+    assert not any("has to be run again" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("kind", [*(kind.parameter() for kind in KINDS), *OTHER_KINDS])
+def test_every_kind_of_model_can_be_looked_into(kind):
+    """Otherwise nothing would be spared."""
+    state = ForwardState(kind.model().modules())
+    assert state.note(tree_leaves(kind.batches())) == ""
+    assert state.restore()
+
+
 class Box:
-    """What no copy of a module's attributes looks into."""
+    """A place for anything."""
 
     value = 0
 
 
-def test_a_model_that_reads_what_it_kept_in_an_object_is_not_run_again():
-    class Boxing(Scripted):
-        def __init__(self):
-            super().__init__()
-            self.box = Box()
+class Keeping(Scripted):
+    """Keeps its logits in ``box`` and adds them in the next forward."""
 
-        def forward(self, x, steps, labels=None):
-            hidden, logits, loss = super().forward(x + self.box.value, steps, labels)
-            self.box.value = logits[..., :D]
-            return hidden, logits, loss
+    def __init__(self, box):
+        super().__init__()
+        self.find = lambda: box
 
+    def forward(self, x, steps, labels=None):
+        hidden, logits, loss = super().forward(x + self.find().value, steps, labels)
+        self.find().value = logits[..., :D]
+        return hidden, logits, loss
+
+
+GLOBALS = {}
+
+
+def keeping(where):
     def make():
-        return peft.get_peft_model(Boxing(), peft.LoraConfig(r=2, target_modules=["a", "b", "tied"]))
+        GLOBALS["box"] = Box()
+        model = Keeping(GLOBALS["box"])
+        if where == "a global variable":
+            model.find = a_global_box
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["a", "b", "tied"]))
 
-    batches, says = script_batches([PLAIN] * 4), r"^batch 2: something keeps .*"
+    return make
+
+
+def a_global_box():
+    return GLOBALS["box"]
+
+
+def test_a_model_that_reads_what_it_kept_in_an_object_is_run_again():
+    with pytest.warns(UserWarning, match=r"^batch 2: something keeps .*"):
+        assert_rows_are_the_plain_calls(keeping("an object"), script_batches([PLAIN] * 4), 4, forward=run)
+
+
+def test_a_model_that_reads_what_it_kept_in_a_global_variable_is_not_run_again():
+    make, batches, says = keeping("a global variable"), script_batches([PLAIN] * 4), r"^batch 2: something keeps .*"
     with pytest.warns(UserWarning, match=says), pytest.raises(RuntimeError, match=says + "early_stop=False"):
         assert_rows_are_the_plain_calls(make, batches, 4, forward=run)
     assert_rows_are_the_plain_calls(make, batches, 4, forward=run, early_stop=False)
@@ -382,6 +462,36 @@ def test_what_asks_for_values_that_are_not_there_raises(asks):
         LOGITS[asks](head(hidden))  # with values it goes through
 
 
+class Catching(Scripted):
+    """Calls a layer after the head where the logits say so, and takes any failure for a no."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, x, steps, labels=None):
+        hidden, logits, loss = super().forward(x, steps, labels)
+        try:
+            self.ask(logits[0])
+            if steps[-1] == "again":
+                self.a(hidden)
+        except Exception:
+            pass
+        return hidden, logits, loss
+
+
+@pytest.mark.filterwarnings("ignore:batch .* every forward runs whole", "ignore:.*__array__")
+@pytest.mark.parametrize("asks", sorted({*LOGITS} - {"dlpack"}))  # compiled code that PyTorch does not see called
+def test_what_asks_for_values_and_catches_the_refusal_runs_whole(asks):
+    """The layer is called in the third batch alone, after the refusal."""
+
+    def make():
+        return peft.get_peft_model(Catching(LOGITS[asks]), peft.LoraConfig(r=2, target_modules=["a", "b", "tied"]))
+
+    scripts = [PLAIN, PLAIN, [*PLAIN, "again"], PLAIN]
+    assert_rows_are_the_plain_calls(make, script_batches(scripts), 4, forward=run)
+
+
 def test_a_head_that_changes_its_input_needs_values():
     with torch.no_grad(), ending.WithoutValues() as rest:
         (x,) = rest.emptied((torch.ones(6, D),))
@@ -398,7 +508,7 @@ def broken(saving):
         elif saving == "the forward again, with everything folded in twice":
             patch.setattr(Capture, "again", lambda self: None)
         elif saving == "the forward again, with attributes as the first one left them":
-            patch.setattr(forwards, "attributes", lambda modules: lambda: None)
+            patch.setattr(forwards.ForwardState, "restore", lambda self: True)
         elif saving == "sharing, by shape":
             patch.setattr(Call, "is_same", lambda self, x: self.tensor() is None or self.tensor().shape == x.shape)
         elif saving == "the logits of the last position":

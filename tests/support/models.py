@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -139,3 +140,19 @@ def lora_a_of(model, adapter="default"):
         for name, m in base.named_modules()
         if isinstance(m, LoraLayer) and adapter in m.lora_A
     }
+
+
+class RowsToRows(nn.Module):
+    """Rows to rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x, **_):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def rows_to_rows():
+    return get_peft_model(RowsToRows(), LoraConfig(r=3, target_modules=["a", "b"]))

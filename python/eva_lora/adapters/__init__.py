@@ -13,7 +13,7 @@ from ..planning import EvaPlan
 from . import libraries, peft
 from .base_weights import BaseWeight, Dequantize
 from .export import VLLM_RANKS, export_uniform
-from .generators import ordinary_tensors, same_generators
+from .generators import noted_generators, ordinary_tensors, same_generators
 from .outline import ModelOutline
 from .parameters import ParameterSite, SiteAdapter
 from .peft import PeftAdapter
@@ -51,6 +51,7 @@ __all__ = [
     "is_lora",
     "is_partitioned",
     "is_targeted",
+    "noted_generators",
     "ordinary_tensors",
     "pattern_of",
     "planned_targets",

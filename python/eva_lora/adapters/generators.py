@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["ordinary_tensors", "same_generators"]
+__all__ = ["noted_generators", "ordinary_tensors", "same_generators"]
 
 
 @contextmanager
@@ -25,14 +25,15 @@ def ordinary_tensors() -> Iterator[None]:
 @contextmanager
 def same_generators(devices: set[torch.device]) -> Iterator[None]:
     """Within it anything may draw; afterwards the global generators, and these devices', are where they were."""
-    restore = _generators(devices)
+    restore = noted_generators(devices)
     try:
         yield
     finally:
         restore()
 
 
-def _generators(devices: set[torch.device]) -> Callable[[], None]:
+def noted_generators(devices: set[torch.device]) -> Callable[[], None]:
+    """Note where the global generators, and these devices', are; the function returned puts them back there."""
     states: list[tuple[Callable[[Any], object], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),

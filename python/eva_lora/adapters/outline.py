@@ -42,15 +42,19 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     A wrapper has the name of what it wraps.
     """
     found: dict[str, tuple[str, nn.Module]] = {}
+    inside: dict[type[nn.Module], str | None] = {}  # of each class that has children, asked once
     for path, module in model.named_modules():
         name, _, child = path.rpartition(".")
         if path:
             name, holder = found[name]
-            if child != _inside(holder):
+            kind = type(holder)
+            if kind not in inside:
+                inside[kind] = _inside(kind)
+            if child != inside[kind]:
                 name = f"{name}.{child}" if name else child
         found[path] = name, module
         yield name, module
 
 
-def _inside(module: nn.Module) -> str | None:
-    return next((_INSIDE[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _INSIDE), None)
+def _inside(wrapper: type[nn.Module]) -> str | None:
+    return next((_INSIDE[kind.__name__] for kind in wrapper.__mro__ if kind.__name__ in _INSIDE), None)

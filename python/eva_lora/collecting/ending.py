@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -89,8 +90,8 @@ class ForwardEnd:
             self._watches = self._past_head = False
             rest, self._rest = self._rest, None
             if rest is not None:
-                rest.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if failed and not self.reason:
+                rest.__exit__(None, None, None)
+        if (failed or (rest is not None and rest.has_failed)) and not self.reason:  # the code may have caught it
             self.reason = "what follows the output head needs its values"
         self.kept = rest is not None and rest.is_kept()
         if self.kept and not self.reason:
@@ -115,7 +116,7 @@ class ForwardEnd:
             return None
         if self._spared and self._rest is None:
             self._rest = WithoutValues()
-            self._rest.__enter__()  # type: ignore[no-untyped-call]
+            self._rest.__enter__()
         self._past_head = True
         return None if self._rest is None else self._rest.emptied((args, kwargs))
 
@@ -128,6 +129,9 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Operations on other tensors are as ever.
 
+    Attributes:
+        has_failed: Whether anything has asked such a tensor for what it has not, and was refused.
+
     Raises:
         NeedsValues: values are missing that would be written to a tensor that has some, or would move a random
             generator on. What asks for a value raises what PyTorch raises for tensors on the meta device.
@@ -137,11 +141,32 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._storages: list[StorageWeakRef] = []
         self._stand_ins: set[int] = set()  # storages of tensors that stand for some that have values
+        self._questions, self.has_failed = Questions(self), False
+
+    def __enter__(self) -> "WithoutValues":
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._questions.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._questions.__exit__(*raised)  # type: ignore[no-untyped-call]
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = (args, dict(kwargs or {}))
+        try:
+            return self._made_by(func, args, dict(kwargs or {}))
+        except Exception:
+            self.note_failure((args, kwargs))
+            raise
+
+    def note_failure(self, given: Any) -> None:
+        """An operation has raised: noted if it was given any tensor without values, for the code may catch it."""
+        self.has_failed |= any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves(given))
+
+    def _made_by(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        given = (args, kwargs)
         tensors = [tensor for tensor in tree_leaves(given) if isinstance(tensor, Tensor)]
         if not any(tensor.is_meta for tensor in tensors):
             return func(*given[0], **given[1])
@@ -177,6 +202,27 @@ class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         torch._C._set_throw_on_mutable_data_ptr(tensor)  # a kernel that asks for its address is refused, not given null
         self._storages.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
         return tensor
+
+
+class Questions(TorchFunctionMode):
+    """Sees what is asked of tensors besides operations, for numbers, lists and arrays for instance.
+
+    Args:
+        rest: It is told where that fails.
+    """
+
+    def __init__(self, rest: WithoutValues) -> None:
+        super().__init__()
+        self._rest = rest
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            self._rest.note_failure((args, kwargs))
+            raise
 
 
 def _is_safe(outline: ModelOutline, forward_fn: ForwardFn | None) -> bool:

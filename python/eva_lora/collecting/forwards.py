@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..adapters import ModelOutline, is_partitioned, waits_for_others, wrapper_of
+from ..adapters import ModelOutline, is_partitioned, waits_for_others
 from .batches import ForwardFn, default_forward, named_fields, to_device
 from .ending import WHOLE_AT_FIRST
-from .inputs import version_of
 from .making import device_of
 from .masks import RowMaskFn, frame_mask_of, origins_of, row_mask
 from .origins import Origins
-from .restoring import attributes
+from .rerunning import ForwardState
 from .rows import INSIDE, RowMask, sides_of
 from .run import Run
 
@@ -45,17 +44,18 @@ class Forwards:
         self._two_sided, inside = sides_of(outline.modules, run.sites)
         run.row_rules.memory.sides.update(dict.fromkeys(inside, INSIDE))
         self._frame_mask = frame_mask_of(outline.modules)
-        self._can_look = wrapper_of(outline) is None and not any(map(is_partitioned, outline.parameters))
-        self._with_attributes = [m for m in outline.modules if not type(m).__module__.startswith("torch.nn.modules.")]
-        self._with_buffers = [module for module in outline.modules if module._buffers]
+        self._can_look = not any(map(is_partitioned, outline.parameters))
         self.device, self.in_step = input_device(outline), waits_for_others(outline)
+        # What waits for others gathers its parameters in a forward, which is no edit.
+        parameters = [] if self.in_step else outline.parameters
+        self._state = ForwardState(outline.modules, parameters, {p.device for p in outline.parameters})
 
     def fold(self, batch: Any, *, only: Collection[int] | None = None) -> RowMask:
         """Run one batch; ``only`` as in :meth:`Capture.batch`. Returns which rows counted.
 
         Raises:
             ValueError: NaN or Inf has reached a layer, and no refresh comes that will tell.
-            RuntimeError: the forward has to be run again, and has changed its batch or a buffer, or reads what it kept.
+            RuntimeError: the forward has to be run again, and has edited a tensor, or reads what it kept.
         """
         run = self._run
         # The mask first: counted where the loader left it, no device has to be waited for.
@@ -82,27 +82,25 @@ class Forwards:
 
     def _look(self, batch: Any, mask: RowMask, origins: Origins) -> None:
         """One forward, looked at operation by operation; again without that, where an operation cannot be looked at."""
-        restore, versions = self.noted_attributes(), self._versions(batch)
+        unknown = self.note(batch)
         try:
-            with origins:
+            # What compiled code does is not seen: it runs as it was written, this once.
+            with torch.compiler.set_stance("force_eager"), origins:
                 self._run_forward(batch)
         except NotImplementedError:  # PyTorch's word for an operator that has no rule for a mode
-            if self._versions(batch) != versions:
+            if unknown or not self._state.restore():
                 raise
             mask.origins, self._can_look = None, False
             self._run.capture.again()
-            restore()
             self._run_forward(batch)
 
     def _run_forward(self, batch: Any) -> None:
         """One forward, spared its rest where that is safe; where it turns out not to be, again, and whole."""
         number, end = self._run.num_batches, self._run.capture.end
-        spared, versions = end.spares, self._versions(batch)
-        restore = self.noted_attributes() if spared else None
-        # A batch with objects that a forward may change cannot be run again.
-        again = end.run(
-            lambda: self._forward(self._model, to_device(batch, self.device)), number, whole=not _is_plain(batch)
-        )
+        spared = end.spares
+        # What cannot be put back, after a forward that may have to be run again, has to be left alone: it runs whole.
+        whole = spared and (not _is_plain(batch) or bool(self.note(batch)))
+        again = end.run(lambda: self._forward(self._model, to_device(batch, self.device)), number, whole=whole)
         if spared and not end.spares and number >= WHOLE_AT_FIRST:
             warnings.warn(
                 f"batch {number + 1}: {end.reason}, as in no batch before; no row is missed, but from here on every "
@@ -110,14 +108,12 @@ class Forwards:
                 stacklevel=5,
             )
         if again:
-            if self._versions(batch) != versions:
+            if not self._state.restore():
                 raise RuntimeError(
-                    f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it has changed the "
-                    "batch or a buffer; run with early_stop=False"
+                    f"batch {number + 1}: {end.reason}, so its forward has to be run again, but it has edited the "
+                    "batch, a parameter, a buffer or another tensor that the model holds; run with early_stop=False"
                 )
             self._run.capture.again()
-            if restore is not None:
-                restore()
             try:
                 self._forward(self._model, to_device(batch, self.device))
             except Exception as error:
@@ -128,15 +124,13 @@ class Forwards:
                     "kept; run with early_stop=False"
                 ) from error
 
-    def noted_attributes(self) -> Callable[[], None]:
-        """Note the attributes of the model's modules; the function returned makes them what they were."""
-        return attributes(self._with_attributes)
+    def note(self, batch: Any, *, contents: bool = False) -> str:
+        """Note all that a forward with a batch may change; :meth:`restore` puts it back. See :class:`ForwardState`."""
+        return self._state.note(_leaves(batch), contents=contents)
 
-    def _versions(self, batch: Any) -> list[tuple[int, int | None]]:
-        """Which edit of each of a batch's tensors, and of the model's buffers, there is."""
-        leaves = _leaves(batch)
-        buffers = (buffer for module in self._with_buffers for buffer in module._buffers.values())
-        return [(id(x), version_of(x)) for x in (*leaves, *buffers) if isinstance(x, Tensor)]
+    def restore(self) -> bool:
+        """Put back what was noted. Returns whether that was possible."""
+        return self._state.restore()
 
     def count_nonfinite(self, batch: Any, mask: RowMask, *, only: Collection[int] | None = None) -> dict[str, int]:
         """Rows of a batch that hold NaN or Inf, by layer: a second forward, unless other ranks would wait for it."""

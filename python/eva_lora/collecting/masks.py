@@ -44,6 +44,7 @@ OTHER_MASKS = (
 PLAIN, ADDITIVE = "plain", "additive"
 _PREFIXES = {ENCODER: "", DECODER: "decoder_"}  # of a side's fields
 _OF_TOKENS = ("input_ids", "inputs_embeds")
+_PREFIXED = [f"decoder_{name}" for name in _OF_TOKENS]
 
 
 def _flat_if_nested(value: Any) -> Any:
@@ -99,6 +100,7 @@ def row_mask(
         if side is not None:
             side.memory = reader.memory
             side.has_tokens = side.shape is not None and reader.shape(prefix) == side.shape
+            side.has_others = bool(_others(reader.fields, [*_PREFIXED, *config.label_names]))
     if frame_mask is not None and found.shape is not None and len(found.shape) == 2 and not found.has_tokens:
         every = torch.ones(found.shape, dtype=torch.bool, device="cpu")
         found.frames = frame_mask(every if found.mask is None else found.mask)
@@ -111,14 +113,17 @@ def row_mask(
 def origins_of(batch: Any, mask: RowMask, config: EvaConfig) -> Origins:
     """What sees, in a forward of the batch, which of its fields the layers' rows are made of."""
     fields = named_fields(batch) or {}
-    encoder, decoder = set(_OF_TOKENS), {f"decoder_{name}" for name in _OF_TOKENS}
-    if mask.decoder is not None:
-        decoder |= set(config.label_names)
-    known = encoder | decoder
-    others = {name for name, value in fields.items() if name not in known and "mask" not in str(name)}
-    of = [_tensors(fields[name] for name in fields if name in names) for names in (encoder, decoder, others)]
+    decoder = [*_PREFIXED, *(config.label_names if mask.decoder is not None else ())]
+    mine, its = (_tensors(fields[name] for name in fields if name in names) for names in (_OF_TOKENS, decoder))
     sides = [side.shape for side in (mask, mask.decoder) if side is not None and side.shape is not None]
-    return Origins(of[0], of[1], [x for x in of[2] if x.is_floating_point()], sides)
+    return Origins(mine, its, _others(fields, decoder), sides)
+
+
+def _others(fields: Mapping[str, Any], decoder: Iterable[str]) -> list[Tensor]:
+    """What a batch holds that is made into rows and is no tokens: images, sounds."""
+    known = {*_OF_TOKENS, *decoder}
+    names = [name for name in fields if name not in known and "mask" not in str(name)]
+    return [x for x in _tensors(fields[name] for name in names) if x.is_floating_point()]
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

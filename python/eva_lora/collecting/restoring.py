@@ -1,6 +1,6 @@
 """What a pass borrows of the model and of the process, and gives back however the pass ends."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -10,38 +10,12 @@ from eva_kernels.streaming_svd import release_workspaces
 
 from ..adapters import ModelOutline, same_generators, wrapped
 
-__all__ = ["attributes", "borrowed", "without_autocast"]
+__all__ = ["borrowed", "without_autocast"]
 
 _FLAGS = ("training", "gradient_checkpointing", "use_nested_tensor")  # the second is transformers' switch
 _HOOK_TABLES = [name for name in vars(nn.Module()) if "_hooks" in name and ("_forward" in name or "_backward" in name)]
-_OWN = frozenset(vars(nn.Module()))
 _ABSENT = object()
 _NOTHING = nullcontext()
-
-
-def attributes(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Note the attributes of modules; the function returned makes them what they were.
-
-    That is what each is, and what lists, dicts and sets hold. Of other objects it is not noted what is in them.
-    """
-    noted = [(names, dict(names)) for names in map(vars, modules)]
-    held = [
-        (value, value.copy())
-        for _, before in noted
-        for name, value in before.items()
-        if isinstance(value, (list, dict, set)) and name not in _OWN
-    ]
-
-    def restore() -> None:
-        for names, before in noted:
-            names.update(before)  # never empty, should an interrupt come
-            for name in names.keys() - before.keys():
-                del names[name]
-        for value, content in held:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
-
-    return restore
 
 
 @contextmanager

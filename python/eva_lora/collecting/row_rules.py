@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable
 
 from .masks import UNKNOWN
-from .rows import ALL_ROWS, ASSUMED, FITS_NO_MASK, IN_NO_KNOWN_ORDER, SQUARE, RowMask, RowMemory
+from .rows import ALL_ROWS, ASSUMED, FITS_NO_MASK, IN_NO_KNOWN_ORDER, SQUARE, UNSEEN, RowMask, RowMemory
 
 __all__ = ["RowRules"]
 
@@ -58,6 +58,14 @@ class RowRules:
             warnings.warn(
                 f"the inputs of {len(unordered)} layers, the first is {unordered[0]}, have one row per token, in an "
                 "order that was not seen; all of their rows counted, padding included; see "
+                "report.statistic[name]['rows']",
+                stacklevel=stacklevel + 1,
+            )
+        unseen = [name for name, rules in self.rules.items() if any(UNSEEN in rule for rule in rules)]
+        if unseen:
+            warnings.warn(
+                f"the inputs of {len(unseen)} layers, the first is {unseen[0]}, have as many rows as the batch has "
+                "tokens and were masked as these; that they are none of what else is in the batch was not seen; see "
                 "report.statistic[name]['rows']",
                 stacklevel=stacklevel + 1,
             )

@@ -22,6 +22,7 @@ ALL_ROWS = "all rows"
 FITS_NO_MASK = "all rows: they fit no mask of the batch"
 IN_NO_KNOWN_ORDER = "all rows: as many as tokens, in an order that is not known"
 NESTED = "all rows: nested tensors hold no padding"
+UNSEEN = ", for rows as many as tokens; what they are made of was not seen"
 ASSUMED = ", read as (batch, tokens): there are as many sequences as tokens"
 
 ENCODER, DECODER, BOTH, INSIDE = "encoder", "decoder", "both", "inside the encoder"
@@ -79,6 +80,7 @@ class RowMask:
         decoder: The mask of the decoder's rows; this one is then that of the encoder's.
         frames: Which frames count, (batch, frames) bool, where the model makes fewer of them than the mask has samples.
         has_tokens: Whether the batch has fields that hold these tokens, so that it can be seen what is made of them.
+        has_others: Whether it has fields, too, that rows are made of and that are no tokens.
         origins: Sees what the layers' rows are made of, if this forward is looked at.
         skip_nonfinite: Leave rows with NaN or Inf out of the statistic they would enter, and count them.
         memory: Of earlier batches; filled.
@@ -96,6 +98,7 @@ class RowMask:
     decoder: "RowMask | None" = None
     frames: Tensor | None = None
     has_tokens: bool = False
+    has_others: bool = False
     origins: Origins | None = None
     skip_nonfinite: bool = False
     memory: RowMemory = field(default_factory=RowMemory)
@@ -187,6 +190,8 @@ class RowMask:
                 rule = IN_NO_KNOWN_ORDER
             else:
                 own = side._own(layout, rows)
+                if layout not in (FRAMES, SEQUENCES) and side._may_be_of_others(site):
+                    rule += UNSEEN
                 if layouts.get(site) == SQUARE and layout in (TOKENS, FLAT):
                     rule += ASSUMED
         self._choose(site, rule)
@@ -210,6 +215,10 @@ class RowMask:
         now = TOKENS if kind & (OF_ENCODER | OF_DECODER) else OTHERS if kind else NOT_SEEN
         self.memory.origins[site] = now if known in (None, NOT_SEEN, now) else known if now == NOT_SEEN else BOTH
         return kind
+
+    def _may_be_of_others(self, site: str) -> bool:
+        known = self.memory.origins.get(site, NOT_SEEN)
+        return self.has_tokens and self.has_others and known == NOT_SEEN
 
     def _is_of_others(self, made: Tensor | None, site: str) -> bool:
         if not self.has_tokens:

@@ -1,5 +1,6 @@
 """The pass of several ranks: in step from batch to batch, each with its own, or with none."""
 
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from .inputs import BatchShare
 from .pooling import PooledStatistics
 from .progress import Progress
 from .reader import END, BatchReader
+from .rerunning import CONTENT_BYTES
 from .rows import RowMask
 from .run import Run
 
@@ -48,7 +50,8 @@ def run_together(
                 sum(sizes[r] for r in sorted({*pooled.leaders}) if r < leader), sizes[leader]
             )
         idle = _stand_in(batch, sizes, ranks) if forwards.in_step else END
-        restore = forwards.noted_attributes()
+        own = batch if has_batch else idle
+        unknown = forwards.note(own, contents=True) if _may_start(run) and own is not END else ""
         mask = _run(forwards, ranks, batch, idle)
         num_rows = run.capture.rows_in_batch if has_batch else 0
         had, all_rows, changed, rows = pooled.count(has_batch, num_rows)
@@ -66,7 +69,7 @@ def run_together(
         if changed:
             started = pooled.unify()
             if started:
-                restore()
+                _put_back(run, forwards, ranks, is_noted=own is not END, unknown=unknown)
                 _run(forwards, ranks, batch, idle, only=started)
                 num_rows = max(num_rows, run.capture.rows_in_batch) if has_batch else 0
             had, all_rows, changed, rows = pooled.count(has_batch, num_rows)
@@ -87,6 +90,32 @@ def _run(forwards: Forwards, ranks: Ranks, batch: Any, idle: Any, only: Any = No
     if idle is not END:
         ranks.attempt(forwards.idle, idle)
     return nothing
+
+
+def _may_start(run: Run) -> bool:
+    """Whether a batch may bring a layer its first rows, and is then run twice."""
+    inputs = run.capture.input_of
+    return any(entry is None or entry.statistic.shift is None for entry in inputs)
+
+
+def _put_back(run: Run, forwards: Forwards, ranks: Ranks, *, is_noted: bool, unknown: str) -> None:
+    """Put back what the first of two forwards with a batch has changed."""
+
+    def put_back() -> None:
+        if is_noted and not forwards.restore():
+            raise RuntimeError(
+                f"batch {run.num_batches + 1} is run twice by several ranks, and its forward edits a tensor of more "
+                f"than {CONTENT_BYTES >> 20} MiB that the model or the batch holds; make the pass on one rank "
+                '(process_group="off")'
+            )
+
+    if unknown and ranks.rank == 0:
+        warnings.warn(
+            f"batch {run.num_batches + 1} is run twice by several ranks, and the model or the batch holds {unknown}, "
+            "which cannot be put back in between; if forwards change it, layers may see other rows of that batch",
+            stacklevel=6,
+        )
+    ranks.attempt(put_back)
 
 
 def _stand_in(batch: Any, sizes: list[int], ranks: Ranks) -> Any:
