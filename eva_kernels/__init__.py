@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .convergence import ConvergenceTracker, Decision
     from .gram import gram_accumulate_
     from .kernel_check import check_kernels
+    from .low_rank_fit import LowRankFit, SecondMoment, fit_low_rank
     from .orthonormal import orthonormalize
     from .streaming_svd import GramStatistic, Statistic, SubspaceStatistic, refresh_
     from .subspace import subspace_accumulate_
@@ -23,12 +24,15 @@ __all__ = [
     "ConvergenceTracker",
     "Decision",
     "GramStatistic",
+    "LowRankFit",
+    "SecondMoment",
     "Statistic",
     "SubspaceStatistic",
     "allocate_ranks",
     "candidate_components",
     "check_kernels",
     "eva_initialize",
+    "fit_low_rank",
     "gram_accumulate_",
     "orthonormalize",
     "refresh_",
@@ -39,12 +43,15 @@ _HOME = {
     "ConvergenceTracker": "eva_kernels.convergence",
     "Decision": "eva_kernels.convergence",
     "GramStatistic": "eva_kernels.streaming_svd",
+    "LowRankFit": "eva_kernels.low_rank_fit",
+    "SecondMoment": "eva_kernels.low_rank_fit",
     "Statistic": "eva_kernels.streaming_svd",
     "SubspaceStatistic": "eva_kernels.streaming_svd",
     "allocate_ranks": "eva_kernels.allocation",
     "candidate_components": "eva_kernels.allocation",
     "check_kernels": "eva_kernels.kernel_check",
     "eva_initialize": "eva_lora",  # lives one layer up; found here because that is where people look
+    "fit_low_rank": "eva_kernels.low_rank_fit",
     "gram_accumulate_": "eva_kernels.gram",
     "orthonormalize": "eva_kernels.orthonormal",
     "refresh_": "eva_kernels.streaming_svd",
