@@ -15,6 +15,7 @@ import eva_lora
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, ParameterSite, RepairReport, collect, eva_initialize
 from eva_lora import fit_quantization_error as fit
 from eva_lora.cli.demo import load_smollm2, packed_text
+from eva_lora.cli.pretrained import dtype_keyword
 from eva_lora.fitting import completed
 from eva_lora.peft import replace_lora_weights_loftq
 from support.models import LINEARS, layer_inputs, load_minilm, lora, minilm_text_batches, tiny_llama, token_batches
@@ -339,7 +340,7 @@ def test_it_reloads_onto_the_same_base_and_no_other(tmp_path, kind):
 
     def base(config=how):
         return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "float", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+            tmp_path / "float", quantization_config=config, device_map={"": "cpu"}, **{dtype_keyword(): torch.float32}
         )
 
     def logits(model):
