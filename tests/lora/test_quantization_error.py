@@ -309,10 +309,11 @@ def test_the_report_is_text_a_file_and_a_figure(model, floats, tmp_path):
     folder = report.save(tmp_path / "report")
     assert RepairReport.load(folder) == report
     assert (folder / "repair.svg").read_text().startswith("<?xml")
-    (panel, *_), errors = report.plot().axes, [layer.held for layer in report.layers.values()]
-    shown = [y for axes in report.plot().axes for line in axes.lines for y in line.get_ydata()]
-    assert sorted(shown) == sorted(value for pair in errors for value in pair)
-    assert panel.get_legend() is not None
+    figure, errors = report.plot(), [value for layer in report.layers.values() for value in layer.held]
+    assert sorted(y for axes in figure.axes for line in axes.lines for y in line.get_ydata()) == sorted(errors)
+    assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > max(errors) for axes in figure.axes if axes.lines)
+    assert sum(axes.axison for axes in figure.axes) == 7  # kinds of layers, of eight places
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["without the fit", "with"]
     for damage in ("{", '{"format_version": 0}', "[]", (folder / "repair.json").read_text().replace('"rank"', '"rnk"')):
         (tmp_path / "repair.json").write_text(damage)
         with pytest.raises(ValueError, match="is no complete report of a fit"):

@@ -109,21 +109,22 @@ def plot_repair(layers: Mapping[str, LayerRepair]) -> Figure:
     columns = min(4, len(grid.columns))
     lines = -(-len(grid.columns) // columns)
     figure = Figure(figsize=(2.6 * columns + 0.6, 2.1 * lines + 0.6), layout="constrained")
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-    for axes, column, label in zip(panels, grid.columns, short_names(grid.columns), strict=False):
+    panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    for axes, column, label in zip(panels[: len(grid.columns)], grid.columns, short_names(grid.columns), strict=True):
         found = [(x, layers[names[row, column]]) for x, row in enumerate(grid.rows) if (row, column) in names]
         pairs = [(x, layer.held or layer.fitted) for x, layer in found]
         for which, (style, text) in enumerate((("o", "without the fit"), ("s", "with"))):
             axes.plot([x for x, _ in pairs], [pair[which] for _, pair in pairs], style, markersize=3, label=text)
         axes.vlines([x for x, _ in pairs], [b for _, (_, b) in pairs], [a for _, (a, _) in pairs], "0.7", linewidth=0.8)
-        axes.set(title=label, ylim=(0, None))
+        axes.set_title(label, fontsize=9)
         axes.set_xticks([])
-    for axes in panels:
+    panels[0].set_ylim(bottom=0, top=1.05 * max((max(la.held or la.fitted) for la in layers.values()), default=1) or 1)
+    for axes in panels[len(grid.columns) :]:
         axes.set_axis_off()
     held = any(layer.held for layer in layers.values())
     figure.supylabel("output error" + (", held back" if held else ", rows of the fit"), fontsize=9)
     figure.supxlabel("blocks, first to last", fontsize=9)
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=7)
     return figure
 
 
