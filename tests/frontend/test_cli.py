@@ -27,7 +27,7 @@ from support.command import EVA_LORA, eva_lora
 from support.files import paragraphs, write_jsonl
 from support.models import tiny_llama
 from support.simulated_device import SimulatedDevice
-from support.versions import needs
+from support.versions import LOADS_BITSANDBYTES, needs
 
 
 def invoke(*arguments):
@@ -476,6 +476,7 @@ def test_the_demo_says_where_its_weights_come_from(tmp_path, monkeypatch):
 # --- a quantised base
 
 
+@needs(LOADS_BITSANDBYTES)
 def test_init_repairs_a_base_that_it_quantises(files, tmp_path):
     done = invoke(
         "init", files / "base", "--data", files / "train.jsonl", "--output", tmp_path / "out", "--quantize", "nf4",

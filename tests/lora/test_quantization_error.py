@@ -21,6 +21,7 @@ from eva_lora.peft import replace_lora_weights_loftq
 from support.models import LINEARS, layer_inputs, load_minilm, lora, minilm_text_batches, tiny_llama, token_batches
 from support.quantised import least_errors, output_errors, quantised, rounded
 from support.tiny import state_of
+from support.versions import LOADS_BITSANDBYTES, needs
 
 ENCODER_LINEARS = r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*\.dense)"
 UNIT = 2.0**-24
@@ -325,6 +326,7 @@ def test_the_report_is_text_a_file_and_a_figure(model, floats, tmp_path):
 # --- the model
 
 
+@needs(LOADS_BITSANDBYTES)
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_it_reloads_onto_the_same_base_and_no_other(tmp_path, kind):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM

@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 from packaging.requirements import Requirement
 
+LOADS_BITSANDBYTES = "transformers>=4.51"  # on a CPU; earlier ones change what bitsandbytes has frozen
+
 
 def needs(requirement: str) -> pytest.MarkDecorator:
     """Skip what is marked where ``requirement``, such as ``"transformers>=5"``, is not what is installed."""

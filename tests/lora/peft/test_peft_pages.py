@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from support.models import LINEARS, tiny_llama, token_batches
 from support.pages import blocks
+from support.versions import LOADS_BITSANDBYTES, needs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,6 +33,7 @@ def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch):
         assert peft.PeftConfig.from_pretrained(folder).r in (8, 32)
 
 
+@needs(LOADS_BITSANDBYTES)
 def test_the_code_on_the_page_about_quantised_bases_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
