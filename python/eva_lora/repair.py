@@ -22,7 +22,7 @@ from .adapters import (
     require_changeable,
     wrapped,
 )
-from .collecting import ForwardFn, RowMaskFn, Visits, collect_with
+from .collecting import ForwardFn, RowMaskFn, Visits, collect_with, own
 from .config import EvaConfig, default_columns
 from .distributed import joined
 from .fitting import (
@@ -196,7 +196,7 @@ class _HeldBack:
     def _kept(loader: Iterable[Any], every: int, held: list[Any]) -> Iterator[Any]:
         for number, batch in enumerate(loader):
             if every and number % every == 1:
-                held.append(batch)
+                held.append(own(batch))
             else:
                 yield batch
 

@@ -243,13 +243,16 @@ def test_wrong_weights_are_refused(tmp_path):
     for state, message in (
         ({"fc.weight": other}, "are not what its base was made of: their cosine is"),
         ({"fc.weight": weight.T.contiguous()}, r"expected \(8, 6\) for layer fc, the state dict has \(6, 8\)"),
+        ({"fc.weight": 10 * weight}, "are not what its base was made of: .* 10 times as long"),
+        ({"fc.weight": weight.to(torch.float8_e4m3fn)}, "is torch.float8_e4m3fn, quantised itself"),
         ({"fc.weight": weight.to(torch.int8)}, "is torch.int8, quantised itself"),
         ({"fc.weight": torch.full((8, 6), float("nan"))}, "are not what its base was made of"),
     ):
         with pytest.raises(ValueError, match=message):
             FloatWeights.of(state).read("fc", weight)
-    with pytest.raises(TypeError, match="float_weights: expected a folder"):
-        FloatWeights.of(3)
+    for nothing in (3, "", None):
+        with pytest.raises(TypeError, match="float_weights: expected a folder"):
+            FloatWeights.of(nothing)
     with pytest.raises(TypeError, match="'a' is none"):
         FloatWeights.of({"a": 1})
     with pytest.raises(FileNotFoundError, match="there are no safetensors"):

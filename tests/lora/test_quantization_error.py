@@ -77,7 +77,7 @@ def test_with_exact_statistics_every_layer_is_at_its_minimum(floats, options):
 
 def test_a_streamed_subspace_is_enough_on_every_layer_of_a_real_model():
     """All of 36 layers within 1 % of the optimum for the same rows, though R is known in 80 of 384 directions."""
-    real, batches = load_minilm(), minilm_text_batches()[:6]
+    real, batches = load_minilm(), minilm_text_batches()[:3]
     bases = quantised(real)
     model = get_peft_model(copy.deepcopy(bases), LoraConfig(r=16, lora_alpha=32, target_modules=ENCODER_LINEARS))
     rows = layer_inputs(model, batches)
@@ -461,6 +461,42 @@ def test_what_cannot_be_repaired_is_named(floats):
     model = get_peft_model(quantised(floats), LoraConfig(r=4, target_modules=LINEARS, use_dora=True))
     with pytest.raises(ValueError, match="none of its LoRA layers has a base weight to repair"):
         repaired(model, floats)
+
+
+def test_convolutions_are_left_alone_and_layers_of_other_dtypes_are_not():
+    torch.manual_seed(0)
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.head = nn.Conv2d(3, 4, 3), nn.Linear(64, 32).bfloat16(), nn.Linear(32, 8)
+
+        def forward(self, x):
+            x = self.conv(x).flatten(1).bfloat16()
+            return self.head(self.fc(x).float())
+
+    floats = Mixed()
+    model = get_peft_model(quantised(floats, group=16), LoraConfig(r=2, target_modules=["conv", "fc", "head"]))
+    batches = [torch.randn(64, 3, 6, 6) for _ in range(3)]
+    with pytest.warns(UserWarning, match="These layers are not repaired: conv: it is a convolution"):
+        report = fit(model, batches, floats, EvaConfig(rho=1.0), progress=False, hold_back=2)
+    assert set(report.layers) == {"fc", "head"}
+    assert all(layer.held[1] < layer.held[0] for layer in report.layers.values())
+
+
+def test_what_is_held_back_is_its_own(floats):
+    """Of a loader that fills one buffer anew, and of batches that a forward changes."""
+    results = []
+    for shared in (False, True):
+        buffer = torch.empty(4, 24, dtype=torch.long)
+
+        def loader(shared=shared, buffer=buffer):
+            for batch in token_batches(5):
+                yield {"input_ids": buffer.copy_(batch["input_ids"])} if shared else batch
+
+        model = lora(quantised(floats, group=16))
+        results.append(repaired(model, floats, loader(), hold_back=3, max_batches=None).hidden_error)
+    assert results[0] == results[1]
 
 
 def test_it_is_called_once_and_the_loader_too(floats, model):

@@ -170,8 +170,14 @@ def base_weight_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype)
         raise LeftAlone("its weight is a parameter of a larger module")
     if adapter in layer.lora_variant:
         raise LeftAlone(f"its adapter is a {type(layer.lora_variant[adapter]).__name__}, not W + s B A")
+    base, b = layer.get_base_layer(), layer.lora_B[adapter].weight
+    if b.ndim > 2:
+        raise LeftAlone("it is a convolution, which is not shown unit vectors")
+    weight = getattr(base, "weight", None)
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        dtype = weight.dtype  # models may keep some layers in another
     return BaseWeight(
-        site.name, layer.get_base_layer(), site.in_features, layer.lora_B[adapter].weight.shape[0], dtype,
+        site.name, base, site.in_features, b.shape[0], dtype,
         fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from .batches import ForwardFn
 from .estimating import Estimate, estimate, matmul_rate
 from .masks import RowMaskFn
 from .passing import collect, collect_with
-from .visiting import Visits
+from .visiting import Visits, own
 
 __all__ = [
     "Estimate",
@@ -20,4 +20,5 @@ __all__ = [
     "collect_with",
     "estimate",
     "matmul_rate",
+    "own",
 ]

@@ -1,5 +1,6 @@
 """Forwards of the frozen model in which somebody is shown what a pass would have folded in, and the model's outputs."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class Visits:
         forwards = Forwards(self._model, self._outline, run, self._forward_fn, self._row_mask_fn)
 
         def run_batch(batch: Any) -> None:
-            forwards.fold(batch)
+            forwards.fold(own(batch))
             run.num_batches += 1
 
         with borrowed(self._outline), self._adapter.disabled(), run.capture.hooks():
@@ -92,7 +93,7 @@ class Visits:
                 if head is not None:
                     hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
                     stack.callback(hook.remove)
-                made = forward(self._model, to_device(batch, device))
+                made = forward(self._model, to_device(own(batch), device))
             logits = getattr(made, "logits", None)
             first = next((leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.ndim > 1), None)
             return Outputs(seen[0] if len(seen) == 1 else first, logits if seen else None)
@@ -107,9 +108,17 @@ class Visits:
             yield
 
     def mask(self, batch: Any) -> Tensor | None:  # (batch, tokens) bool
-        """Which tokens of a batch count; None: all, or it is not known of which it is said."""
+        """Which tokens of a batch count at the model's end, the decoder's where it has two sides; None: all."""
         found = row_mask(batch, self._config, self._row_mask_fn)
-        return found.mask if found.decoder is None else None
+        return found.mask if found.decoder is None else found.decoder.mask
+
+
+def own(batch: Any) -> Any:
+    """A copy of a batch, for a forward that may change it or a loader that fills it anew; itself where it has none."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        return batch
 
 
 def _adding(site: LoraSite, change: Change) -> Callable[..., Any]:

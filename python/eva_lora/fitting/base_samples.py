@@ -13,7 +13,17 @@ SAMPLES = 4  # rows, and columns, of each layer
 SAME = 2.0**-6  # of a layer's largest sample: what devices and dtypes round apart; steps of 8 bits differ by as much
 
 #: Settings of how a layer computes, or where it is, and not of what.
-_NOT_OF_THE_WEIGHTS = ("dtype", "skip", "modules_to_not_convert", "offload", "kernel", "_load_in", "backend")
+_NOT_OF_THE_WEIGHTS = (
+    "dtype",
+    "skip",
+    "modules_to_not_convert",
+    "offload",
+    "kernel",
+    "_load_in",
+    "backend",
+    "storage",
+    "threshold",
+)
 
 
 def samples_of(bases: Mapping[str, BaseWeight]) -> dict[str, tuple[float, ...]]:
@@ -59,8 +69,10 @@ def difference(
         return f"it has no layer {missing[0]} ({len(missing)} in all)"
     for name, values in fitted.items():
         here = bases[name].samples(SAMPLES)
-        largest = max(map(abs, (*values, *here)))
+        largest = max(map(abs, (*values, *here)), default=0.0)
+        if len(values) != len(here):
+            return f"layer {name} is of another size"
         apart = max((abs(a - b) for a, b in zip(values, here, strict=True)), default=0.0)
-        if len(values) != len(here) or apart > SAME * largest:
+        if apart > SAME * largest:
             return f"layer {name} computes with other weights: entries differ by {apart:.2g} of at most {largest:.2g}"
     return ""

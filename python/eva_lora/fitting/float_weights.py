@@ -16,6 +16,8 @@ __all__ = ["FloatWeights", "LayerWeights"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAME_DIRECTION = 0.5  # cosine of a weight and what a quantiser made of it; that of two others is about 0
 
+SAME_LENGTH = 2.0  # times: more is a scale that was left out
+
 
 class FloatWeights:
     """The weights of a model's layers by the layers' names, read when they are asked for.
@@ -50,7 +52,7 @@ class FloatWeights:
             if wrong:
                 raise TypeError(f"float_weights: expected tensors in the state dict, {wrong[0]!r} is none")
             return cls(weights, weights.__getitem__, "the state dict")
-        if not isinstance(weights, (str, Path)):
+        if not isinstance(weights, (str, Path)) or not str(weights):
             raise TypeError(
                 "float_weights: expected a folder, a model's id, a state dict or a module, got "
                 f"{type(weights).__name__}"
@@ -98,7 +100,7 @@ class FloatWeights:
                 made of.
         """
         weight = self._get(self.key_of(name)).detach()
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or weight.itemsize < 2:
             raise ValueError(
                 f"float_weights: that of layer {name} in {self._source} is {weight.dtype}, quantised itself"
             )
@@ -111,10 +113,11 @@ class FloatWeights:
         matrix = matrix.to(quantized.device, torch.float32, copy=True)
         product = torch.dot(matrix.flatten(), quantized.flatten())  # without a third matrix
         cosine = float(product / (matrix.norm() * quantized.norm()).clamp_min(1e-30))
-        if quantized.any() and not cosine > SAME_DIRECTION:
+        longer = float(matrix.norm() / quantized.norm().clamp_min(1e-30))
+        if quantized.any() and not (cosine > SAME_DIRECTION and 1 / SAME_LENGTH < longer < SAME_LENGTH):
             raise ValueError(
                 f"float_weights: those of layer {name} in {self._source} are not what its base was made of: their "
-                f"cosine is {cosine:.2f}"
+                f"cosine is {cosine:.2f}, and they are {longer:.2g} times as long"
             )
         return matrix
 
