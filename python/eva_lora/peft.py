@@ -32,6 +32,7 @@ from .config import EvaConfig
 from .distributed import joined
 from .fitting import FloatWeights, LayerWeights, completed, fit_layer, no_preference
 from .planning import EvaPlan, PlannedSite, plan
+from .repair import base_weights_of, loaded_from, tied_weights
 
 __all__ = [
     "forward_fn_dict",
@@ -297,12 +298,9 @@ def replace_lora_weights_loftq(
         FileNotFoundError: there are no float weights where they were looked for.
     """
     adapter = PeftAdapter(peft_model, adapter_name)
-    bases, without = adapter.base_weights()
-    if not bases:
-        raise ValueError(f"peft_model: none of its LoRA layers has a base weight to repair: {without}")
-    if model_path is None:
-        model_path = getattr(getattr(adapter.root, "config", None), "name_or_path", None)
-    weights = LayerWeights(bases, FloatWeights.of(model_path))
+    bases, _ = base_weights_of(adapter)
+    floats = FloatWeights.of(loaded_from(peft_model) if model_path is None else model_path)
+    weights = LayerWeights(bases, floats, tied=tied_weights(peft_model))
     made = {}
     with adapter.disabled():
         for site in adapter.sites:

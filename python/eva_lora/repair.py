@@ -105,7 +105,7 @@ def fit_quantization_error(
     started = time.perf_counter()
     with ordinary_tensors():
         adapter = find_adapter(model, sites)
-        bases, without = _bases(adapter)
+        bases, without = base_weights_of(adapter)
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
         chosen = _wide_enough(
@@ -113,8 +113,8 @@ def fit_quantization_error(
         )
         _require_whole(model)
         require_changeable(model, ranks_change=False)
-        floats = FloatWeights.of(_loaded_from(model) if float_weights is None else float_weights)
-        source = LayerWeights(bases, floats, dequantize, _tied(model))
+        floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
+        source = LayerWeights(bases, floats, dequantize, tied_weights(model))
 
         held: list[Any] = []
         statistics: EvaStatistics | None = None
@@ -162,7 +162,7 @@ def require_same_base(model: nn.Module, saved: "RepairReport | str | Path") -> N
     """Raise unless a model's base is the one that its adapter was fitted to; call it after loading.
 
     Args:
-        model: With the adapter loaded.
+        model: With the adapter loaded and active.
         saved: The fit's report, or the folder that it was saved in.
 
     Raises:
@@ -171,7 +171,7 @@ def require_same_base(model: nn.Module, saved: "RepairReport | str | Path") -> N
     """
     report = saved if isinstance(saved, RepairReport) else RepairReport.load(saved)
     adapter = find_adapter(model)
-    bases, _ = _bases(adapter)
+    bases, _ = base_weights_of(adapter)
     fitted = {name: values for name, values in report.base.items() if report.layers[name].repaired}
     with Visits(adapter, model, EvaConfig()).still():
         found = difference(fitted, report.quantization, bases, quantization_of(model))
@@ -218,7 +218,7 @@ def _wide_enough(config: EvaConfig, largest: int) -> EvaConfig:
     return replace(config, oversampling=COLUMNS_PER_RANK / config.rho)
 
 
-def _bases(adapter: LoraAdapter) -> tuple[dict[str, BaseWeight], dict[str, str]]:
+def base_weights_of(adapter: LoraAdapter) -> tuple[dict[str, BaseWeight], dict[str, str]]:
     """The base weight of each layer, and why others have none."""
     if not hasattr(adapter, "base_weights"):
         raise TypeError(
@@ -247,7 +247,7 @@ def _require_whole(model: nn.Module) -> None:
         raise ValueError(f"model: it is {state}; fit it first, and compile, wrap or shard it afterwards")
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def tied_weights(model: nn.Module) -> dict[str, str]:
     """The output head's name → that of the input embedding whose weight it has, if it has: a file holds one of them."""
     wrapper: Any = model
     inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
@@ -258,7 +258,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return {names[id(head)]: names[id(embedding)]} if id(head) in names and id(embedding) in names else {}
 
 
-def _loaded_from(model: nn.Module) -> str:
+def loaded_from(model: nn.Module) -> str:
     wrapper: Any = model
     inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
     name = getattr(getattr(inner, "config", None), "name_or_path", "")

@@ -143,11 +143,6 @@ class PeftAdapter:
         """
         return PlanWriter(self.name, self._root, self._configs, self.sites, self._everything).write(plan)
 
-    @property
-    def root(self) -> nn.Module:
-        """The base model, relative to which layers are named."""
-        return self._root
-
     @torch.no_grad()
     def write_factors(self, name: str, a: Tensor, b: Tensor) -> Callable[[], None]:  # (r, d), (out, r)
         """Write A into a layer, and B such that the layer adds ``b`` A x; its rank stays. Returns what undoes it."""
