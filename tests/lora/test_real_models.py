@@ -25,7 +25,7 @@ def minilm_lora(base, **options):
 
 
 def bounded(**options):
-    return EvaConfig(max_batches=10, **options)
+    return EvaConfig(max_batches=5, **options)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_sharing_off_gives_the_same_answer(minilm, minilm_batches, bert):
 
 
 def test_captures_at_least_what_peft_captures(minilm, minilm_batches, bert):
-    """Both are given the same ten batches: PEFT goes over them until it is done, ours once."""
+    """Both are given the same batches: PEFT goes over them until it is done, ours once."""
     exact = bert[2]
     options = {
         "target_modules": r".*encoder\.layer\.[03]\.(attention\.self\.(query|key|value)|.*dense)",
