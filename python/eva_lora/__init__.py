@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .collecting import collect, estimate
     from .config import EvaConfig
     from .initialize import apply, eva_initialize
-    from .planning import EvaPlan, EvaStatistics, plan
+    from .planning import EvaPlan, EvaStatistics, feature_gain, plan
     from .repair import fit_quantization_error, require_same_base
     from .reporting import EvaReport, RepairReport, compare
 
@@ -30,6 +30,7 @@ __all__ = [
     "estimate",
     "eva_initialize",
     "export_uniform",
+    "feature_gain",
     "fit_quantization_error",
     "plan",
     "register_adapter",
@@ -50,6 +51,7 @@ _HOME = {
     "estimate": "collecting",
     "eva_initialize": "initialize",
     "export_uniform": "adapters",
+    "feature_gain": "planning",
     "fit_quantization_error": "repair",
     "plan": "planning",
     "register_adapter": "adapters",

@@ -43,6 +43,9 @@ class EvaConfig:
         label_mask_value: The label that marks a row to leave out.
         label_names: Fields of a batch that may hold labels; the first that is there does.
         whiten: Divide each row of A by the square root of its singular value. Paper, appendix on vision.
+        match_gain: Divide each layer's A by its feature gain (:func:`eva_lora.feature_gain`), so that B is fed features
+            as large as with PEFT's default A and learning rates found for that apply; "global": all by the median gain.
+            Directions and captured variance stay.
         adjust_scaling_factors: Change alpha with the rank so that the LoRA scaling stays what it was.
         max_batches: Stop after this many batches. None: ``DEFAULT_MAX_BATCHES``, so that every run ends.
         max_rows: Stop once this many unmasked rows (tokens) were seen. None: no such bound.
@@ -83,6 +86,7 @@ class EvaConfig:
     label_mask_value: int = -100
     label_names: tuple[str, ...] = ("labels", "label_ids", "lm_labels", "target_ids", "targets")
     whiten: bool = False
+    match_gain: Literal["global"] | bool = False
     adjust_scaling_factors: bool = True
     max_batches: int | None = None
     max_rows: int | None = None
@@ -119,6 +123,8 @@ class EvaConfig:
         self._choice("nonfinite", ("error", "skip"))
         self._choice("uncalled", ("error", "default"))
         self._choice("impl", ("auto", "reference", "triton"))
+        if self.match_gain not in ("global", True, False):
+            raise ValueError(f"match_gain: expected 'global', True or False, got {self.match_gain!r}")
         if self.early_stop not in ("auto", True, False):
             raise ValueError(f"early_stop: expected 'auto', True or False, got {self.early_stop!r}")
         if self.max_rank is not None and self.max_rank < self.min_rank:

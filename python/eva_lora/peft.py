@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,8 @@ def get_eva_state_dict(
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
+    *,
+    match_gain: Literal["global"] | bool = False,
 ) -> dict[str, Tensor]:
     """The matrix A of every layer, by the layer's name in ``model``: (rank, d), the rank being what it is given.
 
@@ -124,6 +126,7 @@ def get_eva_state_dict(
         gather_distributed_inputs: Whether the ranks of the default process group bring different data, of which they
             make one answer; False: each rank for itself.
         show_progress_bar: On standard error.
+        match_gain: As in :class:`eva_lora.EvaConfig`; PEFT's has no such field.
 
     Returns:
         float32 tensors on the model's device, none of which share memory; (0, d) where a layer is given rank 0. A
@@ -155,7 +158,8 @@ def get_eva_state_dict(
     batches = _Batches(
         dataloader, are_mappings=prepared.is_a_row_mask and row_mask_fn is None, may_be_empty=ranks is not None
     )
-    config = replace(EvaConfig.of(peft_config.eva_config), label_names=("labels",))  # as PEFT's function has it
+    # Labels as PEFT's function has them.
+    config = replace(EvaConfig.of(peft_config.eva_config), label_names=("labels",), match_gain=match_gain)
     with ordinary_tensors():
         statistics = collect_with(
             adapter, model, batches, config, row_mask_fn=row_mask_fn,
@@ -177,6 +181,8 @@ def initialize_lora_eva_weights(
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
+    *,
+    match_gain: Literal["global"] | bool = False,
 ) -> None:
     """Initialise a ``PeftModel``'s adapter with EVA, from data or from a state dict.
 
@@ -187,7 +193,7 @@ def initialize_lora_eva_weights(
             that are not in it keep their rank and a random A, and are named in a warning.
         forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn: As in :func:`get_eva_state_dict`.
         adapter_name: The adapter to initialise.
-        gather_distributed_inputs, show_progress_bar: As in :func:`get_eva_state_dict`.
+        gather_distributed_inputs, show_progress_bar, match_gain: As in :func:`get_eva_state_dict`.
 
     Raises:
         ValueError: the model is no ``PeftModel``, more than one adapter is active, the adapter was not made for
@@ -215,7 +221,7 @@ def initialize_lora_eva_weights(
             raise ValueError("dataloader: expected one where there is no eva_state_dict, got None")
         eva_state_dict = get_eva_state_dict(
             model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name,
-            gather_distributed_inputs, show_progress_bar,
+            gather_distributed_inputs, show_progress_bar, match_gain=match_gain,
         )  # fmt: skip
     given = {name.removeprefix(_PREFIX): value for name, value in eva_state_dict.items()}
     eva_plan = _plan_of(given, adapter.sites, EvaConfig.of(adapter.config.eva_config))

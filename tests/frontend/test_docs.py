@@ -40,7 +40,7 @@ def test_the_pages_code_runs(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     scope = {"__name__": "page"}
     count = 0
-    for page in ("cli.md", "report.md"):
+    for page in ("cli.md", "report.md", "choosing.md"):
         for block in blocks(f"docs/{page}"):
             count += 1
             if block.language == "sh":

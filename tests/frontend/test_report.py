@@ -168,7 +168,7 @@ def test_a_layer_without_data_has_its_row_and_no_curve(report, tmp_path):
     jsonschema.validate(json.loads((tmp_path / "report.json").read_text()), schema())
     page = Page((tmp_path / "report.html").read_text())
     [row] = [row for row in page.rows if row[0] == name]
-    assert (row[4], row[7]) == ("0.0 %", "none")
+    assert (row[4], row[8]) == ("0.0 %", "none")
     assert "11 curves, one per distinct input" in "".join(a["aria-label"] for t, a in page.tags if t == "svg")
 
 

@@ -1,5 +1,6 @@
 """A report in experiment trackers, through their own interfaces."""
 
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ def scalars(report: EvaReport) -> dict[str, float]:
         "ranks_moved": sum(abs(report.ranks[name] - report.configured_ranks[name]) for name in report.ranks) // 2,
         "captured_variance_mean": sum(captured) / len(captured),
         "captured_variance_min": min(captured),
+        **({"feature_gain_median": median(report.feature_gain.values())} if report.feature_gain else {}),
         "batches": report.num_batches,
         "rows": report.num_rows,
         **{f"seconds_{part}": value for part, value in report.seconds.items()},

@@ -13,6 +13,7 @@ from eva_kernels.allocation import allocate_ranks, candidate_components
 
 from ..config import EvaConfig
 from . import storage
+from .gain import with_matched_gain
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
 __all__ = ["Allocation", "EvaPlan", "PlannedSite", "plan"]
@@ -51,7 +52,8 @@ class EvaPlan:
     Attributes:
         sites: Name → plan of each LoRA layer, in the model's order.
         lora_a: Name → (parts · rank, d) float32, part by part; each part's rows orthonormal, or divided by √σ
-            where ``whiten`` is set. Absent for a layer that keeps its rank and its A as they are.
+            where ``whiten`` is set, or by a gain where ``match_gain`` is. Absent for a layer that keeps its rank and
+            its A as they are.
         config: The configuration it was planned with.
         budget: Ranks there were to give.
         notes: Layers and experts that data alone did not determine, each with the reason.
@@ -164,8 +166,8 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
 
     Args:
         statistics: From :func:`collect` or :meth:`EvaStatistics.load`.
-        config: Ours or PEFT's ``EvaConfig``; ``rho``, ``whiten`` and the rank bounds may differ from those
-            of the pass. None: the pass's own.
+        config: Ours or PEFT's ``EvaConfig``; ``rho``, ``whiten``, ``match_gain`` and the rank bounds may differ from
+            those of the pass. None: the pass's own.
         budget: Ranks to give over all layers. None: the sum of the configured ranks.
 
     Raises:
@@ -193,6 +195,9 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
                 matrix, note = _lora_a(site.name, entries, rank, config)
             lora_a[site.name] = matrix
             notes += [note] if note else []
+    if config.match_gain and lora_a:
+        with torch.inference_mode(False):
+            lora_a = with_matched_gain(statistics, lora_a, config.match_gain)
     return EvaPlan(sites, lora_a, config, free + kept, tuple(notes))
 
 

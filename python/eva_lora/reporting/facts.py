@@ -1,9 +1,10 @@
 """What a run did, as members and as text: all that figures and pages are drawn from."""
 
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, TypeVar
 
-from ..planning import EvaPlan, EvaStatistics, SiteStatistics, Trace, command_line, versions
+from ..planning import EvaPlan, EvaStatistics, SiteStatistics, Trace, command_line, feature_gain, versions
 from .layout import Grid
 
 __all__ = ["ReportFacts"]
@@ -39,6 +40,8 @@ class ReportFacts:
         trace: Per batch with a refresh, how each layer's components agreed with those before; layers in the
             order of ``ranks``.
         peak_memory: Device → most bytes in use at once up to the end of the pass.
+        feature_gain: Layer → how many times as large the features are that its A gives B as those of PEFT's default A
+            (:func:`eva_lora.feature_gain`); of layers that have an A from data.
         run: What was run, as label → text: "command", "model", "data" and so on, as far as known.
         versions: Of what the result depends on.
     """
@@ -61,6 +64,7 @@ class ReportFacts:
     in_features: dict[str, int] = field(default_factory=dict)
     trace: Trace = field(default_factory=Trace)
     peak_memory: dict[str, int] = field(default_factory=dict)
+    feature_gain: dict[str, float] = field(default_factory=dict)
     run: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -97,6 +101,7 @@ class ReportFacts:
             in_features={s.name: s.in_features for s in sites},
             trace=statistics.trace,
             peak_memory=statistics.peak_memory,
+            feature_gain=feature_gain(statistics, eva_plan.lora_a) if eva_plan.lora_a else {},
             run=run if run is not None else ({"command": command} if command else {}),
         )
 
@@ -150,10 +155,17 @@ class ReportFacts:
             ("without adapter", f"{removed} layers were given rank 0"),
             ("converged", f"{sum(self.converged.values())} of {n} layers; stopped: {self.stop_reason}"),
             ("data", f"{self.num_rows:,} rows in {self.num_batches} batches{self._left_out(states)}"),
+            ("feature gain", self._gains()),
             ("rows that count", "; ".join(sorted({state["rows"] for state in self.statistic.values() if state}))),
             ("time", f"{total:.1f} s, {self.seconds['refresh']:.1f} s of it small algebra after the forwards"),
             ("statistics", f"{kinds.count('gram')} exact, {kinds.count('subspace')} subspace; {megabytes:.1f} MiB"),
         ]
+
+    def _gains(self) -> str:
+        gains = self.feature_gain.values()
+        if not gains:
+            return "none: no layer has an A from data"
+        return f"{median(gains):.3g} in the median layer, {min(gains):.3g} to {max(gains):.3g} (PEFT's default A: 1)"
 
     def _left_out(self, states: list[dict[str, Any]]) -> str:
         skipped = sum(state.get("skipped_rows", 0) for state in states)

@@ -189,6 +189,7 @@ def _row(report: ReportFacts, name: str) -> dict[str, Any]:
         "change": report.ranks[name] - report.configured_ranks[name],
         "width": report.in_features.get(name),
         "captured": captured,
+        "gain": report.feature_gain.get(name),
         "converged": report.converged[name],
         "components": report.components_converged[name],
         "batch": _converged_at(report, name),

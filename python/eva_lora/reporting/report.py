@@ -44,6 +44,7 @@ class EvaReport(ReportFacts):
         if version != FORMAT_VERSION:
             raise ValueError(f"path: expected a report of format version {FORMAT_VERSION}, {path} has {version}")
         try:
+            stored.setdefault("feature_gain", {})  # reports of before there was one
             values = {f.name: stored[f.name] for f in fields(cls)}
             ratios = {name: tuple(values) for name, values in values["explained_variance_ratio"].items()}
             read = {

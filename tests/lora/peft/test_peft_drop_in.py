@@ -60,7 +60,8 @@ def ranks(model):
 @pytest.mark.parametrize("name", ["get_eva_state_dict", "initialize_lora_eva_weights"])
 def test_arguments_and_defaults_are_those_of_peft(name):
     mine, original = (inspect.signature(getattr(module, name)).parameters for module in (ours, theirs))
-    assert list(mine) == list(original)
+    assert list(mine)[: len(original)] == list(original)
+    assert all(mine[key].kind == inspect.Parameter.KEYWORD_ONLY for key in [*mine][len(original) :])
     for key, parameter in original.items():
         default = getattr(parameter.default, "__name__", parameter.default)
         assert getattr(mine[key].default, "__name__", mine[key].default) == default
