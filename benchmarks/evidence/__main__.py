@@ -7,6 +7,7 @@ makes tables and pictures: in the pages from the committed results, beside the r
 import importlib
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from transformers.utils import logging
@@ -14,26 +15,48 @@ from transformers.utils import logging
 from examples.domains.task import Task
 
 from . import page
-from .methods import BASELINE, EVA, OTHERS
+from .methods import BASELINE, OTHERS, SCALED
 from .running import run_task
 
-EVERY = (*EVA, *OTHERS)
+EVERY = ("eva_rho1", "eva_rho2", *OTHERS)
 DOMAIN = ("eva_rho2", BASELINE)
-TASKS = {
-    "language_generation": ("LanguageGeneration", EVERY),
-    "language_understanding": ("LanguageUnderstanding", EVERY),
-    "image_classification": ("ImageClassification", DOMAIN),
-    "convolutions": ("Convolutions", DOMAIN),
-    "reinforcement_learning": ("ReinforcementLearning", DOMAIN),
+GAINS = (BASELINE, "eva_rho1", "eva_matched", "eva_global", SCALED, "pissa", "olora")
+
+
+class Study(NamedTuple):
+    """A domain's task, the initialisations that are compared on it, and another grid of rates than the task's own."""
+
+    domain: str
+    task: str
+    methods: tuple[str, ...]
+    learning_rates: tuple[float, ...] = ()
+
+
+STUDIES = {
+    "language_generation": Study("language_generation", "LanguageGeneration", EVERY),
+    "language_understanding": Study("language_understanding", "LanguageUnderstanding", EVERY),
+    "image_classification": Study("image_classification", "ImageClassification", DOMAIN),
+    "convolutions": Study("convolutions", "Convolutions", DOMAIN),
+    "reinforcement_learning": Study("reinforcement_learning", "ReinforcementLearning", DOMAIN),
+    "gain_understanding": Study(
+        "language_understanding", "LanguageUnderstanding", GAINS, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    ),
+    "gain_generation": Study(
+        "language_generation", "LanguageGeneration", GAINS, (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
+    ),
 }
 
 
 def load(name: str, *, short: bool = False) -> Task:
-    return getattr(importlib.import_module(f"examples.domains.{name}"), TASKS[name][0])(short=short)
+    study = STUDIES[name]
+    task: Task = getattr(importlib.import_module(f"examples.domains.{study.domain}"), study.task)(short=short)
+    task.name = name
+    task.learning_rates = study.learning_rates[: 2 if short else None] or task.learning_rates
+    return task
 
 
 @click.command(help=__doc__)
-@click.argument("names", metavar="[TASK]...", nargs=-1, type=click.Choice(list(TASKS)))
+@click.argument("names", metavar="[TASK]...", nargs=-1, type=click.Choice(list(STUDIES)))
 @click.option("--short", is_flag=True, help="Tiny models and few steps: the same path in seconds.")
 @click.option("--results", type=click.Path(path_type=Path), default=page.RESULTS, help="Where the result files are.")
 def main(names: tuple[str, ...], short: bool, results: Path) -> None:
@@ -42,8 +65,8 @@ def main(names: tuple[str, ...], short: bool, results: Path) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")
-    for name in names or TASKS:
-        run_task(load(name, short=short), TASKS[name][1], results, click.echo)
+    for name in names or STUDIES:
+        run_task(load(name, short=short), STUDIES[name].methods, results, click.echo)
     if names:
         return
     if results == page.RESULTS:

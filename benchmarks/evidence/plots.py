@@ -14,9 +14,14 @@ from .summary import interval
 __all__ = ["LABELS", "plot"]
 
 LABELS = {
-    "eva_rho1": "EVA, rho 1", "eva_rho2": "EVA, rho 2", "lora": "default LoRA", "pissa": "PiSSA", "olora": "OLoRA"
+    "eva_rho1": "EVA, rho 1", "eva_rho2": "EVA, rho 2", "eva_matched": "EVA, each A ÷ its gain",
+    "eva_global": "EVA, all A ÷ median gain", "lora": "default LoRA", "lora_scaled": "default A × EVA's gain",
+    "pissa": "PiSSA", "olora": "OLoRA",
 }  # fmt: skip
-COLOURS = {"eva_rho1": "#56a0d3", "eva_rho2": "#0b4f8a", "lora": "#555555", "pissa": "#c96f16", "olora": "#3c8d40"}
+COLOURS = {
+    "eva_rho1": "#56a0d3", "eva_rho2": "#0b4f8a", "eva_matched": "#7b3fa0", "eva_global": "#c04f9b", "lora": "#555555",
+    "lora_scaled": "#a89a1c", "pissa": "#c96f16", "olora": "#3c8d40",
+}  # fmt: skip
 
 
 def plot(methods: Sequence[str], metric: str, runs: Sequence[Run], path: Path) -> None:

@@ -1,6 +1,7 @@
 """The runner: equal conditions for every method, one pass per seed, and going on where it was stopped."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from examples.domains.task import Task
 from support.models import LINEARS, tiny_llama, token_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-METHODS = ("eva_rho1", "eva_rho2", "lora", "pissa", "olora")
+METHODS = ("eva_rho1", "eva_rho2", "eva_matched", "eva_global", "lora", "lora_scaled", "pissa", "olora")
 
 
 class Tiny(Task):
@@ -56,11 +57,25 @@ def test_every_method_has_one_budget_and_starts_from_the_base():
         trained = {n for n, p in one.model.named_parameters() if p.requires_grad}
         assert all("lora_" in n for n in trained)
         assert one.parameters == sum(one.model.get_parameter(n).numel() for n in trained)
-    assert ranks["eva_rho1"] == ranks["lora"]
+    assert ranks["eva_rho1"] == ranks["eva_matched"] == ranks["eva_global"] == ranks["lora_scaled"] == ranks["lora"]
     assert ranks["eva_rho2"] != ranks["lora"]
     assert made["eva_rho1"].parameters == made["lora"].parameters == made["pissa"].parameters
     assert made["eva_rho2"].forwards > 0
     assert made["lora"].forwards == 0
+
+
+def test_matched_and_scaled_differ_from_their_originals_by_the_gain_of_eva():
+    initialise = Initialiser(Tiny(short=True))
+    a = {
+        name: {n: p.detach() for n, p in initialise(name, seed=1).model.named_parameters() if "lora_A" in n}
+        for name in ("eva_rho1", "eva_matched", "eva_global", "lora", "lora_scaled")
+    }
+    gains = {n: float(a["eva_rho1"][n].norm() / a["eva_matched"][n].norm()) for n in a["lora"]}
+    assert len({round(gain, 3) for gain in gains.values()}) > 5
+    for n, gain in gains.items():
+        assert float(a["lora_scaled"][n].norm() / a["lora"][n].norm()) == pytest.approx(gain, rel=1e-5)
+        middle = statistics.median(gains.values())
+        assert float(a["eva_rho1"][n].norm() / a["eva_global"][n].norm()) == pytest.approx(middle, rel=1e-5)
 
 
 def test_one_pass_serves_both_rhos_of_a_seed(monkeypatch):
