@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import memory
-from .plots import LABELS, plot
+from .plots import LABELS, plot, plot_rates
 from .results import Results
 from .running import best_rate, target_loss
 from .summary import Interval, summarise
@@ -126,6 +126,8 @@ def draw(results: Path, folder: Path) -> None:
     for path in sorted(results.glob("*.jsonl")):
         settings, _, runs = Results.load(path)
         plot(settings["methods"], settings["metric"], runs, folder / f"{settings['task']}.svg")
+        if len(settings["learning_rates"]) > 3:
+            plot_rates(settings["methods"], runs, folder / f"{settings['task']}-rates.svg")
 
 
 def main() -> None:

@@ -8,27 +8,28 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from .results import Run
-from .running import target_loss
+from .running import best_rate, target_loss
 from .summary import interval
 
-__all__ = ["LABELS", "plot"]
+__all__ = ["LABELS", "plot", "plot_rates"]
 
 LABELS = {
-    "eva_rho1": "EVA, rho 1", "eva_rho2": "EVA, rho 2", "eva_matched": "EVA, each A ÷ its gain",
-    "eva_global": "EVA, all A ÷ median gain", "lora": "default LoRA", "lora_scaled": "default A × EVA's gain",
+    "eva_rho1": "EVA, rho 1", "eva_rho2": "EVA, rho 2", "eva_matched": "EVA, each A over its gain",
+    "eva_global": "EVA, all over the median gain", "lora": "default LoRA", "lora_scaled": "default A times EVA's gain",
     "pissa": "PiSSA", "olora": "OLoRA",
 }  # fmt: skip
 COLOURS = {
     "eva_rho1": "#56a0d3", "eva_rho2": "#0b4f8a", "eva_matched": "#7b3fa0", "eva_global": "#c04f9b", "lora": "#555555",
     "lora_scaled": "#a89a1c", "pissa": "#c96f16", "olora": "#3c8d40",
 }  # fmt: skip
+# Text stays text and nothing depends on the day, so that a file changes only with its data.
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9}
 
 
 def plot(methods: Sequence[str], metric: str, runs: Sequence[Run], path: Path) -> None:
     """Left the mean validation loss by step, right every seed's score with the mean and its 95 % interval."""
     finals = {name: [run for run in runs if run.method == name and not run.tuning] for name in methods}
-    # Text stays text and nothing depends on the day, so that the file changes only with the data.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         for name, own in finals.items():
@@ -49,7 +50,30 @@ def plot(methods: Sequence[str], metric: str, runs: Sequence[Run], path: Path) -
             xlabel=metric.partition(" (")[0],
         )
         right.margins(y=0.2)
-        for axes in (left, right):
-            axes.spines[["top", "right"]].set_visible(False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        _save(figure, path)
+
+
+def plot_rates(methods: Sequence[str], runs: Sequence[Run], path: Path) -> None:
+    """The validation loss at the end against the learning rate on the tuning seed: what is above the loss at the start,
+    or no number, is drawn there. Each method's best is marked."""
+    tuning = sorted((run for run in runs if run.tuning), key=lambda run: run.learning_rate)
+    start = tuning[0].curve[0][1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        for name in methods:
+            rates = [run.learning_rate for run in tuning if run.method == name]
+            losses = [min(start, run.curve[-1][1]) for run in tuning if run.method == name]  # NaN is not the lesser
+            best = rates.index(best_rate(runs, name))
+            axes.plot(rates, losses, "o-", color=COLOURS[name], label=LABELS[name], linewidth=1.4, markersize=3)
+            axes.plot(rates[best], losses[best], "o", color=COLOURS[name], markersize=8)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss at the end, one seed")
+        axes.legend(frameon=False)
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

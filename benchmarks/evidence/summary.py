@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from scipy.stats import t as student
 
@@ -16,7 +17,7 @@ __all__ = ["Interval", "MethodSummary", "interval", "steps_to", "summarise"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the half-width of its 95 % confidence interval (Student's t)."""
+    """A mean and the half-width of its confidence interval (Student's t)."""
 
     mean: float
     half: float
@@ -36,10 +37,11 @@ class MethodSummary:
         parameters: Trainable parameters of the LoRA layers, mean.
         ranks: Smallest and largest rank of any seed.
         score: The task's.
-        gain: Score minus the baseline's on the same seed. None for the baseline.
+        gain: Score minus the baseline's on the same seed; its interval is one of as many as other methods, which
+            hold together. None for the baseline.
         steps: Training steps until the target loss; runs that do not reach it count with all their steps.
         missed: How many do not.
-        steps_gain: Steps minus the baseline's on the same seed. None for the baseline.
+        steps_gain: Steps minus the baseline's on the same seed, likewise. None for the baseline.
         forwards: Batches the initialisation ran through the model, mean.
         cost: Time of the initialisation in training steps of the same run, median.
         steps_with_cost: Steps until the target loss, the initialisation's time counted as steps, mean.
@@ -60,15 +62,15 @@ class MethodSummary:
     steps_with_cost: float
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval of at least two values.
+def interval(values: Sequence[float], comparisons: int = 1) -> Interval:
+    """Mean and 95 % interval of at least two values; with several comparisons, of all of them together (Bonferroni).
 
     Raises:
         ValueError: there are fewer.
     """
     if len(values) < 2:
         raise ValueError(f"values: expected at least 2 for an interval, got {len(values)}")
-    width = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    width = student.ppf(1 - 0.025 / comparisons, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(statistics.fmean(values), float(width))
 
 
@@ -99,6 +101,7 @@ def summarise(methods: Sequence[str], learning_rates: Sequence[float], runs: Seq
             raise ValueError(f"{name} ran on seeds {sorted(finals[name])}, {BASELINE} on {seeds}")
         mine, theirs = ([finals[one][seed] for seed in seeds] for one in (name, BASELINE))
         rate = best_rate(runs, name)
+        difference = partial(_difference, comparisons=len(methods) - 1) if name != BASELINE else lambda *_: None
         summaries.append(
             MethodSummary(
                 method=name,
@@ -107,10 +110,10 @@ def summarise(methods: Sequence[str], learning_rates: Sequence[float], runs: Seq
                 parameters=statistics.fmean(run.parameters for run in mine),
                 ranks=(min(run.ranks[0] for run in mine), max(run.ranks[1] for run in mine)),
                 score=interval([_score(run) for run in mine]),
-                gain=_difference([_score(run) for run in mine], [_score(run) for run in theirs], name),
+                gain=difference([_score(run) for run in mine], [_score(run) for run in theirs]),
                 steps=interval([_steps(run, target) for run in mine]),
                 missed=sum(steps_to(run.curve, target) is None for run in mine),
-                steps_gain=_difference([_steps(r, target) for r in mine], [_steps(r, target) for r in theirs], name),
+                steps_gain=difference([_steps(run, target) for run in mine], [_steps(run, target) for run in theirs]),
                 forwards=statistics.fmean(run.forwards for run in mine),
                 cost=statistics.median(_cost(run) for run in mine),
                 steps_with_cost=statistics.fmean(_steps(run, target) + _cost(run) for run in mine),
@@ -134,7 +137,5 @@ def _cost(run: Run) -> float:
     return run.initialisation_seconds / run.step_seconds
 
 
-def _difference(mine: Sequence[float], theirs: Sequence[float], method: str) -> Interval | None:
-    if method == BASELINE:
-        return None
-    return interval([a - b for a, b in zip(mine, theirs, strict=True)])
+def _difference(mine: Sequence[float], theirs: Sequence[float], comparisons: int) -> Interval:
+    return interval([a - b for a, b in zip(mine, theirs, strict=True)], comparisons)

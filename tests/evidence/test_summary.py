@@ -21,6 +21,9 @@ def test_the_interval_is_that_of_students_t():
     assert found.mean - found.half == pytest.approx(expected.low)
     assert found.mean + found.half == pytest.approx(expected.high)
     assert found.excludes_zero() == (stats.ttest_1samp(values, 0.0).pvalue < 0.05)
+    six = interval(values, comparisons=6)
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(1 - 0.05 / 6)
+    assert six.mean - six.half == pytest.approx(expected.low)
     with pytest.raises(ValueError, match="at least 2"):
         interval([1.0])
 
