@@ -12,7 +12,7 @@ from support.models import lora, tiny_llama, token_batches
 from support.peft_kinds import bert
 from support.simulated_cuda import SimulatedCuda
 
-REFRESH, NONFINITE = "streaming_svd/refresh.py", "collecting/run.py"
+REFRESH, NONFINITE, CLOSING = "streaming_svd/refresh.py", "collecting/run.py", "collecting/closing.py"
 # Without the attentions' outputs: means over tokens, so nearly alike that bases of them are straightened.
 WELL_CONDITIONED = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -35,8 +35,8 @@ def llama(device, **options):
     return lora(base.to(device.device), **options)
 
 
-def waits_of_batches(model, batches, device, **options):
-    """Of each batch but the last, how often the host waited: by the file of the package where it did."""
+def waits_of_pass(model, batches, device, **options):
+    """Of each batch, how often the host waited, by the file of the package where it did; the last with all after it."""
     marks = []
 
     def loader():
@@ -46,6 +46,7 @@ def waits_of_batches(model, batches, device, **options):
 
     config = EvaConfig(max_batches=len(batches), **options)
     eva_initialize(model, loader(), config, progress=False)
+    marks.append(Counter(device.places))
     found = []
     for before, after in itertools.pairwise(marks):
         files = Counter()
@@ -53,6 +54,11 @@ def waits_of_batches(model, batches, device, **options):
             files[place.partition(":")[0]] += times
         found.append(dict(files))
     return found
+
+
+def waits_of_batches(model, batches, device, **options):
+    """Of each batch but the last."""
+    return waits_of_pass(model, batches, device, **options)[:-1]
 
 
 @pytest.mark.parametrize("form", [list, padded, pinned])
@@ -89,3 +95,16 @@ def test_rows_of_sequences_are_counted_on_the_host():
         model = lora(base.to(device.device), target_modules=["query", "pooler.dense"])
         found = waits_of_batches(model, padded(token_batches(4)), device, oversampling=2.0)
     assert found == [{REFRESH: 1, NONFINITE: 1}, {REFRESH: 1, NONFINITE: 1}, {NONFINITE: 1}]
+
+
+@pytest.mark.parametrize(
+    ("statistic", "finishing"),
+    [("subspace", "orthonormal/__init__.py"), ("gram", "streaming_svd/gram_statistic.py")],
+)
+def test_the_end_waits_twice_for_each_basis_and_once_for_all_else(statistic, finishing):
+    """Each is made orthonormal, or solved for, and fetched. Adapters are written without a wait."""
+    with SimulatedCuda() as device:
+        model = llama(device, target_modules=WELL_CONDITIONED)
+        waits = waits_of_pass(model, token_batches(3), device, statistic=statistic)
+    inputs = 3 * 3  # each block's attention, gate and up, down
+    assert waits[-1] == {NONFINITE: 1, REFRESH: 1, finishing: inputs, CLOSING: inputs + 1}

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from eva_kernels.streaming_svd import sent
+
 from .outline import ModelOutline
 from .preflight import is_lora, is_partitioned
 
@@ -16,7 +18,10 @@ def fill_(
     parameter: Tensor,
     value: Tensor,  # of the parameter's shape, the same on all processes
 ) -> None:
-    """Copy a whole matrix into a parameter; of a DTensor, into the shard that is here. Nothing is sent."""
+    """Copy a whole matrix into a parameter; of a DTensor, into the shard that is here. Processes send nothing.
+
+    The host does not wait for a GPU.
+    """
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import DTensor, Replicate
 
@@ -25,7 +30,7 @@ def fill_(
         local = value.to(device=parameter.device, dtype=parameter.dtype)
         whole = DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
         value = whole.redistribute(placements=placements)
-    parameter.copy_(value)
+    parameter.copy_(sent(value, parameter.device))
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Capture:
             yield
         finally:
             self._live.clear()
-        for entry in list(self.inputs):
+        for entry in [entry for entry in self.inputs if len(entry.streams) > 1]:
             count = len(entry.calls)
             for stream in [s for s, made in entry.calls_made.items() if made < count and self._is_wanted(s)]:
                 self._split(entry, stream)

@@ -1,5 +1,11 @@
 """What comes of a run: the statistics that planning needs, and what a report says of the pass."""
 
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from ..planning import EvaStatistics, InputStatistics, SiteStatistics
 from .inputs import DistinctInput
 from .measurements import peak_memory
@@ -23,7 +29,7 @@ def statistics_of(run: Run) -> EvaStatistics:
             )
             for i, site in enumerate(run.sites)
         ],
-        inputs=[_input_statistics(run, entry) for entry in run.capture.inputs],
+        inputs=_inputs(run),
         config=run.config, num_batches=run.num_batches, num_rows=run.num_rows, seconds=run.seconds,
         history=run.history, stop_reason=run.stop_reason, notes=_notes(run), trace=run.trace,
         peak_memory=peak_memory(),
@@ -41,12 +47,37 @@ def _notes(run: Run) -> tuple[str, ...]:
     return (*left_alone, *(f"{name} saw no input: it keeps its rank and its initial A" for name in run.silent()))
 
 
-def _input_statistics(run: Run, entry: DistinctInput) -> InputStatistics:
+def _inputs(run: Run) -> list[InputStatistics]:
+    """Of every distinct input. The host waits for a device once for all, and for each basis, which is large."""
+    statistics = [entry.statistic for entry in run.capture.inputs]
+    vectors = _on_host([v for s in statistics for v in (s.total_scatter()[None], s.eigenvalues, s.mean())])
+    return [_input_statistics(run, entry, *vectors[3 * i : 3 * i + 3]) for i, entry in enumerate(run.capture.inputs)]
+
+
+def _input_statistics(
+    run: Run,
+    entry: DistinctInput,
+    total_scatter: Tensor,  # (1,) float64
+    eigenvalues: Tensor,  # (q,) float64
+    mean: Tensor,  # (d,) float64
+) -> InputStatistics:
     statistic = entry.statistic
     return InputStatistics(
-        kind=statistic.kind, num_rows=statistic.num_rows, total_scatter=float(statistic.total_scatter()),
+        kind=statistic.kind, num_rows=statistic.num_rows, total_scatter=float(total_scatter),
         nbytes=statistic.nbytes(), reason=entry.reason,
         skipped_rows=sum(run.row_rules.skipped.get(name, 0) for name in run.names(entry)),
-        eigenvalues=statistic.eigenvalues.cpu(), components=statistic.basis.T.float().cpu().contiguous(),
-        mean=statistic.mean().float().cpu(),
+        eigenvalues=eigenvalues, components=statistic.basis.T.float().cpu().contiguous(), mean=mean.float(),
     )  # fmt: skip
+
+
+def _on_host(vectors: Sequence[Tensor]) -> list[Tensor]:  # (n,) float64 each
+    """Copies on the CPU; the host waits once for those of a device."""
+    of_device: dict[torch.device, list[int]] = defaultdict(list)
+    for i, vector in enumerate(vectors):
+        of_device[vector.device].append(i)
+    found = list(vectors)
+    for indices in of_device.values():
+        together = torch.cat([vectors[i] for i in indices]).cpu()
+        for i, part in zip(indices, torch.split(together, [len(vectors[i]) for i in indices]), strict=True):
+            found[i] = part.clone()
+    return found
