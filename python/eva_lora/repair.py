@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,8 +33,10 @@ from .fitting import (
     LayerFit,
     LayerWeights,
     ModelErrors,
+    added_by,
     completed,
     difference,
+    fit_in_sequence,
     fit_layer,
     layer_errors,
     model_errors,
@@ -62,6 +65,7 @@ def fit_quantization_error(
     repair_share: float = 0.5,
     repair_explained: float | None = None,
     rounds: int = 1,
+    passes: int = 1,
     hold_back: int = HOLD_BACK,
     dequantize: Dequantize | None = None,
     requantize: Requantize | None = None,
@@ -98,6 +102,10 @@ def fit_quantization_error(
             quantised in the weight's place, and B A fitted to what that leaves. Ranks do not move then (``rho=1``).
         requantize: ``requantize(name, layer, matrix)`` makes a base layer compute with a matrix (out, in), as near as
             its quantiser comes. Not needed for bitsandbytes' 4 bits.
+        passes: 1: every layer is fitted on the inputs that the quantised model gives it. More: the model is fitted in
+            so many parts of as many layers each, from its first layers to its last, each on what it is given once the
+            parts before are repaired, which is better where little is left of the model, at 2 bits. All batches are
+            kept, and run once for each part. Ranks do not move then (``rho=1``).
         hold_back: Every so many batches one is kept from the fit, and errors are measured on those. 0: none is.
         dequantize: ``dequantize(name, layer)`` returns the matrix (out, in) that a base layer computes with, or None
             for what is done anyhow: bitsandbytes, HQQ and torchao are asked, others are shown the identity.
@@ -115,6 +123,7 @@ def fit_quantization_error(
     """
     split = _Split(method, repair_share, repair_explained)
     _require_rounds(method, rounds, requantize)
+    _require_passes(method, passes)
     _require_hold_back(hold_back)
     started = time.perf_counter()
     with ordinary_tensors():
@@ -129,19 +138,35 @@ def fit_quantization_error(
         require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
         source = LayerWeights(bases, floats, dequantize, tied_weights(model))
+        for name, value in {"rounds": rounds, "passes": passes}.items():
+            if value > 1 and chosen.rho != 1:
+                raise ValueError(f"{name}: expected 1 where ranks move, got {value}; give config=EvaConfig(rho=1)")
         if rounds > 1:
-            if chosen.rho != 1:
-                raise ValueError(f"rounds: expected 1 where ranks move, got {rounds}; give config=EvaConfig(rho=1)")
             source.require_requantizable(requantize)
 
         held: list[Any] = []
+        visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
+
+        def collected(layers: LoraAdapter, batches: Iterable[Any]) -> EvaStatistics:
+            return collect_with(
+                layers, model, batches, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
+            )
+
+        def fitted(sites: Sequence[LoraSite], statistics: EvaStatistics | None) -> dict[str, LayerFit]:
+            members = _members(sites, statistics, bases, without)
+            with visits.still():
+                return _fit(members, statistics, source, chosen, rounds, requantize)
+
         statistics: EvaStatistics | None = None
+        fits: dict[str, LayerFit] | None = None
         if method == "loftq" or loader_or_statistics is None:
             if method != "loftq":
                 raise ValueError(
                     f"loader_or_statistics: expected batches or EvaStatistics with method={method!r}, got None"
                 )
         elif isinstance(loader_or_statistics, EvaStatistics):
+            if passes > 1:
+                raise ValueError(f"passes: expected 1 with statistics, which are of one pass, got {passes}")
             statistics = loader_or_statistics
         else:
             if joined(None) is not None:
@@ -150,13 +175,14 @@ def fit_quantization_error(
                     "eva_lora.collect on all ranks and pass them on each"
                 )
             batches = _HeldBack(loader_or_statistics, hold_back, held)
-            statistics = collect_with(
-                adapter, model, batches, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
-            )
-        members = _members(adapter, statistics, bases, without)
-        visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
+            kept = [own(batch) for batch in islice(batches, chosen.max_batches)] if passes > 1 else []
+            if kept:
+                statistics, fits = fit_in_sequence(adapter, visits, kept, passes, collected, fitted, split.repaired)
+            else:
+                statistics = collected(adapter, batches)
+        fits = fitted(adapter.sites, statistics) if fits is None else fits
+        members = _members(adapter.sites, statistics, bases, without)
         with visits.still():
-            fits = _fit(members, statistics, source, chosen, rounds, requantize)
             samples = samples_of({site.name: bases[site.name] for site in members})
         plan = _planned(adapter, members, fits, statistics, chosen, split, without)
         factors = {
@@ -167,7 +193,8 @@ def fit_quantization_error(
         errors: dict[str, tuple[float, float]] = {}
         of_model = ModelErrors()
         if held:
-            errors = layer_errors(visits, held, source.error_of, factors)
+            with visits.changed(added_by(factors) if passes > 1 else {}):
+                errors = layer_errors(visits, held, source.error_of, factors)
             of_model = model_errors(visits, held, source.error_of, factors)
         adapter.apply(plan)
     notes = plan.notes
@@ -265,6 +292,13 @@ def _require_rounds(method: str, rounds: int, requantize: Requantize | None) -> 
         raise ValueError("requantize: expected None, since one round leaves the base as it is")
 
 
+def _require_passes(method: str, passes: int) -> None:
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes: expected an integer of at least 1, got {passes!r}")
+    if passes > 1 and method == "loftq":
+        raise ValueError(f'passes: expected 1 with method="loftq", which asks for no inputs, got {passes}')
+
+
 def _require_hold_back(hold_back: int) -> None:
     if isinstance(hold_back, bool) or not isinstance(hold_back, int) or hold_back < 0 or hold_back == 1:
         raise ValueError(f"hold_back: expected 0 or an integer of at least 2, got {hold_back!r}")
@@ -331,7 +365,7 @@ def loaded_from(model: nn.Module) -> str:
 
 
 def _members(
-    adapter: LoraAdapter,
+    sites: Sequence[LoraSite],
     statistics: EvaStatistics | None,
     bases: Mapping[str, BaseWeight],
     without: dict[str, str],
@@ -340,20 +374,20 @@ def _members(
     if statistics is None:
         return [
             SiteStatistics(site.name, (-1,), site.rank, site.in_features, True, 0, site.rank_multiple, site.removable)
-            for site in adapter.sites if site.name in bases
+            for site in sites if site.name in bases
         ]  # fmt: skip
     known = {site.name: site for site in statistics.sites}
-    strange = [s.name for s in adapter.sites if s.name not in known or known[s.name].in_features != s.in_features]
+    strange = [s.name for s in sites if s.name not in known or known[s.name].in_features != s.in_features]
     if strange:
         raise ValueError(
             f"loader_or_statistics: they are of another model: they do not know {strange[0]} as it is here"
         )
-    for name in bases:
-        if known[name].input < 0:
-            without[name] = "it saw no input"
+    for site in sites:
+        if site.name in bases and known[site.name].input < 0:
+            without[site.name] = "it saw no input"
     return [
         SiteStatistics(s.name, known[s.name].inputs, s.rank, s.in_features, True, 0, s.rank_multiple, s.removable)
-        for s in adapter.sites
+        for s in sites
         if s.name in bases and s.name not in without
     ]
 

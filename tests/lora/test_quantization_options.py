@@ -193,6 +193,9 @@ def test_bitsandbytes_quantises_anew_by_itself(floats):
         ({"rounds": 2, "method": "repair"}, "rounds: expected 1 without method"),
         ({"rounds": 2, "config": EvaConfig(rho=2.0)}, "rounds: expected 1 where ranks move"),
         ({"rounds": 2}, "requantize: expected a callable for layer"),
+        ({"passes": 0}, "passes: expected an integer of at least 1"),
+        ({"passes": 2}, "passes: expected 1 with method"),
+        ({"passes": 2, "method": "repair", "config": EvaConfig()}, "passes: expected 1 where ranks move"),
         ({"requantize": print}, "requantize: expected None, since one round leaves the base as it is"),
         ({"repair_explained": 0.5}, "repair_explained: expected None without method"),
         ({"method": "eva+repair", "repair_explained": 1.0}, "repair_explained: expected a number between 0 and 1"),
@@ -292,3 +295,44 @@ def test_where_state_cannot_be_put_back_nothing_is_said_of_the_model_s_end():
     assert any("was not measured: it holds what cannot be put back" in note for note in report.notes)
     assert all(layer.held is not None for layer in report.layers.values())
     assert isinstance(report, RepairReport)
+
+
+# --- one part of the model after the other
+
+
+def test_statistics_are_of_one_pass(floats):
+    model = lora(quantised(floats, group=16))
+    statistics = eva_lora.collect(model, token_batches(2), EvaConfig(max_batches=2), progress=False)
+    with pytest.raises(ValueError, match="passes: expected 1 with statistics"):
+        fit(model, statistics, floats, EvaConfig(rho=1.0), progress=False, passes=2)
+
+
+def test_in_sequence_each_layer_is_at_its_minimum_on_what_the_repaired_model_gives_it(floats):
+    """Once all are repaired a layer's inputs are those that it was fitted on: only layers before it make them."""
+    bases = quantised(floats, bits=2, group=16)
+    model, batches = lora(copy.deepcopy(bases)), token_batches()
+    report = repaired(model, floats, batches, passes=100)
+    rows = layer_inputs(model, batches, enabled=True)
+    least = least_errors(floats, bases, rows, report.ranks)
+    assert len(report.layers) == 21
+    for name, (before, after, output) in output_errors(model, floats, rows).items():
+        # Forwards in float32, of Q x and s B A x apart and in another order here: each layer adds roundings of its own.
+        rounding = 21 * rows[name].shape[1] * UNIT * before
+        assert after <= (1 + 1e-6) * least[name] + rounding, name
+        np.testing.assert_allclose(report.layers[name].fitted[1], after / output, rtol=0, atol=4 * rounding / output)
+
+
+def test_parts_of_a_model_are_fitted_on_what_those_before_them_give(floats):
+    bases, batches = quantised(floats, bits=2, group=16), token_batches(5)
+    deltas = {}
+    for passes in (1, 2):
+        model = lora(copy.deepcopy(bases))
+        report = repaired(model, floats, batches, passes=passes, hold_back=4, max_batches=None)
+        assert (report.num_batches, report.held_batches) == (4, 1)
+        deltas[passes] = {n: layer_of(model, n).get_delta_weight("default").detach() for n in report.layers}
+        # What was measured is what float64 says of the rows that the layers were given: the repaired model's, or not.
+        rows = layer_inputs(model, [batches[1]], enabled=passes > 1)
+        for name, (before, after, output) in output_errors(model, floats, rows).items():
+            np.testing.assert_allclose(report.layers[name].held, (before / output, after / output), rtol=1e-4)
+    same = {name for name in deltas[1] if torch.equal(deltas[1][name], deltas[2][name])}
+    assert same == {*list(deltas[1])[:10]}  # of 21 layers

@@ -19,7 +19,7 @@ from .rerunning import ForwardState
 from .restoring import borrowed, without_autocast
 from .run import Run
 
-__all__ = ["Outputs", "Visits"]
+__all__ = ["Change", "Outputs", "Visits"]
 
 Visit = Callable[[str, Tensor], None]  # a layer's name, some of its rows (n, d)
 Change = Callable[[Tensor], Tensor]  # a layer's inputs (..., d) -> what is added to its outputs
@@ -93,10 +93,7 @@ class Visits:
             mine = to_device(own(batch), device)
             unknown = state.note(contents=True)
             with ExitStack() as stack:
-                for site in self._adapter.sites:
-                    if changes is not None and site.name in changes:
-                        handle = site.module.register_forward_hook(_adding(site, changes[site.name]), with_kwargs=True)
-                        stack.callback(handle.remove)
+                stack.enter_context(self.changed(changes or {}))
                 if head is not None:
                     hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
                     stack.callback(hook.remove)
@@ -114,6 +111,23 @@ class Visits:
 
         with borrowed(self._outline), self._adapter.disabled():
             yield outputs
+
+    @contextmanager
+    def changed(self, changes: Mapping[str, Change]) -> Iterator[None]:
+        """Within it forwards have something added to the outputs of the layers named."""
+        with ExitStack() as stack:
+            for site in self._adapter.sites:
+                if site.name in changes:
+                    handle = site.module.register_forward_hook(_adding(site, changes[site.name]), with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+    def order(self, batch: Any) -> list[str]:
+        """The layers in the order in which a forward calls them first; those that it does not call are left out."""
+        called: dict[str, None] = {}
+        with self.rows(lambda name, rows: called.setdefault(name)) as run_batch:
+            run_batch(batch)
+        return [*called]
 
     @contextmanager
     def still(self) -> Iterator[None]:

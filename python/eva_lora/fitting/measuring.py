@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..collecting import Visits
+from ..collecting import Change, Visits
 
-__all__ = ["ModelErrors", "layer_errors", "model_errors"]
+__all__ = ["ModelErrors", "added_by", "layer_errors", "model_errors"]
 
 ROWS = 1024  # whose outputs are made at a time
 
@@ -49,11 +49,11 @@ def layer_errors(
         if name not in factors:
             return
         weight, error = error_of(name)
-        added = _added(factors[name], weight.device)
+        change = _added(factors[name], weight.device)
         for x in torch.split(rows, ROWS):
             x = x.to(weight.device, torch.float32)
             wrong = x @ error.T
-            parts = (wrong, wrong - added(x), x @ weight.T)
+            parts = (wrong, wrong - change(x), x @ weight.T)
             found = torch.stack([part.square().sum(1).cpu().to(torch.float64).sum() for part in parts])
             sums[name] = sums.get(name, 0) + found
 
@@ -70,10 +70,7 @@ def model_errors(visits: Visits, batches: Iterable[Any], error_of: Error, factor
     def true_to(name: str) -> Callable[[Tensor], Tensor]:
         return lambda x: functional.linear(x.float(), error_of(name)[1].to(x.device))
 
-    def repaired(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: _added(factors[name], x.device)(x.float())
-
-    changes = [{name: make(name) for name in factors} for make in (true_to, repaired)]
+    changes = [{name: true_to(name) for name in factors}, added_by(factors)]
     squares, divergences, rows = [0.0, 0.0, 0.0], [0.0, 0.0], 0
     with visits.outputs() as outputs:
         for batch in batches:
@@ -97,6 +94,15 @@ def model_errors(visits: Visits, batches: Iterable[Any], error_of: Error, factor
     before, after = (float((part / squares[2]) ** 0.5) for part in squares[:2])
     kl = (divergences[0] / rows, divergences[1] / rows) if rows else None
     return ModelErrors((before, after), kl)
+
+
+def added_by(factors: Factors) -> dict[str, Change]:
+    """Layer → x → what A and B add to its output."""
+
+    def of(name: str) -> Change:
+        return lambda x: _added(factors[name], x.device)(x.float())
+
+    return {name: of(name) for name in factors}
 
 
 def _added(factors: tuple[Tensor, Tensor, Tensor | None], device: torch.device) -> Callable[[Tensor], Tensor]:
