@@ -138,10 +138,11 @@ def fit_quantization_error(
         require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
         source = LayerWeights(bases, floats, dequantize, tied_weights(model))
-        for name, value in {"rounds": rounds, "passes": passes}.items():
-            if value > 1 and chosen.rho != 1:
-                raise ValueError(f"{name}: expected 1 where ranks move, got {value}; give config=EvaConfig(rho=1)")
+        if passes > 1 and chosen.rho != 1:
+            raise ValueError(f"passes: expected 1 where ranks move, got {passes}; give config=EvaConfig(rho=1)")
         if rounds > 1:
+            if chosen.rho != 1:
+                raise ValueError(f"rounds: expected 1 where ranks move, got {rounds}; give config=EvaConfig(rho=1)")
             source.require_requantizable(requantize)
 
         held: list[Any] = []
@@ -265,11 +266,10 @@ class _Split:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
-        given = {"repair_share": self.share, "repair_explained": self.explained}
-        for name, value in given.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
-            if not number and (name, value) != ("repair_explained", None):
-                raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+        if not _is_share(self.share):
+            raise ValueError(f"repair_share: expected a number between 0 and 1, got {self.share!r}")
+        if self.explained is not None and not _is_share(self.explained):
+            raise ValueError(f"repair_explained: expected a number between 0 and 1, got {self.explained!r}")
         if self.explained is not None and self.method != "eva+repair":
             raise ValueError(f'repair_explained: expected None without method="eva+repair", got {self.explained!r}')
 
@@ -281,6 +281,10 @@ class _Split:
             return min(rank, max(1, round(rank * self.share)))
         given_back = fit.energies[:rank].cumsum(0)
         return 1 + int((given_back < self.explained * given_back[-1]).sum())
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
 
 
 def _require_rounds(method: str, rounds: int, requantize: Requantize | None) -> None:
