@@ -78,7 +78,7 @@ def _apart(block: Tensor, space: Tensor) -> Tensor:
     for _ in range(2):  # the second time takes what the first one's rounding has left
         block = block - space @ (space.mT @ block)
     block = orthonormalize(block)
-    if bool((double(space).mT @ double(block)).abs().max() <= APART * torch.finfo(block.dtype).eps):
+    if bool((space.mT @ block).abs().max() <= APART * torch.finfo(block.dtype).eps):
         return block
     # The space holds all of the block but rounding: columns that were completed know nothing of it.
     return orthonormalize(torch.cat([space, block], -1))[..., space.shape[-1] :]

@@ -33,7 +33,8 @@ class SecondMoment(NamedTuple):
     ) -> Tensor:  # (...) float64
         """tr(M R Mᵀ): the mean of ‖M x‖² over the inputs. ``product``: M F, where it is known."""
         squares = double(matrix @ self.factor if product is None else product).square().sum((-2, -1))
-        norms = torch.linalg.vector_norm(matrix, dim=-2)  # without a copy of the matrix
+        # Norms of columns only where they differ in weight: those of rows are in one piece, and ten times as fast.
+        norms = torch.linalg.vector_norm(matrix, dim=-2 if self.rest.ndim else -1)  # without a copy of the matrix
         return squares + (double(norms).square() * double(self.rest)).sum(-1)
 
     def trace(self) -> float:

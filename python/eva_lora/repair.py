@@ -3,7 +3,8 @@
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,8 @@ from .adapters import (
     LoraAdapter,
     LoraSite,
     ModelOutline,
+    PeftAdapter,
+    Requantize,
     SiteAdapter,
     TrainedLayers,
     find_adapter,
@@ -30,8 +33,10 @@ from .fitting import (
     LayerFit,
     LayerWeights,
     ModelErrors,
+    added_by,
     completed,
     difference,
+    fit_in_sequence,
     fit_layer,
     layer_errors,
     model_errors,
@@ -58,8 +63,12 @@ def fit_quantization_error(
     *,
     method: Method = "repair",
     repair_share: float = 0.5,
+    repair_explained: float | None = None,
+    rounds: int = 1,
+    passes: int = 1,
     hold_back: int = HOLD_BACK,
     dequantize: Dequantize | None = None,
+    requantize: Requantize | None = None,
     forward_fn: ForwardFn | None = None,
     row_mask_fn: RowMaskFn | None = None,
     sites: Sequence[LoraSite] | None = None,
@@ -85,8 +94,18 @@ def fit_quantization_error(
             move to the layers where they give back most of the output's energy, E‖W x‖², under the same total; with 1
             every layer keeps its own. None: as in :func:`eva_lora.eva_initialize`.
         method: "repair": all ranks repair. "eva+repair": ``repair_share`` of each layer's rank does, the rest starts as
-            in EVA, with B = 0, in the complement. "loftq": one round of LoftQ, with no data.
+            in EVA, with B = 0, in the complement. "loftq": LoftQ, with no data.
         repair_share: See ``method``. How much is best is not known: it is chosen, not derived.
+        repair_explained: Instead of ``repair_share``: in each layer just as many directions repair as give back this
+            share of the output error that all of its rank would.
+        rounds: Of ``method="loftq"``. From the second on **the base is changed**: in each layer in turn, W − s·BA is
+            quantised in the weight's place, and B A fitted to what that leaves. Ranks do not move then (``rho=1``).
+        requantize: ``requantize(name, layer, matrix)`` makes a base layer compute with a matrix (out, in), as near as
+            its quantiser comes. Not needed for bitsandbytes' 4 bits.
+        passes: 1: every layer is fitted on the inputs that the quantised model gives it. More: the model is fitted in
+            so many parts of as many layers each, from its first layers to its last, each on what it is given once the
+            parts before are repaired, which is better where little is left of the model, at 2 bits. All batches are
+            kept, and run once for each part. Ranks do not move then (``rho=1``).
         hold_back: Every so many batches one is kept from the fit, and errors are measured on those. 0: none is.
         dequantize: ``dequantize(name, layer)`` returns the matrix (out, in) that a base layer computes with, or None
             for what is done anyhow: bitsandbytes, HQQ and torchao are asked, others are shown the identity.
@@ -98,10 +117,14 @@ def fit_quantization_error(
     Raises:
         TypeError: an argument of another type.
         ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; a float weight that is missing, has another
-            shape or cannot be what the base was made of. The model is then as it was.
+            shape or cannot be what the base was made of. The model is then as it was, but for layers whose base a
+            second round has changed.
         FileNotFoundError: there are no float weights where they were looked for.
     """
-    _require_options(method, repair_share, hold_back)
+    split = _Split(method, repair_share, repair_explained)
+    _require_rounds(method, rounds, requantize)
+    _require_passes(method, passes)
+    _require_hold_back(hold_back)
     started = time.perf_counter()
     with ordinary_tensors():
         adapter = find_adapter(model, sites)
@@ -115,15 +138,36 @@ def fit_quantization_error(
         require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
         source = LayerWeights(bases, floats, dequantize, tied_weights(model))
+        if passes > 1 and chosen.rho != 1:
+            raise ValueError(f"passes: expected 1 where ranks move, got {passes}; give config=EvaConfig(rho=1)")
+        if rounds > 1:
+            if chosen.rho != 1:
+                raise ValueError(f"rounds: expected 1 where ranks move, got {rounds}; give config=EvaConfig(rho=1)")
+            source.require_requantizable(requantize)
 
         held: list[Any] = []
+        visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
+
+        def collected(layers: LoraAdapter, batches: Iterable[Any]) -> EvaStatistics:
+            return collect_with(
+                layers, model, batches, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
+            )
+
+        def fitted(sites: Sequence[LoraSite], statistics: EvaStatistics | None) -> dict[str, LayerFit]:
+            members = _members(sites, statistics, bases, without)
+            with visits.still():
+                return _fit(members, statistics, source, chosen, rounds, requantize)
+
         statistics: EvaStatistics | None = None
+        fits: dict[str, LayerFit] | None = None
         if method == "loftq" or loader_or_statistics is None:
             if method != "loftq":
                 raise ValueError(
                     f"loader_or_statistics: expected batches or EvaStatistics with method={method!r}, got None"
                 )
         elif isinstance(loader_or_statistics, EvaStatistics):
+            if passes > 1:
+                raise ValueError(f"passes: expected 1 with statistics, which are of one pass, got {passes}")
             statistics = loader_or_statistics
         else:
             if joined(None) is not None:
@@ -132,45 +176,55 @@ def fit_quantization_error(
                     "eva_lora.collect on all ranks and pass them on each"
                 )
             batches = _HeldBack(loader_or_statistics, hold_back, held)
-            statistics = collect_with(
-                adapter, model, batches, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
-            )
-        members = _members(adapter, statistics, bases, without)
-        visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
+            kept = [own(batch) for batch in islice(batches, chosen.max_batches)] if passes > 1 else []
+            if kept:
+                statistics, fits = fit_in_sequence(adapter, visits, kept, passes, collected, fitted, split.repaired)
+            else:
+                statistics = collected(adapter, batches)
+        fits = fitted(adapter.sites, statistics) if fits is None else fits
+        members = _members(adapter.sites, statistics, bases, without)
         with visits.still():
-            fits = _fit(members, statistics, source, chosen)
             samples = samples_of({site.name: bases[site.name] for site in members})
-        plan = _planned(adapter, members, fits, statistics, chosen, method, repair_share, without)
-        factors = {name: (plan.lora_a[name], plan.lora_b[name]) for name in plan.lora_b if plan.sites[name].rank}
+        plan = _planned(adapter, members, fits, statistics, chosen, split, without)
+        factors = {
+            name: (plan.lora_a[name], plan.lora_b[name], plan.lora_bias.get(name))
+            for name in plan.lora_b
+            if plan.sites[name].rank
+        }
         errors: dict[str, tuple[float, float]] = {}
         of_model = ModelErrors()
         if held:
-            errors = layer_errors(visits, held, source.error_of, factors)
+            with visits.changed(added_by(factors) if passes > 1 else {}):
+                errors = layer_errors(visits, held, source.error_of, factors)
             of_model = model_errors(visits, held, source.error_of, factors)
         adapter.apply(plan)
-    layers = {name: _layer(fit, plan.sites[name], method, repair_share, errors.get(name)) for name, fit in fits.items()}
+    notes = plan.notes
+    if of_model.reason:
+        notes = (*notes, f"What becomes of it at the model's end was not measured: {of_model.reason}")
+    layers = {name: _layer(fit, plan.sites[name], split, errors.get(name)) for name, fit in fits.items()}
     return RepairReport(
         method=method, layers=layers, hidden_error=of_model.hidden, kl=of_model.kl,
         num_batches=0 if statistics is None else statistics.num_batches,
         num_rows=0 if statistics is None else statistics.num_rows, held_batches=len(held),
-        seconds=time.perf_counter() - started, budget=plan.budget, notes=plan.notes, config=chosen.to_dict(),
+        seconds=time.perf_counter() - started, budget=plan.budget, notes=notes, config=chosen.to_dict(),
         base={name: samples[name] for name in layers}, quantization=quantization_of(model),
     )  # fmt: skip
 
 
-def require_same_base(model: nn.Module, saved: "RepairReport | str | Path") -> None:
+def require_same_base(model: nn.Module, saved: "RepairReport | str | Path", adapter_name: str | None = None) -> None:
     """Raise unless a model's base is the one that its adapter was fitted to; call it after loading.
 
     Args:
-        model: With the adapter loaded and active.
+        model: With the adapter loaded.
         saved: The fit's report, or the folder that it was saved in.
+        adapter_name: PEFT's name of the adapter. None: the one that is active.
 
     Raises:
         FileNotFoundError: no report is there.
         ValueError: it is another base, or quantised otherwise; the message names the difference.
     """
     report = saved if isinstance(saved, RepairReport) else RepairReport.load(saved)
-    adapter = find_adapter(model)
+    adapter = find_adapter(model) if adapter_name is None else PeftAdapter(model, adapter_name)
     bases, _ = base_weights_of(adapter)
     fitted = {name: values for name, values in report.base.items() if report.layers[name].repaired}
     with Visits(adapter, model, EvaConfig()).still():
@@ -201,11 +255,55 @@ class _HeldBack:
                 yield batch
 
 
-def _require_options(method: str, repair_share: float, hold_back: int) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"method: expected one of {get_args(Method)}, got {method!r}")
-    if isinstance(repair_share, bool) or not isinstance(repair_share, (int, float)) or not 0 < repair_share < 1:
-        raise ValueError(f"repair_share: expected a number between 0 and 1, got {repair_share!r}")
+@dataclass(frozen=True)
+class _Split:
+    """How many of a layer's directions repair; see :func:`fit_quantization_error`."""
+
+    method: str
+    share: float
+    explained: float | None
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
+        if not _is_share(self.share):
+            raise ValueError(f"repair_share: expected a number between 0 and 1, got {self.share!r}")
+        if self.explained is not None and not _is_share(self.explained):
+            raise ValueError(f"repair_explained: expected a number between 0 and 1, got {self.explained!r}")
+        if self.explained is not None and self.method != "eva+repair":
+            raise ValueError(f'repair_explained: expected None without method="eva+repair", got {self.explained!r}')
+
+    def repaired(self, fit: LayerFit, rank: int) -> int:
+        """Of a layer's rank, how many directions repair."""
+        if self.method != "eva+repair" or not rank:
+            return rank
+        if self.explained is None:
+            return min(rank, max(1, round(rank * self.share)))
+        given_back = fit.energies[:rank].cumsum(0)
+        return 1 + int((given_back < self.explained * given_back[-1]).sum())
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
+
+
+def _require_rounds(method: str, rounds: int, requantize: Requantize | None) -> None:
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds: expected an integer of at least 1, got {rounds!r}")
+    if rounds > 1 and method != "loftq":
+        raise ValueError(f'rounds: expected 1 without method="loftq", got {rounds}')
+    if rounds == 1 and requantize is not None:
+        raise ValueError("requantize: expected None, since one round leaves the base as it is")
+
+
+def _require_passes(method: str, passes: int) -> None:
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes: expected an integer of at least 1, got {passes!r}")
+    if passes > 1 and method == "loftq":
+        raise ValueError(f'passes: expected 1 with method="loftq", which asks for no inputs, got {passes}')
+
+
+def _require_hold_back(hold_back: int) -> None:
     if isinstance(hold_back, bool) or not isinstance(hold_back, int) or hold_back < 0 or hold_back == 1:
         raise ValueError(f"hold_back: expected 0 or an integer of at least 2, got {hold_back!r}")
 
@@ -271,7 +369,7 @@ def loaded_from(model: nn.Module) -> str:
 
 
 def _members(
-    adapter: LoraAdapter,
+    sites: Sequence[LoraSite],
     statistics: EvaStatistics | None,
     bases: Mapping[str, BaseWeight],
     without: dict[str, str],
@@ -280,32 +378,44 @@ def _members(
     if statistics is None:
         return [
             SiteStatistics(site.name, (-1,), site.rank, site.in_features, True, 0, site.rank_multiple, site.removable)
-            for site in adapter.sites if site.name in bases
+            for site in sites if site.name in bases
         ]  # fmt: skip
     known = {site.name: site for site in statistics.sites}
-    strange = [s.name for s in adapter.sites if s.name not in known or known[s.name].in_features != s.in_features]
+    strange = [s.name for s in sites if s.name not in known or known[s.name].in_features != s.in_features]
     if strange:
         raise ValueError(
             f"loader_or_statistics: they are of another model: they do not know {strange[0]} as it is here"
         )
-    for name in bases:
-        if known[name].input < 0:
-            without[name] = "it saw no input"
+    for site in sites:
+        if site.name in bases and known[site.name].input < 0:
+            without[site.name] = "it saw no input"
     return [
         SiteStatistics(s.name, known[s.name].inputs, s.rank, s.in_features, True, 0, s.rank_multiple, s.removable)
-        for s in adapter.sites
+        for s in sites
         if s.name in bases and s.name not in without
     ]
 
 
 def _fit(
-    members: Sequence[SiteStatistics], statistics: EvaStatistics | None, source: LayerWeights, config: EvaConfig
+    members: Sequence[SiteStatistics],
+    statistics: EvaStatistics | None,
+    source: LayerWeights,
+    config: EvaConfig,
+    rounds: int,
+    requantize: Requantize | None,
 ) -> dict[str, LayerFit]:
     fits = {}
     for site, candidates in zip(members, Allocation(members, config).candidates.tolist(), strict=True):
         entry = _input(statistics, site)
-        moment = no_preference(site.in_features) if entry is None else entry.second_moment()
-        fits[site.name] = fit_layer(*source.read(site.name), moment, candidates)
+        told = entry is not None and source.bias_beside(site.name)  # of the mean error
+        moment = no_preference(site.in_features) if entry is None else entry.second_moment(centred=told)
+        fit = fit_layer(*source.read(site.name), moment, candidates, entry.mean if entry is not None and told else None)
+        for _ in range(rounds - 1):
+            weight, _ = source.read(site.name)
+            change = fit.left[:, : site.rank] @ fit.right[: site.rank]
+            source.requantize(site.name, weight.sub_(change.to(weight.device)), requantize)
+            fit = fit_layer(*source.read(site.name), moment, candidates)
+        fits[site.name] = fit
     return fits
 
 
@@ -319,18 +429,21 @@ def _planned(
     fits: Mapping[str, LayerFit],
     statistics: EvaStatistics | None,
     config: EvaConfig,
-    method: str,
-    repair_share: float,
+    split: "_Split",
     without: Mapping[str, str],
 ) -> EvaPlan:
     budget = sum(site.rank for site in members)
     ranks = Allocation(members, config).ranks([fits[site.name].shares.numpy() for site in members], budget)
-    lora_a, lora_b, planned = {}, {}, {}
+    lora_a, lora_b, lora_bias, planned = {}, {}, {}, {}
     short = []
     for i, site in enumerate(members):
         rank, fit = ranks[site.name], fits[site.name]
-        a, b = fit.factors(_repaired(rank, method, repair_share))
-        if method != "eva+repair" and len(a) < rank:
+        repaired = split.repaired(fit, rank)
+        a, b = fit.factors(repaired)
+        bias = fit.bias(len(a)) if rank else None
+        if bias is not None:
+            lora_bias[site.name] = bias
+        if len(a) < repaired:
             short.append(site.name)
         lora_a[site.name], lora_b[site.name] = completed(a, b, rank, _input(statistics, site), config.seed + i)
         planned[site.name] = PlannedSite(
@@ -346,18 +459,11 @@ def _planned(
             "of it starts as in EVA, with B zero"
         )
     order = {site.name: planned[site.name] for site in adapter.sites}
-    return EvaPlan(order, lora_a, config, budget + sum(site.rank for site in kept), tuple(notes), lora_b)
+    return EvaPlan(order, lora_a, config, budget + sum(site.rank for site in kept), tuple(notes), lora_b, lora_bias)
 
 
-def _repaired(rank: int, method: str, share: float) -> int:
-    """How many of a layer's directions repair."""
-    return rank if method != "eva+repair" else min(rank, max(1, round(rank * share)))
-
-
-def _layer(
-    fit: LayerFit, site: PlannedSite, method: str, share: float, held: tuple[float, float] | None
-) -> LayerRepair:
-    repaired = _repaired(site.rank, method, share) if site.rank else 0
+def _layer(fit: LayerFit, site: PlannedSite, split: _Split, held: tuple[float, float] | None) -> LayerRepair:
+    repaired = split.repaired(fit, site.rank)
     return LayerRepair(
         rank=site.rank, configured_rank=site.configured_rank, repaired=repaired, weight_error=fit.weight_error,
         fitted=(fit.error(0), fit.error(repaired)), held=held,

@@ -498,7 +498,7 @@ def test_init_repairs_a_base_that_it_quantises(files, tmp_path):
     [
         (["--repair"], "--repair: needs --quantize"),
         (["--repair", "--quantize", "nf4", "--checkpoint", "pass"], "--checkpoint: not with --repair"),
-        (["--repair", "--quantize", "nf4", "--dora"], "--dora: not with --repair"),
+        (["--repair", "--quantize", "nf4", "--plots"], "--plots: not with --repair"),
         (["--quantize", "nf5"], "'nf5' is not one of 'nf4', 'fp4', 'int8'"),
     ],
 )

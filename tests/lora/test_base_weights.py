@@ -151,7 +151,7 @@ def test_peft_s_layers_say_what_they_are_added_to():
 
 
 def test_what_is_not_one_matrix_says_why():
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[1]))
     bases, without = find_adapter(model).base_weights()
     assert bases == {}
     assert set(without) == {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}

@@ -18,7 +18,7 @@ from eva_lora.cli.demo import load_smollm2, packed_text
 from eva_lora.cli.pretrained import dtype_keyword
 from eva_lora.fitting import completed
 from eva_lora.peft import replace_lora_weights_loftq
-from support.models import LINEARS, layer_inputs, load_minilm, lora, minilm_text_batches, tiny_llama, token_batches
+from support.models import layer_inputs, load_minilm, lora, minilm_text_batches, tiny_llama, token_batches
 from support.quantised import least_errors, output_errors, quantised, rounded
 from support.tiny import state_of
 from support.versions import LOADS_BITSANDBYTES, needs
@@ -457,10 +457,30 @@ def test_statistics_of_another_model_are_refused(floats, model):
         repaired(model, floats, statistics)
 
 
-def test_what_cannot_be_repaired_is_named(floats):
-    model = get_peft_model(quantised(floats), LoraConfig(r=4, target_modules=LINEARS, use_dora=True))
-    with pytest.raises(ValueError, match="none of its LoRA layers has a base weight to repair"):
-        repaired(model, floats)
+@pytest.mark.parametrize(
+    ("layer", "inputs", "why"),
+    [
+        (nn.Conv1d(4, 8, 3), torch.randn(2, 4, 9), "it is a convolution"),
+        (
+            nn.MultiheadAttention(8, 2),
+            torch.randn(3, 2, 8),
+            "it is a MultiheadAttention, whose matrices",
+        ),
+    ],
+    ids=["convolution", "attention"],
+)
+def test_what_cannot_be_repaired_is_named(layer, inputs, why):
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = layer
+
+        def forward(self, x):
+            return self.one(x) if isinstance(layer, nn.Conv1d) else self.one(x, x, x)[0]
+
+    model = get_peft_model(One(), LoraConfig(r=2, target_modules=["one"]))
+    with pytest.raises(ValueError, match=f"none of its LoRA layers has a base weight to repair: .*{why}"):
+        repaired(model, layer, [inputs])
 
 
 def test_convolutions_are_left_alone_and_layers_of_other_dtypes_are_not():

@@ -1,6 +1,7 @@
 """Small random models, real ones, and an independent record of what their layers are fed."""
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -95,8 +96,9 @@ def minilm_text_batches():
     ]
 
 
-def layer_inputs(model, batches, keep=lambda batch: batch.get("attention_mask")):
-    """Every LoRA layer's input rows over the batches, float64, by the layer's name in the base model."""
+def layer_inputs(model, batches, keep=lambda batch: batch.get("attention_mask"), *, enabled=False):
+    """Every LoRA layer's input rows over the batches, float64, by the layer's name in the base model; with its adapter
+    disabled, unless ``enabled``."""
     base = model.get_base_model()
     layers = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
     rows = {name: [] for name in layers}
@@ -107,7 +109,7 @@ def layer_inputs(model, batches, keep=lambda batch: batch.get("attention_mask"))
     training = model.training
     model.eval()
     result = {name: [] for name in layers}
-    with torch.no_grad(), model.disable_adapter():
+    with torch.no_grad(), nullcontext() if enabled else model.disable_adapter():
         for batch in batches:
             model(**batch)
             mask = keep(batch)

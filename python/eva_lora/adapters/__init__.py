@@ -11,7 +11,7 @@ from torch import nn
 
 from ..planning import EvaPlan
 from . import libraries, peft
-from .base_weights import BaseWeight, Dequantize
+from .base_weights import BaseWeight, Dequantize, Requantize
 from .export import VLLM_RANKS, export_uniform
 from .generators import noted_generators, ordinary_tensors, same_generators
 from .outline import ModelOutline
@@ -43,6 +43,7 @@ __all__ = [
     "ParameterSite",
     "Patches",
     "PeftAdapter",
+    "Requantize",
     "Rows",
     "SiteAdapter",
     "TrainedLayers",

@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BaseWeight", "Dequantize"]
+__all__ = ["BaseWeight", "Dequantize", "Requantize"]
 
 Dequantize = Callable[[str, nn.Module], "Tensor | None"]
+Requantize = Callable[[str, nn.Module, Tensor], object]
 
 PROBED_ROWS = 512  # of the identity, at a time
 CHECKED_COLUMNS = 4
@@ -28,6 +29,7 @@ class BaseWeight:
         fan_in_fan_out: Whether the module's own ``weight`` is (in, out).
         matrix_is_weight: Whether the module's ``weight``, if it is floating point, is the matrix (out, in), flattened;
             False: only its outputs tell.
+        bias_beside: Whether the adapter has a bias beside B.
     """
 
     name: str
@@ -37,6 +39,7 @@ class BaseWeight:
     dtype: torch.dtype
     fan_in_fan_out: bool = False
     matrix_is_weight: bool = True
+    bias_beside: bool = False
 
     @torch.no_grad()
     def read(self, dequantize: Dequantize | None = None) -> Tensor:  # (out, in) float32
@@ -70,6 +73,34 @@ class BaseWeight:
             [i * size // count for i in range(min(count, size))] for size in (self.in_features, self.out_features)
         )
         return tuple(self._images(columns, _device_of(self.module))[:, rows].flatten().tolist())
+
+    def require_requantizable(self) -> None:
+        """Raise ValueError unless :meth:`requantize` knows how, with no callable to do it."""
+        if type(getattr(self.module, "weight", None)).__name__ != "Params4bit":
+            raise ValueError(
+                f"requantize: expected a callable for layer {self.name}, a {type(self.module).__name__}: only "
+                "bitsandbytes' 4 bits are quantised anew without one"
+            )
+
+    @torch.no_grad()
+    def requantize(self, matrix: Tensor, requantize: Requantize | None = None) -> None:  # (out, in)
+        """Make the layer compute with another matrix, quantised as its own is: by ``requantize(name, layer, matrix)``,
+        which changes the layer, or by bitsandbytes."""
+        if requantize is not None:
+            requantize(self.name, self.module, matrix)
+            return
+        self.require_requantizable()
+        from bitsandbytes.functional import quantize_4bit
+
+        module: Any = self.module
+        weight, how = module.weight, module.weight.quant_state
+        packed, state = quantize_4bit(
+            matrix.to(weight.device, how.dtype), blocksize=how.blocksize, compress_statistics=how.nested,
+            quant_type=how.quant_type, quant_storage=weight.quant_storage,
+        )  # fmt: skip
+        weight.data, weight.quant_state = packed, state
+        if getattr(module, "quant_state", None) is not None:
+            module.quant_state = state
 
     def _own(self) -> Tensor | None:
         """The weight that the module keeps, as far as it is known how."""

@@ -15,7 +15,7 @@ from .base_weights import BaseWeight
 from .fused import unfused
 from .outline import ModelOutline, plain_modules
 from .parameters import check_plan
-from .peft_layers import base_weight_of, factors, parts_of, site_of
+from .peft_layers import base_weight_of, factors, magnitude_of, parts_of, renew_magnitude, site_of
 from .peft_roots import base_models
 from .peft_writing import PlanWriter
 from .sharded import fill_
@@ -145,17 +145,23 @@ class PeftAdapter:
 
     @torch.no_grad()
     def write_factors(self, name: str, a: Tensor, b: Tensor) -> Callable[[], None]:  # (r, d), (out, r)
-        """Write A into a layer, and B such that the layer adds ``b`` A x; its rank stays. Returns what undoes it."""
+        """Write A into a layer, and B such that the layer adds ``b`` A x; its rank stays. Returns what undoes it.
+
+        A layer with DoRA computes with the sum of both then; its lengths follow.
+        """
         layer = self.layers[name]
         (first,), (module,) = factors(layer, self.name)
         second: Any = module.weight
-        before = [parameter.detach().clone() for parameter in (first, second)]
+        magnitude = magnitude_of(layer, self.name)
+        written = [first, second, *([] if magnitude is None else [magnitude.weight])]
+        before = [parameter.detach().clone() for parameter in written]
         fill_(first, a.view(first.shape))
         fill_(second, (b / layer.scaling[self.name]).view(second.shape))
+        renew_magnitude(layer, self.name)
 
         @torch.no_grad()
         def undo() -> None:
-            for parameter, value in zip((first, second), before, strict=True):
+            for parameter, value in zip(written, before, strict=True):
                 parameter.copy_(value)
 
         return undo

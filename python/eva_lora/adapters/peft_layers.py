@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .base_weights import BaseWeight
 from .sites import LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
 
-__all__ = ["ConvSite", "base_weight_of", "factors", "parts_of", "site_of"]
+__all__ = ["ConvSite", "base_weight_of", "factors", "magnitude_of", "parts_of", "renew_magnitude", "site_of"]
 
 
 @dataclass(frozen=True)
@@ -166,20 +166,44 @@ def base_weight_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype)
     Raises:
         LeftAlone: what B A is added to is not one matrix that is multiplied with the site's rows.
     """
-    if site.parts > 1 or hasattr(layer, "parameter_name"):
-        raise LeftAlone("its weight is a parameter of a larger module")
-    if adapter in layer.lora_variant:
-        raise LeftAlone(f"its adapter is a {type(layer.lora_variant[adapter]).__name__}, not W + s B A")
-    base, b = layer.get_base_layer(), layer.lora_B[adapter].weight
+    base = layer.get_base_layer()
+    if hasattr(layer, "parameter_name"):
+        many = f"a stack of {site.parts} experts' matrices" if site.parts > 1 else "one parameter of a larger module"
+        raise LeftAlone(f"it is {many}, a {type(base).__name__}, which cannot be asked what each computes with")
+    if site.parts > 1:
+        raise LeftAlone(f"it is a {type(base).__name__}, whose matrices are multiplied inside of it")
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and magnitude_of(layer, adapter) is None:
+        raise LeftAlone(f"its adapter is a {type(variant).__name__}, not W + s B A")
+    b = layer.lora_B[adapter].weight
     if b.ndim > 2:
-        raise LeftAlone("it is a convolution, which is not shown unit vectors")
+        raise LeftAlone("it is a convolution, whose B A is not multiplied with its inputs but with patches of them")
     weight = getattr(base, "weight", None)
     if type(weight) is nn.Parameter and weight.is_floating_point():
         dtype = weight.dtype  # models may keep some layers in another
     return BaseWeight(
         site.name, base, site.in_features, b.shape[0], dtype,
         fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)),
+        bias_beside=getattr(layer.lora_B[adapter], "bias", None) is not None,
     )  # fmt: skip
+
+
+def magnitude_of(layer: Any, adapter: str) -> Any:
+    """The module with DoRA's lengths of the rows of W + s B A, where a layer has one."""
+    kept = getattr(layer, "lora_magnitude_vector", {})
+    return kept[adapter] if adapter in kept and "Dora" in type(layer.lora_variant.get(adapter)).__name__ else None
+
+
+def renew_magnitude(layer: Any, adapter: str) -> None:
+    """Make DoRA's lengths those of W + s B A as it is now, so that it computes with just that."""
+    magnitude = magnitude_of(layer, adapter)
+    if magnitude is None:
+        return
+    (a,), (b,) = factors(layer, adapter)
+    kept: nn.Parameter = magnitude.weight
+    magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b.weight, scaling=layer.scaling[adapter])
+    kept.data.copy_(magnitude.weight.data.view(kept.shape))
+    magnitude.weight = kept  # the same object as before: an optimizer or wrapper may know it
 
 
 def parts_of(layer: Any) -> list[Any]:

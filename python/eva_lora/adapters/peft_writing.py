@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..planning import EvaPlan, PlannedSite
 from .generators import same_generators
 from .parameters import check_plan
-from .peft_layers import ConvSite, factors, parts_of
+from .peft_layers import ConvSite, factors, parts_of, renew_magnitude
 from .peft_naming import base_names, pattern_of, retarget
 from .sharded import fill_
 from .sites import LoraSite
@@ -79,9 +79,7 @@ class PlanWriter:
                 for name, layer in self._layers.items():
                     if name not in emptied:
                         adjust = plan.config.adjust_scaling_factors
-                        self._write(
-                            layer, plan.sites[name], plan.lora_a.get(name), plan.lora_b.get(name), config, adjust
-                        )
+                        self._write(layer, plan, plan.sites[name], config, adjust)
                 self._describe(config, set(emptied))
                 for name in emptied:
                     self._remove(self._layers[name], replaced)
@@ -94,13 +92,12 @@ class PlanWriter:
     def _write(
         self,
         layer: Any,
+        plan: EvaPlan,
         site: PlannedSite,
-        lora_a: Tensor | None,  # (parts · rank, d)
-        lora_b: Tensor | None,  # (out, rank), times the scaling
         config: Any,
         adjust: bool,
     ) -> None:
-        adapter = self._name
+        adapter, lora_a, lora_b = self._name, plan.lora_a.get(site.name), plan.lora_b.get(site.name)
         old_rank, alpha = layer.r[adapter], layer.lora_alpha[adapter]
         on_meta = factors(layer, adapter)[0][0].device.type == "meta"
         if lora_a is None and not on_meta:  # A stays, even where what depends on B starts over
@@ -147,6 +144,10 @@ class PlanWriter:
             (module,) = second
             b: Any = module.weight
             fill_(b, (lora_b / layer.scaling[adapter]).view(b.shape))
+            bias: Any = getattr(module, "bias", None)
+            if bias is not None and site.name in plan.lora_bias:
+                fill_(bias, plan.lora_bias[site.name] / layer.scaling[adapter])
+            renew_magnitude(layer, adapter)
 
     def _remove(self, layer: Any, replaced: list[tuple[nn.Module, str, nn.Module]]) -> None:
         members = parts_of(layer)

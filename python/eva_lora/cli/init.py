@@ -202,7 +202,7 @@ def _initialize(
 def _require_repairable(params: dict[str, Any]) -> None:
     if not params["quantize"]:
         raise click.UsageError("--repair: needs --quantize, which says how the base is quantised")
-    for name in ("checkpoint", "require_convergence", "plots", "dora"):
+    for name in ("checkpoint", "require_convergence", "plots"):
         if params[name]:
             raise click.UsageError(f"--{name.replace('_', '-')}: not with --repair")
 

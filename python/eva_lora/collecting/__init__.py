@@ -9,9 +9,10 @@ from .batches import ForwardFn
 from .estimating import Estimate, estimate, matmul_rate
 from .masks import RowMaskFn
 from .passing import collect, collect_with
-from .visiting import Visits, own
+from .visiting import Change, Visits, own
 
 __all__ = [
+    "Change",
     "Estimate",
     "ForwardFn",
     "RowMaskFn",

@@ -15,10 +15,11 @@ from .batches import ForwardFn, default_forward, to_device
 from .ending import ForwardEnd, output_head
 from .forwards import Forwards, input_device
 from .masks import RowMaskFn, row_mask
+from .rerunning import ForwardState
 from .restoring import borrowed, without_autocast
 from .run import Run
 
-__all__ = ["Outputs", "Visits"]
+__all__ = ["Change", "Outputs", "Visits"]
 
 Visit = Callable[[str, Tensor], None]  # a layer's name, some of its rows (n, d)
 Change = Callable[[Tensor], Tensor]  # a layer's inputs (..., d) -> what is added to its outputs
@@ -30,10 +31,12 @@ class Outputs(NamedTuple):
     Attributes:
         hidden: What its output head is given, or, where it has none, the first tensor that it returns, if any.
         logits: What its output head gives.
+        kept: What the forward has changed of the model for good, or may have; "" where a second one is the same.
     """
 
     hidden: Tensor | None
     logits: Tensor | None
+    kept: str = ""
 
 
 class Visits:
@@ -79,27 +82,52 @@ class Visits:
     @contextmanager
     def outputs(self) -> Iterator[Callable[..., Outputs]]:
         """Within it ``outputs(batch, changes)`` gives what the model makes of a batch; with ``changes``, by layer, what
-        it makes of it with something added to those layers' outputs."""
+        it makes of it with something added to those layers' outputs. Each forward finds the model as the first did."""
         forward, device = self._forward_fn or default_forward, input_device(self._outline)
         head = output_head(self._model, ())
+        parameters = self._outline.parameters
+        state = ForwardState(self._outline.modules, parameters, {p.device for p in parameters})
 
         def outputs(batch: Any, changes: Mapping[str, Change] | None = None) -> Outputs:
             seen: list[Tensor] = []
+            mine = to_device(own(batch), device)
+            unknown = state.note(contents=True)
             with ExitStack() as stack:
-                for site in self._adapter.sites:
-                    if changes is not None and site.name in changes:
-                        handle = site.module.register_forward_hook(_adding(site, changes[site.name]), with_kwargs=True)
-                        stack.callback(handle.remove)
+                stack.enter_context(self.changed(changes or {}))
                 if head is not None:
                     hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
                     stack.callback(hook.remove)
-                made = forward(self._model, to_device(own(batch), device))
+                made = forward(self._model, mine)
             logits = getattr(made, "logits", None)
             first = next((leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.ndim > 1), None)
-            return Outputs(seen[0] if len(seen) == 1 else first, logits if seen else None)
+            hidden = seen[0] if len(seen) == 1 else first
+            hidden = None if hidden is None else hidden.clone()  # which may be what is put back
+            kept = ""
+            if not state.restore():
+                kept = "its forwards edit tensors that it keeps"
+            elif unknown:
+                kept = f"it holds what cannot be put back after a forward ({unknown})"
+            return Outputs(hidden, logits if seen else None, kept)
 
         with borrowed(self._outline), self._adapter.disabled():
             yield outputs
+
+    @contextmanager
+    def changed(self, changes: Mapping[str, Change]) -> Iterator[None]:
+        """Within it forwards have something added to the outputs of the layers named."""
+        with ExitStack() as stack:
+            for site in self._adapter.sites:
+                if site.name in changes:
+                    handle = site.module.register_forward_hook(_adding(site, changes[site.name]), with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+    def order(self, batch: Any) -> list[str]:
+        """The layers in the order in which a forward calls them first; those that it does not call are left out."""
+        called: dict[str, None] = {}
+        with self.rows(lambda name, rows: called.setdefault(name)) as run_batch:
+            run_batch(batch)
+        return [*called]
 
     @contextmanager
     def still(self) -> Iterator[None]:

@@ -6,16 +6,19 @@ Knows weights, the layers they are in and statistics of these layers' inputs; do
 
 from .base_samples import difference, quantization_of, samples_of
 from .float_weights import FloatWeights, LayerWeights
+from .in_sequence import fit_in_sequence
 from .layer_fit import LayerFit, completed, fit_layer, no_preference
-from .measuring import ModelErrors, layer_errors, model_errors
+from .measuring import ModelErrors, added_by, layer_errors, model_errors
 
 __all__ = [
     "FloatWeights",
     "LayerFit",
     "LayerWeights",
     "ModelErrors",
+    "added_by",
     "completed",
     "difference",
+    "fit_in_sequence",
     "fit_layer",
     "layer_errors",
     "model_errors",

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..adapters import BaseWeight, Dequantize
+from ..adapters import BaseWeight, Dequantize, Requantize
 
 __all__ = ["FloatWeights", "LayerWeights"]
 
@@ -152,6 +152,19 @@ class LayerWeights:
         base = self._bases[name]
         quantized = base.read(self._dequantize)
         return self._floats.read(self._kept_as[name], quantized, fan_in_fan_out=base.fan_in_fan_out), quantized
+
+    def bias_beside(self, name: str) -> bool:
+        """Whether a layer's adapter has a bias."""
+        return self._bases[name].bias_beside
+
+    def require_requantizable(self, requantize: Requantize | None) -> None:
+        """Raise ValueError unless every layer's base can be quantised anew."""
+        for base in self._bases.values() if requantize is None else ():
+            base.require_requantizable()
+
+    def requantize(self, name: str, matrix: Tensor, requantize: Requantize | None) -> None:  # (out, in)
+        """Make a layer's base compute with another matrix, as near as its quantiser comes."""
+        self._bases[name].requantize(matrix, requantize)
 
     def error_of(self, name: str) -> tuple[Tensor, Tensor]:  # (out, in) float32, both
         """W, and M = W − Q."""

@@ -24,6 +24,7 @@ class LayerFit:
         right: Uᵀ M, (k, in) float32, with M the float weight less the quantised one.
         energies: (k,) float64: of E‖M x‖², what each direction gives back.
         total: E‖M x‖².
+        mean_error: M x̄, (out,) float32, which a bias gives back. None where there is none to do so.
         output: E‖W x‖², of the float weight.
         variance: Mean of E x² over the features.
         weight_error: ‖M‖ / ‖W‖.
@@ -36,6 +37,7 @@ class LayerFit:
     output: float
     variance: float
     weight_error: float
+    mean_error: Tensor | None = None
 
     @property
     def shares(self) -> Tensor:  # (k,) float64
@@ -43,9 +45,12 @@ class LayerFit:
         return self.energies / self.output if self.output > 0 else torch.zeros_like(self.energies)
 
     def error(self, rank: int) -> float:
-        """Of the output's energy, what is wrong with that many directions repaired, on the rows of the fit."""
-        left = max(0.0, self.total - float(self.energies[:rank].sum()))
-        return left / self.output if self.output > 0 else 0.0
+        """Of the output's energy, what is wrong with that many directions repaired, on the rows of the fit. Where there
+        is a bias, it is told of the mean error; but without any direction there is none."""
+        repaired = float(self.energies[:rank].sum())
+        if rank and self.mean_error is not None:
+            repaired += _square(self.mean_error)
+        return max(0.0, self.total - repaired) / self.output if self.output > 0 else 0.0
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:  # (r, in), (out, r)
         """A and B of the leading directions that give back anything at all, at most ``rank``.
@@ -57,29 +62,49 @@ class LayerFit:
         scale = (self.energies[:rank] / max(self.variance, 1e-300)).sqrt().sqrt().to(self.left)
         return self.right[:rank] / scale[:, None], self.left[:, :rank] * scale
 
+    def bias(self, rank: int) -> Tensor | None:  # (out,)
+        """What makes the mean output right beside that many directions: (M − U Uᵀ M) x̄. None where there is no bias."""
+        if self.mean_error is None:
+            return None
+        left = self.left[:, :rank]
+        return self.mean_error - left @ (left.T @ self.mean_error)
+
 
 def fit_layer(
     weight: Tensor,  # (out, in) float32
     quantized: Tensor,  # (out, in) float32
     moment: SecondMoment,
     directions: int,
+    mean: Tensor | None = None,  # (in,) float32
 ) -> LayerFit:
     """Fit a layer's weight error where its inputs see it. ``weight`` is overwritten.
 
     Args:
         weight: The float weight.
         quantized: What the layer computes with.
-        moment: Of the layer's inputs, not centred.
+        moment: Of the layer's inputs: not centred, but where there is a bias.
         directions: Most that will be asked for.
+        mean: Of the inputs, where a bias beside B can give back what the error makes of it: the directions are then
+            those that are best beside that bias, for E‖M x + c‖² over c is least at c = −M x̄, and then tr(M C Mᵀ) with
+            the covariance C.
     """
     moment = SecondMoment(moment.factor.to(weight.device), moment.rest.to(weight.device))
     output, norm = float(moment.energy(weight)), float(weight.norm())
+    mean = None if mean is None else mean.to(weight)
+    seen = 0.0 if mean is None else _square(weight @ mean)
     error = weight.sub_(quantized)
+    wrong = None if mean is None else error @ mean
     fit = fit_low_rank(error, moment, min(directions, *error.shape))
     return LayerFit(
-        fit.left.cpu(), fit.right.cpu(), fit.energies.cpu(), float(fit.total), output, moment.trace() / error.shape[1],
-        float(error.norm()) / norm if norm else 0.0,
+        fit.left.cpu(), fit.right.cpu(), fit.energies.cpu(),
+        float(fit.total) + (0.0 if wrong is None else _square(wrong)), output + seen,
+        moment.trace() / error.shape[1], float(error.norm()) / norm if norm else 0.0,
+        None if wrong is None else wrong.cpu(),
     )  # fmt: skip
+
+
+def _square(x: Tensor) -> float:
+    return float(x.cpu().double().square().sum())
 
 
 def no_preference(in_features: int) -> SecondMoment:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..collecting import Visits
+from ..collecting import Change, Visits
 
-__all__ = ["ModelErrors", "layer_errors", "model_errors"]
+__all__ = ["ModelErrors", "added_by", "layer_errors", "model_errors"]
 
 ROWS = 1024  # whose outputs are made at a time
 
 Error = Callable[[str], tuple[Tensor, Tensor]]  # a layer's name -> its float weight W and M = W − Q, (out, in) float32
-Factors = Mapping[str, tuple[Tensor, Tensor]]  # a layer's name -> A (r, in) and s B (out, r) float32
+#: A layer's name -> A (r, in), s B (out, r) and what is added to that (out,), if anything; float32.
+Factors = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,18 @@ class ModelErrors:
             and with the fit. None where no batch tells.
         kl: Mean KL divergence of the next token's distribution from the float one's, in nats: without and with the fit.
             None where the model has no output head.
+        reason: Why neither is known, where there is more to say than that no batch tells.
     """
 
     hidden: tuple[float, float] | None = None
     kl: tuple[float, float] | None = None
+    reason: str = ""
 
 
 def layer_errors(
     visits: Visits, batches: Iterable[Any], error_of: Error, factors: Factors
 ) -> dict[str, tuple[float, float]]:
-    """Layer → Σ‖M x‖² and Σ‖(M − s B A) x‖², each over Σ‖W x‖², over the rows x that count.
+    """Layer → Σ‖M x‖² and Σ‖(M − s B A) x − c‖², each over Σ‖W x‖², over the rows x that count.
 
     Layers that no row reached are left out.
     """
@@ -46,11 +49,11 @@ def layer_errors(
         if name not in factors:
             return
         weight, error = error_of(name)
-        a, b = (matrix.to(weight.device) for matrix in factors[name])
+        change = _added(factors[name], weight.device)
         for x in torch.split(rows, ROWS):
             x = x.to(weight.device, torch.float32)
             wrong = x @ error.T
-            parts = (wrong, wrong - (x @ a.T) @ b.T, x @ weight.T)
+            parts = (wrong, wrong - change(x), x @ weight.T)
             found = torch.stack([part.square().sum(1).cpu().to(torch.float64).sum() for part in parts])
             sums[name] = sums.get(name, 0) + found
 
@@ -67,16 +70,13 @@ def model_errors(visits: Visits, batches: Iterable[Any], error_of: Error, factor
     def true_to(name: str) -> Callable[[Tensor], Tensor]:
         return lambda x: functional.linear(x.float(), error_of(name)[1].to(x.device))
 
-    def repaired(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: functional.linear(
-            functional.linear(x.float(), factors[name][0].to(x.device)), factors[name][1].to(x.device)
-        )
-
-    changes = [{name: make(name) for name in factors} for make in (true_to, repaired)]
+    changes = [{name: true_to(name) for name in factors}, added_by(factors)]
     squares, divergences, rows = [0.0, 0.0, 0.0], [0.0, 0.0], 0
     with visits.outputs() as outputs:
         for batch in batches:
             true, fitted, plain = outputs(batch, changes[0]), outputs(batch, changes[1]), outputs(batch)
+            if true.kept or fitted.kept or plain.kept:
+                return ModelErrors(reason=true.kept or fitted.kept or plain.kept)
             if true.hidden is None or plain.hidden is None or fitted.hidden is None:
                 return ModelErrors()
             keep = _rows_that_count(visits.mask(batch), true.hidden)
@@ -94,6 +94,23 @@ def model_errors(visits: Visits, batches: Iterable[Any], error_of: Error, factor
     before, after = (float((part / squares[2]) ** 0.5) for part in squares[:2])
     kl = (divergences[0] / rows, divergences[1] / rows) if rows else None
     return ModelErrors((before, after), kl)
+
+
+def added_by(factors: Factors) -> dict[str, Change]:
+    """Layer → x → what A and B add to its output."""
+
+    def of(name: str) -> Change:
+        return lambda x: _added(factors[name], x.device)(x.float())
+
+    return {name: of(name) for name in factors}
+
+
+def _added(factors: tuple[Tensor, Tensor, Tensor | None], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """x → s B A x + c."""
+    a, b, bias = (None if part is None else part.to(device) for part in factors)
+    assert a is not None
+    assert b is not None
+    return lambda x: functional.linear(functional.linear(x, a), b, bias)
 
 
 def _rows_that_count(mask: Tensor | None, hidden: Tensor) -> Tensor:

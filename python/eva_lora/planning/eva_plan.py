@@ -18,7 +18,7 @@ from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
 __all__ = ["Allocation", "EvaPlan", "PlannedSite", "plan"]
 
-_B = "lora_b:"  # before the names of matrices B in a file; those of A have none
+_B, _BIAS = "lora_b:", "lora_bias:"  # before the names of matrices B and biases in a file; those of A have none
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class EvaPlan:
         notes: Layers and experts that data alone did not determine, each with the reason.
         lora_b: Name → (out, rank) float32, what B is times the layer's scaling. Absent where B is zero: everywhere in
             EVA.
+        lora_bias: Name → (out,) float32, what the bias beside B is times the layer's scaling. Absent where it is zero,
+            or where there is none.
     """
 
     sites: dict[str, PlannedSite]
@@ -67,6 +69,7 @@ class EvaPlan:
     budget: int
     notes: tuple[str, ...] = ()
     lora_b: dict[str, Tensor] = field(default_factory=dict)
+    lora_bias: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -87,11 +90,12 @@ class EvaPlan:
         }
         if not sites:
             raise ValueError(f"path: expected that of a part of the planned model, got {path!r}")
-        lora_a, lora_b = (
+        lora_a, lora_b, lora_bias = (
             {name.removeprefix(start): matrix for name, matrix in matrices.items() if name.startswith(start)}
-            for matrices in (self.lora_a, self.lora_b)
+            for matrices in (self.lora_a, self.lora_b, self.lora_bias)
         )
-        return EvaPlan(sites, lora_a, self.config, sum(site.rank for site in sites.values()), self.notes, lora_b)
+        budget = sum(site.rank for site in sites.values())
+        return EvaPlan(sites, lora_a, self.config, budget, self.notes, lora_b, lora_bias)
 
     def save(self, path: str | Path) -> Path:
         """Write to one safetensors file; returns its path."""
@@ -102,19 +106,24 @@ class EvaPlan:
             "notes": self.notes,
         }
         tensors = {**self.lora_a, **{f"{_B}{name}": b for name, b in self.lora_b.items()}}
+        tensors |= {f"{_BIAS}{name}": bias for name, bias in self.lora_bias.items()}
         return storage.save(path, "plan", tensors, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaPlan":
         """Read what :meth:`save` wrote; raises as :func:`eva_lora.planning.storage.load` does."""
         lora_a, facts = storage.load(path, "plan")
-        lora_b = {name.removeprefix(_B): lora_a.pop(name) for name in [*lora_a] if name.startswith(_B)}
+        lora_b, lora_bias = (
+            {name.removeprefix(start): lora_a.pop(name) for name in [*lora_a] if name.startswith(start)}
+            for start in (_B, _BIAS)
+        )
         try:
             entries = [storage.checked(PlannedSite, entry) for entry in facts.pop("sites")]
             config = EvaConfig.from_dict(facts.pop("config"))
             result = storage.checked(
-                cls, facts, sites={site.name: site for site in entries}, lora_a=lora_a, lora_b=lora_b, config=config
-            )
+                cls, facts, sites={site.name: site for site in entries}, lora_a=lora_a, lora_b=lora_b,
+                lora_bias=lora_bias, config=config,
+            )  # fmt: skip
             result._check(len(entries))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is no complete plan file: {error}") from error
@@ -135,6 +144,15 @@ class EvaPlan:
                 raise ValueError(
                     f"B of {name} is {b.dtype} of shape {tuple(b.shape)}, expected float32 of shape (out, {rank}) "
                     "without NaN and Inf"
+                )
+        if not set(self.lora_bias) <= set(self.lora_b):
+            raise ValueError(f"the bias of {sorted(set(self.lora_bias) - set(self.lora_b))} has no B beside it")
+        for name, bias in self.lora_bias.items():
+            out = len(self.lora_b[name])
+            if bias.shape != (out,) or bias.dtype != torch.float32 or not bool(bias.isfinite().all()):
+                raise ValueError(
+                    f"the bias of {name} is {bias.dtype} of shape {tuple(bias.shape)}, expected float32 of shape "
+                    f"({out},) without NaN and Inf"
                 )
         for name, site in self.sites.items():
             ratios = site.explained_variance_ratio
