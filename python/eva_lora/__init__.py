@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from .adapters import LoraSite, ParameterSite, export_uniform, register_adapter
     from .collecting import collect, estimate
     from .config import EvaConfig
-    from .initialize import apply, eva_initialize
+    from .fitting import METHODS
+    from .initializing import apply, eva_initialize
     from .planning import EvaPlan, EvaStatistics, plan
     from .repair import fit_quantization_error, require_same_base
-    from .reporting import EvaReport, RepairReport, compare
+    from .reporting import EvaReport, RepairReport, StartReport, compare
+    from .starting import initialize
 
 __all__ = [
+    "METHODS",
     "EvaConfig",
     "EvaPlan",
     "EvaReport",
@@ -24,6 +27,7 @@ __all__ = [
     "LoraSite",
     "ParameterSite",
     "RepairReport",
+    "StartReport",
     "apply",
     "collect",
     "compare",
@@ -31,12 +35,14 @@ __all__ = [
     "eva_initialize",
     "export_uniform",
     "fit_quantization_error",
+    "initialize",
     "plan",
     "register_adapter",
     "require_same_base",
 ]
 
 _HOME = {
+    "METHODS": "fitting",
     "EvaConfig": "config",
     "EvaPlan": "planning",
     "EvaReport": "reporting",
@@ -44,13 +50,15 @@ _HOME = {
     "LoraSite": "adapters",
     "ParameterSite": "adapters",
     "RepairReport": "reporting",
-    "apply": "initialize",
+    "StartReport": "reporting",
+    "apply": "initializing",
     "collect": "collecting",
     "compare": "reporting",
     "estimate": "collecting",
-    "eva_initialize": "initialize",
+    "eva_initialize": "initializing",
     "export_uniform": "adapters",
     "fit_quantization_error": "repair",
+    "initialize": "starting",
     "plan": "planning",
     "register_adapter": "adapters",
     "require_same_base": "repair",

@@ -1,5 +1,9 @@
 """What comes of a run: the statistics that planning needs, and what a report says of the pass."""
 
+from torch import Tensor
+
+from eva_kernels.streaming_svd import GramStatistic, Statistic
+
 from ..planning import EvaStatistics, InputStatistics, SiteStatistics
 from .inputs import DistinctInput
 from .measurements import peak_memory
@@ -49,4 +53,10 @@ def _input_statistics(run: Run, entry: DistinctInput) -> InputStatistics:
         skipped_rows=sum(run.row_rules.skipped.get(name, 0) for name in run.names(entry)),
         eigenvalues=statistic.eigenvalues.cpu(), components=statistic.basis.T.float().cpu().contiguous(),
         mean=statistic.mean().float().cpu(),
+        moment=_moment(statistic) if run.config.keep_moments else None,
     )  # fmt: skip
+
+
+def _moment(statistic: Statistic) -> Tensor:  # (d, d) float64
+    assert isinstance(statistic, GramStatistic)
+    return statistic.second_moment().cpu()

@@ -8,15 +8,22 @@ from .base_samples import difference, quantization_of, samples_of
 from .float_weights import FloatWeights, LayerWeights
 from .layer_fit import LayerFit, completed, fit_layer, no_preference
 from .measuring import ModelErrors, layer_errors, model_errors
+from .methods import METHODS, Method, MethodFit, Moment, fit_method, known_directions
 
 __all__ = [
+    "METHODS",
     "FloatWeights",
     "LayerFit",
     "LayerWeights",
+    "Method",
+    "MethodFit",
     "ModelErrors",
+    "Moment",
     "completed",
     "difference",
     "fit_layer",
+    "fit_method",
+    "known_directions",
     "layer_errors",
     "model_errors",
     "no_preference",
