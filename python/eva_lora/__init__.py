@@ -8,7 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import LoraSite, ParameterSite, export_uniform, register_adapter
+    from .adapters import (
+        LoraSite,
+        ParameterSite,
+        PlainExport,
+        export_plain,
+        export_uniform,
+        load_adapter,
+        register_adapter,
+    )
     from .collecting import collect, estimate
     from .config import EvaConfig
     from .fitting import METHODS
@@ -26,6 +34,7 @@ __all__ = [
     "EvaStatistics",
     "LoraSite",
     "ParameterSite",
+    "PlainExport",
     "RepairReport",
     "StartReport",
     "apply",
@@ -33,9 +42,11 @@ __all__ = [
     "compare",
     "estimate",
     "eva_initialize",
+    "export_plain",
     "export_uniform",
     "fit_quantization_error",
     "initialize",
+    "load_adapter",
     "plan",
     "register_adapter",
     "require_same_base",
@@ -49,6 +60,7 @@ _HOME = {
     "EvaStatistics": "planning",
     "LoraSite": "adapters",
     "ParameterSite": "adapters",
+    "PlainExport": "adapters",
     "RepairReport": "reporting",
     "StartReport": "reporting",
     "apply": "initializing",
@@ -56,7 +68,9 @@ _HOME = {
     "compare": "reporting",
     "estimate": "collecting",
     "eva_initialize": "initializing",
+    "export_plain": "adapters",
     "export_uniform": "adapters",
+    "load_adapter": "adapters",
     "fit_quantization_error": "repair",
     "initialize": "starting",
     "plan": "planning",

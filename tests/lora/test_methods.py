@@ -417,7 +417,7 @@ def test_the_page_s_code_does_what_it_says(base, tmp_path, monkeypatch):
     code = [block.code for block in blocks("docs/methods.md") if block.language == "python"]
     assert code
     for block in code:
-        names = {"model": lora(copy.deepcopy(base)), "loader": token_batches()}
+        names = {"model": lora(copy.deepcopy(base)), "loader": token_batches(), "base": copy.deepcopy(base)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             exec(compile(block, "methods.md", "exec"), names)

@@ -13,10 +13,11 @@ from eva_kernels._double import double
 
 from .peft_layers import factors
 
-__all__ = ["LOADED_BY", "STARTS", "Start", "begin", "give_back", "require_movable", "start_of"]
+__all__ = ["LOADED_BY", "STARTS", "Start", "begin", "give_back", "require_movable", "samples_of", "start_of"]
 
 LOADED_BY = "eva_lora.load_adapter: "  # begins ``init_lora_weights`` of such an adapter; the method follows
 STARTS = "lora_start"  # PEFT saves what is named after its prefix
+SAMPLES = 32
 
 
 class Start(nn.Module):
@@ -26,18 +27,24 @@ class Start(nn.Module):
     is not merged while others are.
 
     Args:
-        layer: PEFT's.
+        layer: PEFT's, its base weight as it was.
         adapter: The adapter's name.
         a, b: (r, …) and (out, r, …), as A and B are kept.
+
+    Attributes:
+        a, b: A₀ and B₀.
+        w: (k,) float32: some entries of W, to know it again.
     """
 
     a: Tensor
     b: Tensor
+    w: Tensor
 
     def __init__(self, layer: Any, adapter: str, a: Tensor, b: Tensor) -> None:
         super().__init__()
         self.register_buffer("a", a)
         self.register_buffer("b", b)
+        self.register_buffer("w", samples_of(layer.get_base_layer().weight))
         self._layer, self._adapter, self.scaling = (layer,), adapter, float(layer.scaling[adapter])
 
     def delta(self) -> Tensor:  # (out, in) float64
@@ -135,6 +142,12 @@ def give_back(layer: Any, adapter: str) -> None:
     whole = _matrix_of(layer) + start.delta()
     transposed = getattr(layer, "fan_in_fan_out", False)
     base.weight.data.copy_((whole.T if transposed else whole).reshape(base.weight.shape))
+
+
+def samples_of(weight: Tensor) -> Tensor:  # (k,) float32
+    """Some entries of a weight: the same ones each time."""
+    flat = weight.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().clone()
 
 
 def _matrix_of(layer: Any) -> Tensor:  # (out, in) float64
