@@ -184,7 +184,7 @@ def test_a_forbidden_import_is_seen():
         ("eva_lora.planning.trace", "from ..collecting import collect", True),
         ("eva_lora.adapters.sites", "def f():\n    from ..reporting import EvaReport", True),
         ("eva_lora.collecting.run", "from ..adapters.sites import LoraSite", True),
-        ("eva_lora.initialize", "from .adapters.sites import LoraSite", True),
+        ("eva_lora.initializing", "from .adapters.sites import LoraSite", True),
         ("eva_lora.collecting.run", "from ..adapters import LoraSite", False),
     ):
         changed = {**modules, name: (ast.parse(line), False)}

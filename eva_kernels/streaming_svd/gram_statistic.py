@@ -77,12 +77,19 @@ class GramStatistic(Statistic):
         super().adopt_(basis, eigenvalues)
         self.shared_image = None
 
+    def second_moment(self) -> Tensor:  # (d, d) float64
+        """Mean of x xᵀ over all rows, not centred; zero where there are none."""
+        mean = self.mean()
+        return self._scatter() / max(self.num_rows, 1) + torch.outer(mean, mean)
+
     def finish_(self) -> None:
         """Basis and eigenvalues become the exact leading ones: one eigensolve in float64."""
         if self.num_rows == 0:
             return
-        scatter = double(self.gram) - torch.outer(self.column_sum, self.column_sum / self.num_rows)
-        values, vectors = torch.linalg.eigh(scatter)
+        values, vectors = torch.linalg.eigh(self._scatter())
         keep = self.num_components
         self.eigenvalues = values[-keep:].flip(0).clamp_min(0)
         self.basis = like(vectors[:, -keep:].flip(1), self.basis).contiguous()
+
+    def _scatter(self) -> Tensor:  # (d, d) float64
+        return double(self.gram) - torch.outer(self.column_sum, self.column_sum / max(self.num_rows, 1))

@@ -8,51 +8,73 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import LoraSite, ParameterSite, export_uniform, register_adapter
+    from .adapters import (
+        LoraSite,
+        ParameterSite,
+        PlainExport,
+        export_plain,
+        export_uniform,
+        load_adapter,
+        register_adapter,
+    )
     from .collecting import collect, estimate
     from .config import EvaConfig
-    from .initialize import apply, eva_initialize
+    from .fitting import METHODS
+    from .initializing import apply, eva_initialize
     from .planning import EvaPlan, EvaStatistics, feature_gain, plan
     from .repair import fit_quantization_error, require_same_base
-    from .reporting import EvaReport, RepairReport, compare
+    from .reporting import EvaReport, RepairReport, StartReport, compare
+    from .starting import initialize
 
 __all__ = [
+    "METHODS",
     "EvaConfig",
     "EvaPlan",
     "EvaReport",
     "EvaStatistics",
     "LoraSite",
     "ParameterSite",
+    "PlainExport",
     "RepairReport",
+    "StartReport",
     "apply",
     "collect",
     "compare",
     "estimate",
     "eva_initialize",
+    "export_plain",
     "export_uniform",
     "feature_gain",
     "fit_quantization_error",
+    "initialize",
+    "load_adapter",
     "plan",
     "register_adapter",
     "require_same_base",
 ]
 
 _HOME = {
+    "METHODS": "fitting",
     "EvaConfig": "config",
     "EvaPlan": "planning",
     "EvaReport": "reporting",
     "EvaStatistics": "planning",
     "LoraSite": "adapters",
     "ParameterSite": "adapters",
+    "PlainExport": "adapters",
     "RepairReport": "reporting",
-    "apply": "initialize",
+    "StartReport": "reporting",
+    "apply": "initializing",
     "collect": "collecting",
     "compare": "reporting",
     "estimate": "collecting",
-    "eva_initialize": "initialize",
+    "eva_initialize": "initializing",
+    "export_plain": "adapters",
     "export_uniform": "adapters",
     "feature_gain": "planning",
+    "load_adapter": "adapters",
     "fit_quantization_error": "repair",
+    "initialize": "starting",
     "plan": "planning",
     "register_adapter": "adapters",
     "require_same_base": "repair",

@@ -57,6 +57,8 @@ class EvaConfig:
             at most 2.5 times as much.
         oversampling: Columns kept per candidate component, ≥ 1. None: 2.5 for "subspace", 2 for the criteria that
             refresh with every batch; but 32 more than candidates at least, and a multiple of 16.
+        keep_moments: Whether the statistics keep each input's whole second moment, d × d: every statistic is then
+            "gram", in float64. What aims at the directions that inputs have least of needs it (docs/methods.md).
         memory_budget: Bytes all "gram" states together may take under "auto". None: no bound.
         equal_data: Keep all layers accumulating until all have converged, so that their ratios come from
             the same rows. False frees a layer's hook as soon as it has converged.
@@ -95,6 +97,7 @@ class EvaConfig:
     rank_multiple: int = 1
     statistic: StatisticKind = "auto"
     oversampling: float | None = None
+    keep_moments: bool = False
     memory_budget: int | None = None
     equal_data: bool = True
     early_stop: Literal["auto"] | bool = "auto"
@@ -115,7 +118,14 @@ class EvaConfig:
         self._integer("seed", 0)
         self._integer("label_mask_value", None)
         self._names("label_names")
-        for name in ("use_label_mask", "whiten", "adjust_scaling_factors", "equal_data", "share_inputs"):
+        for name in (
+            "use_label_mask",
+            "whiten",
+            "adjust_scaling_factors",
+            "equal_data",
+            "share_inputs",
+            "keep_moments",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._choice("convergence", ("component", "subspace", "captured"))
@@ -127,6 +137,8 @@ class EvaConfig:
             raise ValueError(f"match_gain: expected 'global', True or False, got {self.match_gain!r}")
         if self.early_stop not in ("auto", True, False):
             raise ValueError(f"early_stop: expected 'auto', True or False, got {self.early_stop!r}")
+        if self.keep_moments and self.statistic == "subspace":
+            raise ValueError("statistic: expected 'gram' or 'auto' with keep_moments, got 'subspace'")
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank: expected at least min_rank ({self.min_rank}), got {self.max_rank}")
 

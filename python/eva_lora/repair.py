@@ -131,10 +131,10 @@ def fit_quantization_error(
         bases, without = base_weights_of(adapter)
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
-        chosen = _wide_enough(
+        chosen = wide_enough(
             EvaConfig.of(adapter.eva_config if config is None else config), max(site.rank for site in adapter.sites)
         )
-        _require_whole(model)
+        require_whole(model)
         require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
         source = LayerWeights(bases, floats, dequantize, tied_weights(model))
@@ -308,7 +308,7 @@ def _require_hold_back(hold_back: int) -> None:
         raise ValueError(f"hold_back: expected 0 or an integer of at least 2, got {hold_back!r}")
 
 
-def _wide_enough(config: EvaConfig, largest: int) -> EvaConfig:
+def wide_enough(config: EvaConfig, largest: int) -> EvaConfig:
     """The configuration with bases that are wide enough for a fit of that rank, unless it says how wide they are."""
     enough = default_columns(round(largest * config.rho), config.convergence) >= COLUMNS_PER_RANK * largest
     if config.oversampling is not None or enough:
@@ -335,7 +335,7 @@ def base_weights_of(adapter: LoraAdapter) -> tuple[dict[str, BaseWeight], dict[s
     return bases, without
 
 
-def _require_whole(model: nn.Module) -> None:
+def require_whole(model: nn.Module) -> None:
     """Raise ValueError where layers cannot be asked one by one what they compute with."""
     outline = ModelOutline(model)
     state = wrapped(outline)

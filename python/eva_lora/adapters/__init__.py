@@ -18,6 +18,7 @@ from .outline import ModelOutline
 from .parameters import ParameterSite, SiteAdapter
 from .peft import PeftAdapter
 from .peft_naming import is_targeted, pattern_of, planned_targets
+from .plain import PlainExport, export_plain, load_adapter
 from .preflight import (
     is_lora,
     is_partitioned,
@@ -43,15 +44,18 @@ __all__ = [
     "ParameterSite",
     "Patches",
     "PeftAdapter",
+    "PlainExport",
     "Requantize",
     "Rows",
     "SiteAdapter",
     "TrainedLayers",
+    "export_plain",
     "export_uniform",
     "find_adapter",
     "is_lora",
     "is_partitioned",
     "is_targeted",
+    "load_adapter",
     "noted_generators",
     "ordinary_tensors",
     "pattern_of",

@@ -13,12 +13,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["VLLM_RANKS", "export_uniform"]
+from .peft_start import LOADED_BY
+
+__all__ = [
+    "MUTATING",
+    "VLLM_RANKS",
+    "WEIGHTS",
+    "AdapterLayer",
+    "changes_base",
+    "export_uniform",
+    "layers_of_folder",
+    "layers_of_model",
+    "owner_of",
+    "read_adapter",
+]
 
 #: Values of vLLM's ``max_lora_rank``; an adapter of one of these ranks wastes no memory there.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
+MUTATING = ("pissa", "olora", "corda", "lora_ga")  # PEFT's initialisations that leave W − s B A in the base
 
 
 def export_uniform(
@@ -63,12 +77,12 @@ def export_uniform(
         with tempfile.TemporaryDirectory() as saved:
             model.save_pretrained(saved, selected_adapters=[name])
             folder = Path(saved, "" if name == "default" else name)
-            return _export(folder, _layers_of_model(model, name), Path(out), rank, buckets)
+            return _export(folder, layers_of_model(model, name), Path(out), rank, buckets)
     return _export(Path(model_or_folder), None, Path(out), rank, buckets)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class AdapterLayer:
     """One layer's rank (that of each expert, where it is a stack of them), and what PEFT multiplies B A x with."""
 
     rank: int
@@ -77,26 +91,16 @@ class _Layer:
 
 
 def _export(
-    folder: Path, layers: dict[str, _Layer] | None, out: Path, rank: int | None, buckets: Sequence[int] | None
+    folder: Path, layers: dict[str, AdapterLayer] | None, out: Path, rank: int | None, buckets: Sequence[int] | None
 ) -> Path:
-    from peft import LoraConfig, PeftConfig
-
-    for file in ("adapter_config.json", _WEIGHTS):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"model_or_folder: {folder} holds no {file}")
-    config: Any = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"model_or_folder: expected a LoRA adapter, {folder} holds {config.peft_type}")
-    try:
-        with torch.device("cpu"):  # whatever the process's default is
-            weights = load_file(folder / _WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"model_or_folder: {folder / _WEIGHTS} is damaged: {error}") from error
-
-    if not any(_role(key) for key in weights):
-        raise ValueError(f"model_or_folder: {folder} holds no LoRA weights")
+    config, weights = read_adapter(folder)
+    if changes_base(config):
+        raise ValueError(
+            f"model_or_folder: init_lora_weights={config.init_lora_weights!r} has taken part of the base into A and B, "
+            "which serve no other base: eva_lora.export_plain makes an ordinary adapter of it first"
+        )
     if layers is None:
-        layers = _layers_of_folder(weights, config)
+        layers = layers_of_folder(weights, config)
     target = _target(max(layer.rank for layer in layers.values()), rank, buckets)
     uniform = {key: _uniform(key, value, layers, target) for key, value in weights.items()}
     plain = copy.deepcopy(config)
@@ -104,9 +108,39 @@ def _export(
     plain.rank_pattern, plain.alpha_pattern, plain.use_rslora = {}, {}, False
     plain.init_lora_weights, plain.eva_config = True, None
     out.mkdir(parents=True, exist_ok=True)
-    save_file(uniform, out / _WEIGHTS, metadata={"format": "pt"})
+    save_file(uniform, out / WEIGHTS, metadata={"format": "pt"})
     plain.save_pretrained(out)
     return out
+
+
+def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The ``LoraConfig`` and the weights of an adapter folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`export_uniform`.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    for file in ("adapter_config.json", WEIGHTS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"model_or_folder: {folder} holds no {file}")
+    config: Any = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"model_or_folder: expected a LoRA adapter, {folder} holds {config.peft_type}")
+    try:
+        with torch.device("cpu"):  # whatever the process's default is
+            weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"model_or_folder: {folder / WEIGHTS} is damaged: {error}") from error
+    if not any(_role(key) for key in weights):
+        raise ValueError(f"model_or_folder: {folder} holds no LoRA weights")
+    return config, weights
+
+
+def changes_base(config: Any) -> bool:
+    """Whether a ``LoraConfig``'s initialisation takes part of the base weights into A and B."""
+    init = str(config.init_lora_weights).lower()
+    return init.startswith((LOADED_BY, *MUTATING))
 
 
 def _target(largest: int, rank: int | None, buckets: Sequence[int] | None) -> int:
@@ -130,22 +164,22 @@ def _role(key: str) -> str | None:
     return None
 
 
-def _uniform(key: str, value: Tensor, layers: dict[str, _Layer], target: int) -> Tensor:
+def _uniform(key: str, value: Tensor, layers: dict[str, AdapterLayer], target: int) -> Tensor:
     role = _role(key)
     if role is None:
         return value
-    layer = layers[_owner(key)]
+    layer = layers[owner_of(key)]
     if role == "A":
         return _padded(key, value, role, layer, target)
     scaled = (value.double() * layer.scaling).to(value.dtype)  # one rounding
     return scaled if role == "bias" else _padded(key, scaled, role, layer, target)
 
 
-def _owner(key: str) -> str:
+def owner_of(key: str) -> str:
     return key.split(".lora_")[0]
 
 
-def _padded(key: str, value: Tensor, role: str, layer: _Layer, target: int) -> Tensor:
+def _padded(key: str, value: Tensor, role: str, layer: AdapterLayer, target: int) -> Tensor:
     """A [experts · rank, …], an expert's rows together, or B [out, rank · experts, …], those of one rank together."""
     dim, expected = (0 if role == "A" else 1), layer.rank * layer.experts
     if value.ndim <= dim or value.shape[dim] != expected:
@@ -159,17 +193,17 @@ def _padded(key: str, value: Tensor, role: str, layer: _Layer, target: int) -> T
     return torch.cat([value, value.new_zeros(shape)], 1).flatten(dim, dim + 1).contiguous()
 
 
-def _layers_of_model(model: nn.Module, adapter: str) -> dict[str, _Layer]:
+def layers_of_model(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
     from peft.tuners.lora.layer import LoraLayer
 
     return {
-        path: _Layer(layer.r[adapter], float(layer.scaling[adapter]), getattr(layer, "num_experts", 1))
+        path: AdapterLayer(layer.r[adapter], float(layer.scaling[adapter]), getattr(layer, "num_experts", 1))
         for path, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapter in layer.r
     }
 
 
-def _layers_of_folder(weights: dict[str, Tensor], config: Any) -> dict[str, _Layer]:
+def layers_of_folder(weights: dict[str, Tensor], config: Any) -> dict[str, AdapterLayer]:
     from peft.utils.other import get_pattern_key
 
     if config.target_parameters:
@@ -181,10 +215,10 @@ def _layers_of_folder(weights: dict[str, Tensor], config: Any) -> dict[str, _Lay
     for key, a in weights.items():
         if _role(key) != "A":
             continue
-        name = _owner(key).removeprefix("base_model.model.").partition(".base_layer")[0]  # nested in an attention
+        name = owner_of(key).removeprefix("base_model.model.").partition(".base_layer")[0]  # nested in an attention
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
         if rank != a.shape[0]:
             raise ValueError(f"model_or_folder: A of {name} has rank {a.shape[0]}, its adapter_config.json says {rank}")
-        layers[_owner(key)] = _Layer(rank, float(alpha / (math.sqrt(rank) if config.use_rslora else rank)))
+        layers[owner_of(key)] = AdapterLayer(rank, float(alpha / (math.sqrt(rank) if config.use_rslora else rank)))
     return layers

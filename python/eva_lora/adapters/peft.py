@@ -1,7 +1,9 @@
 """PEFT's LoRA: where its layers are, how to switch them off, and how a plan is written into them."""
 
+import copy
 import importlib.metadata
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from .outline import ModelOutline, plain_modules
 from .parameters import check_plan
 from .peft_layers import base_weight_of, factors, magnitude_of, parts_of, renew_magnitude, site_of
 from .peft_roots import base_models
+from .peft_start import LOADED_BY, begin, give_back, require_movable
 from .peft_writing import PlanWriter
 from .sharded import fill_
 from .sites import LeftAlone, LoraSite
@@ -166,6 +169,58 @@ class PeftAdapter:
 
         return undo
 
+    def scalings(self) -> dict[str, float]:
+        """Layer → what it multiplies B A x with."""
+        return {name: float(layer.scaling[self.name]) for name, layer in self.layers.items()}
+
+    def require_movable(self) -> None:
+        """Raise unless part of each base weight can be moved into the adapter (:meth:`move`).
+
+        Raises:
+            ValueError: it cannot; the message names the layer and says why.
+        """
+        owners = {id(p): p for m in self._root.modules() for p in m._parameters.values() if p is not None}
+        held = Counter(id(p) for m in self._root.modules() for p in m._parameters.values() if p is not None)
+        shared = {owners[key].data_ptr(): count for key, count in held.items() if owners[key].device.type != "meta"}
+        for name, layer in self.layers.items():
+            require_movable(name, layer, shared)
+
+    def move(self, method: str, plan: EvaPlan) -> dict[str, float]:
+        """Take s B A, as a plan has just made them, from each base weight: all or none. The adapter then loads with
+        :func:`eva_lora.load_adapter` only.
+
+        Returns:
+            Layer → what its weight's dtype rounds off, over ‖W‖.
+        """
+        errors = {}
+        try:
+            for name, layer in self.layers.items():
+                if plan.sites[name].rank:
+                    errors[name] = begin(layer, self.name)
+        except BaseException:
+            self.move_back()
+            raise
+        config = copy.deepcopy(self.config)
+        config.init_lora_weights, config.eva_config = f"{LOADED_BY}{method}", None
+        self._configs[self.name] = config
+        return errors
+
+    def move_back(self) -> None:
+        """Give base weights back what was taken from them, to a rounding."""
+        for layer in self.layers.values():
+            give_back(layer, self.name)
+
+    def freeze_second(self) -> None:
+        """Leave each B as it is in training: MiCA (arXiv 2604.01694), which PEFT does too where it knows it."""
+        config = copy.deepcopy(self.config)
+        for layer in self.layers.values():
+            for module in factors(layer, self.name)[1]:
+                module.weight.requires_grad_(False)
+            if hasattr(layer, "frozen_peft_weight_names"):  # what PEFT does not switch on again
+                layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, self.name: ("lora_B",)}
+                config.init_lora_weights, config.eva_config = "mica", None
+        self._configs[self.name] = config
+
     def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
         """Layer → its base weight, and layer → why it has none."""
         found, without = {}, {}
@@ -246,6 +301,34 @@ class PeftAdapters:
     def disabled(self) -> AbstractContextManager[None]:
         return next(iter(self._adapters.values())).disabled()  # all adapters of the model at once
 
+    def scalings(self) -> dict[str, float]:
+        """As of each adapter."""
+        return {f"{path}.{n}": s for path, adapter in self._adapters.items() for n, s in adapter.scalings().items()}
+
+    def require_movable(self) -> None:
+        """As of each adapter."""
+        for adapter in self._adapters.values():
+            adapter.require_movable()
+
+    def move(self, method: str, plan: EvaPlan) -> dict[str, float]:
+        """As of each adapter: all of them or none."""
+        errors: dict[str, float] = {}
+        done = []
+        try:
+            for path, adapter in self._adapters.items():
+                errors |= {f"{path}.{name}": error for name, error in adapter.move(method, plan.part(path)).items()}
+                done.append(adapter)
+        except BaseException:
+            for adapter in done:
+                adapter.move_back()
+            raise
+        return errors
+
+    def freeze_second(self) -> None:
+        """As of each adapter."""
+        for adapter in self._adapters.values():
+            adapter.freeze_second()
+
     def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
         """As of each adapter."""
         found: dict[str, BaseWeight] = {}
@@ -264,21 +347,29 @@ class PeftAdapters:
             for name, tensors in adapter.zero_before_training().items()
         }
 
-    def apply(self, plan: EvaPlan) -> None:
+    def apply(self, plan: EvaPlan) -> Callable[[], None]:
         """Write a plan into all of them, or into none.
+
+        Returns:
+            What undoes it.
 
         Raises:
             ValueError: as :meth:`PeftAdapter.apply`.
         """
         check_plan(plan, self.sites)
-        undo: list[Callable[[], None]] = []
+        steps: list[Callable[[], None]] = []
+
+        def undo() -> None:
+            for step in reversed(steps):
+                step()
+
         try:
             for path, adapter in self._adapters.items():
-                undo.append(adapter.apply(plan.part(path)))
+                steps.append(adapter.apply(plan.part(path)))
         except BaseException:
-            for step in reversed(undo):
-                step()
+            undo()
             raise
+        return undo
 
 
 def _more_than_rounding(b: Tensor, a: Tensor, base: Any) -> Tensor:  # (out, r), (r, d) -> bool, without dimensions

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import EvaConfig
-from ..initialize import eva_initialize
+from ..initializing import eva_initialize
 from .pretrained import dtype_keyword
 
 __all__ = ["load_smollm2", "packed_text", "run"]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eva_kernels.streaming_svd import GramStatistic, Statistic
+
 from ..planning import EvaStatistics, InputStatistics, SiteStatistics
 from .inputs import DistinctInput
 from .measurements import peak_memory
@@ -67,6 +69,7 @@ def _input_statistics(
         nbytes=statistic.nbytes(), reason=entry.reason,
         skipped_rows=sum(run.row_rules.skipped.get(name, 0) for name in run.names(entry)),
         eigenvalues=eigenvalues, components=statistic.basis.T.float().cpu().contiguous(), mean=mean.float(),
+        moment=_moment(statistic) if run.config.keep_moments else None,
     )  # fmt: skip
 
 
@@ -81,3 +84,8 @@ def _on_host(vectors: Sequence[Tensor]) -> list[Tensor]:  # (n,) float64 each
         for i, part in zip(indices, torch.split(together, [len(vectors[i]) for i in indices]), strict=True):
             found[i] = part.clone()
     return found
+
+
+def _moment(statistic: Statistic) -> Tensor:  # (d, d) float64
+    assert isinstance(statistic, GramStatistic)
+    return statistic.second_moment().cpu()

@@ -43,7 +43,9 @@ class StatisticMaker:
         width, columns = self._sites[index].in_features, self.columns[index]
         gram_bytes = GramStatistic.predict_nbytes(width, columns)
         kind: type[GramStatistic] | type[SubspaceStatistic] = SubspaceStatistic
-        if config.statistic != "auto":
+        if config.keep_moments:
+            kind, reason = GramStatistic, "its whole second moment is kept"
+        elif config.statistic != "auto":
             kind, reason = (GramStatistic if config.statistic == "gram" else SubspaceStatistic), "asked for"
         elif width > GRAM_MAX_WIDENING * columns:
             reason = f"wider than {GRAM_MAX_WIDENING} times its {columns} columns"
@@ -60,6 +62,7 @@ class StatisticMaker:
         site, config = self._sites[self.site_of[stream]], self._config
         return _KINDS[kind](
             site.in_features, columns, device=device_of(site.module.modules()) or "cpu", seed=config.seed + stream,
+            dtype=torch.float64 if config.keep_moments else torch.float32,
             impl=config.impl, watch_gain=config.convergence == "captured",
         )  # fmt: skip
 

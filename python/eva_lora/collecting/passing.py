@@ -108,6 +108,8 @@ def collect_with(
 
     def prepare() -> tuple[Run, Forwards, Checkpoint | None]:
         require_loaded(outline)
+        if config.keep_moments and ranks is not None:
+            raise ValueError("keep_moments: expected False where several ranks make one pass: one of them holds it")
         end = ForwardEnd.of(model, outline, adapter, config, forward_fn)
         parallel = TensorParallel.of(outline, adapter.sites)
         run = Run(adapter, config, end=end, parallel=parallel)

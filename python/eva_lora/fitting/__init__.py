@@ -9,17 +9,24 @@ from .float_weights import FloatWeights, LayerWeights
 from .in_sequence import fit_in_sequence
 from .layer_fit import LayerFit, completed, fit_layer, no_preference
 from .measuring import ModelErrors, added_by, layer_errors, model_errors
+from .methods import METHODS, Method, MethodFit, Moment, fit_method, known_directions
 
 __all__ = [
+    "METHODS",
     "FloatWeights",
     "LayerFit",
     "LayerWeights",
+    "Method",
+    "MethodFit",
     "ModelErrors",
+    "Moment",
     "added_by",
     "completed",
     "difference",
     "fit_in_sequence",
     "fit_layer",
+    "fit_method",
+    "known_directions",
     "layer_errors",
     "model_errors",
     "no_preference",

@@ -61,6 +61,7 @@ class InputStatistics:
         eigenvalues: (q,) float64, of the centred scatter, descending.
         components: (q, d) float32, orthonormal rows: the leading principal directions.
         mean: (d,) float32, of the rows.
+        moment: (d, d) float64, E[x xᵀ] of the rows, not centred; None unless it was asked for (``keep_moments``).
     """
 
     kind: str
@@ -72,6 +73,7 @@ class InputStatistics:
     eigenvalues: Tensor
     components: Tensor
     mean: Tensor
+    moment: Tensor | None = None
 
     def second_moment(self, *, centred: bool = False) -> SecondMoment:
         """E[x xᵀ] of the rows, or their covariance: as far as it is known.
@@ -112,7 +114,14 @@ class InputStatistics:
                 f"input {index}: expected a float32 mean ({rows.shape[1]},), got {self.mean.dtype} of shape "
                 f"{tuple(self.mean.shape)}"
             )
-        finite = all(bool(tensor.isfinite().all()) for tensor in (values, rows, self.mean))
+        kept = self.moment
+        if kept is not None and (kept.shape != (rows.shape[1],) * 2 or kept.dtype != torch.float64):
+            raise ValueError(
+                f"input {index}: expected a float64 moment of width {rows.shape[1]}, got {kept.dtype} of shape "
+                f"{tuple(kept.shape)}"
+            )
+        parts = (values, rows, self.mean, *(() if kept is None else (kept,)))
+        finite = all(bool(tensor.isfinite().all()) for tensor in parts)
         if not (finite and bool((values >= 0).all())):
             raise ValueError(f"input {index}: expected finite components and mean, and eigenvalues of at least 0")
         if min(self.num_rows, self.nbytes, self.skipped_rows) < 0 or not 0 <= self.total_scatter < float("inf"):
@@ -157,6 +166,8 @@ class EvaStatistics:
             tensors[f"{i}.eigenvalues"] = entry.eigenvalues
             tensors[f"{i}.components"] = entry.components
             tensors[f"{i}.mean"] = entry.mean
+            if entry.moment is not None:
+                tensors[f"{i}.moment"] = entry.moment
         return storage.save(path, "statistics", tensors, facts)
 
     @classmethod
@@ -171,6 +182,7 @@ class EvaStatistics:
                     eigenvalues=tensors.pop(f"{i}.eigenvalues"),
                     components=tensors.pop(f"{i}.components"),
                     mean=tensors.pop(f"{i}.mean"),
+                    moment=tensors.pop(f"{i}.moment", None),
                 )
                 for i, entry in enumerate(facts.pop("inputs"))
             ]

@@ -10,14 +10,17 @@ from .layout import Grid
 from .page import render
 from .repair import RepairReport
 from .report import EvaReport
+from .start import LayerStart, StartReport
 
 __all__ = [
     "Comparison",
     "EvaReport",
     "Grid",
     "LayerRepair",
+    "LayerStart",
     "RepairReport",
     "ReportFacts",
+    "StartReport",
     "compare",
     "load_directions",
     "render",

@@ -1,0 +1,155 @@
+"""PEFT layers that start with part of their base weight: W becomes W − s B₀ A₀, and B₀ A₀ is kept beside A and B.
+
+What is kept is in the adapter's state dict, so that every way to save the adapter saves it. The config then names an
+initialisation that PEFT does not know, so that PEFT refuses to load such an adapter onto W, where it would be wrong.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_kernels._double import double
+
+from .peft_layers import factors
+
+__all__ = ["LOADED_BY", "STARTS", "Start", "begin", "give_back", "require_movable", "samples_of", "start_of"]
+
+LOADED_BY = "eva_lora.load_adapter: "  # begins ``init_lora_weights`` of such an adapter; the method follows
+STARTS = "lora_start"  # PEFT saves what is named after its prefix
+SAMPLES = 32
+
+
+class Start(nn.Module):
+    """A₀, B₀ and the scaling of one layer's adapter, and a hook that gives the layer its base back without it.
+
+    The hook adds s B₀ A₀ x to the base layer's output wherever the adapter is switched off, is not the active one, or
+    is not merged while others are.
+
+    Args:
+        layer: PEFT's, its base weight as it was.
+        adapter: The adapter's name.
+        a, b: (r, …) and (out, r, …), as A and B are kept.
+
+    Attributes:
+        a, b: A₀ and B₀.
+        w: (k,) float32: some entries of W, to know it again.
+    """
+
+    a: Tensor
+    b: Tensor
+    w: Tensor
+
+    def __init__(self, layer: Any, adapter: str, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+        self.register_buffer("w", samples_of(layer.get_base_layer().weight))
+        self._layer, self._adapter, self.scaling = (layer,), adapter, float(layer.scaling[adapter])
+
+    def delta(self) -> Tensor:  # (out, in) float64
+        """s B₀ A₀."""
+        return self.scaling * double(self.b.flatten(1)) @ double(self.a.flatten(1))
+
+    def hook(self, base: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The base layer's output, what it lacks added unless the adapter does that."""
+        (layer,) = self._layer
+        merged = layer.merged_adapters
+        acts = self._adapter in merged if merged else not layer.disable_adapters
+        if acts and (merged or self._adapter in layer.active_adapters):
+            return output
+        (x, *_) = args
+        down = nn.functional.linear(x.to(self.a.dtype), self.a)
+        return output + (nn.functional.linear(down, self.b) * self.scaling).to(output.dtype)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        *_, errors = args
+        given = [state_dict.get(f"{prefix}{name}") for name in ("a", "b")]
+        for name, kept, value in zip("ab", (self.a, self.b), given, strict=True):
+            same = value is None or (value.shape == kept.shape and torch.equal(value.to(kept), kept))
+            if not same:
+                errors.append(
+                    f"{prefix}{name} is not what this model's base was changed by: load the adapter into a fresh base "
+                    "with eva_lora.load_adapter"
+                )
+
+
+def start_of(layer: Any, adapter: str) -> Start | None:
+    """What a layer's adapter started with, if that was taken from its base."""
+    starts: Any = getattr(layer, STARTS, None)
+    return starts[adapter] if starts is not None and adapter in starts else None
+
+
+def require_movable(name: str, layer: Any, shared: dict[int, int]) -> None:
+    """Raise unless part of a layer's base weight can be moved into its adapter.
+
+    Args:
+        shared: Address of each weight of the model → how many modules have it.
+
+    Raises:
+        ValueError: the weight is quantised, not here, sharded, another module's too, or has been moved already.
+    """
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    reason = None
+    if getattr(layer, STARTS, None):
+        reason = f"part of it is with the adapter {next(iter(getattr(layer, STARTS)))!r} already"
+    elif type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
+        reason = f"it is quantised ({type(base).__name__}, {type(weight).__name__})"
+    elif weight.device.type == "meta" or hasattr(base, "_hf_hook"):
+        reason = "it is on the meta device or offloaded"
+    elif shared.get(weight.data_ptr(), 0) > 1:
+        reason = "another module has the same weight, which would change with it"
+    if reason is not None:
+        raise ValueError(f"model: the base weight of {name} cannot give part of itself to the adapter: {reason}")
+
+
+@torch.no_grad()
+def begin(layer: Any, adapter: str, a: Tensor | None = None, b: Tensor | None = None) -> float:
+    """Take s B A from a layer's base weight, and keep A and B as they are, or as they are given.
+
+    Returns:
+        ‖W − (what is left, in the weight's dtype) − s B A‖ / ‖W‖: what that dtype rounds off.
+    """
+    weights, modules = factors(layer, adapter)
+    parts: list[Any] = [weights[0], modules[0].weight]
+    kept = [(x.detach() if given is None else given.to(x)).clone() for x, given in zip(parts, (a, b), strict=True)]
+    start = Start(layer, adapter, *kept)
+    base: Any = layer.get_base_layer()
+    whole, delta = _matrix_of(layer), start.delta()
+    left = (whole - delta).to(base.weight.dtype)
+    transposed = getattr(layer, "fan_in_fan_out", False)
+    base.weight.data.copy_((left.T if transposed else left).reshape(base.weight.shape))
+    if not hasattr(layer, STARTS):
+        setattr(layer, STARTS, nn.ModuleDict())
+    getattr(layer, STARTS)[adapter] = start
+    base.register_forward_hook(start.hook)
+    norm = torch.linalg.vector_norm(whole)
+    return float(torch.linalg.vector_norm(double(left) + delta - whole) / norm) if norm > 0 else 0.0
+
+
+@torch.no_grad()
+def give_back(layer: Any, adapter: str) -> None:
+    """Give a layer's base weight back what :func:`begin` took, if it did, to a rounding."""
+    start: Any = start_of(layer, adapter)
+    if start is None:
+        return
+    del getattr(layer, STARTS)[adapter]
+    base = layer.get_base_layer()
+    for key, hook in [*base._forward_hooks.items()]:
+        if getattr(hook, "__self__", None) is start:
+            del base._forward_hooks[key]
+    whole = _matrix_of(layer) + start.delta()
+    transposed = getattr(layer, "fan_in_fan_out", False)
+    base.weight.data.copy_((whole.T if transposed else whole).reshape(base.weight.shape))
+
+
+def samples_of(weight: Tensor) -> Tensor:  # (k,) float32
+    """Some entries of a weight: the same ones each time."""
+    flat = weight.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().clone()
+
+
+def _matrix_of(layer: Any) -> Tensor:  # (out, in) float64
+    weight = double(layer.get_base_layer().weight.detach())
+    return (weight.T if getattr(layer, "fan_in_fan_out", False) else weight).flatten(1)

@@ -1,0 +1,177 @@
+"""Ways to start A and B from a layer's weight W and the second moment R of its inputs: one table, one fit.
+
+With U the singular vectors of M R^(p/2) at one end, on the side of the outputs, and D the singular values there,
+B = U D^a and A = D^−a Uᵀ M, so that B A = U Uᵀ M whatever a is.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eva_kernels._double import double
+from eva_kernels.low_rank_fit import SecondMoment
+from eva_kernels.singular_ends import leading_singular, trailing_singular
+
+__all__ = ["METHODS", "Method", "MethodFit", "Moment", "fit_method", "known_directions"]
+
+Moment = SecondMoment | Tensor  # R in parts, as far as it is known; or whole: (in, in) float64
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: As the user writes it.
+        data: What it asks of the inputs: nothing; their second moment, as far as a pass that follows leading directions
+            knows it; all of it, each direction; or the second moments of two sets.
+        power: p of R.
+        end: Of the spectrum, that is taken.
+        exponent: a. None: B = U and A = 0, and B stays as it is in training.
+        base: What the base weight becomes: "less" s B A, or "kept".
+        matrix: M: the weight, or the part of it that answers to the r directions which inputs have least of.
+        paper: Where it is from.
+    """
+
+    name: str
+    data: Literal["none", "leading", "all", "two sets"]
+    power: int
+    end: Literal["top", "bottom"]
+    exponent: float | None
+    base: Literal["less", "kept"]
+    matrix: Literal["weight", "silent part"] = "weight"
+    paper: str = ""
+
+    @property
+    def scores(self) -> bool:
+        """Whether each direction has a score by which ranks can move between layers."""
+        return self.end == "top" and self.data in ("none", "leading")
+
+
+#: Name → row of the table of docs/methods.md.
+METHODS = {
+    method.name: method
+    for method in (
+        Method("pissa", "none", 0, "top", 0.5, "less", paper="arXiv 2404.02948"),
+        Method("milora", "none", 0, "bottom", 0.5, "less", paper="arXiv 2406.09044"),
+        Method("mica", "none", 0, "bottom", None, "kept", paper="arXiv 2604.01694"),
+        Method("corda", "leading", 2, "top", 0.5, "less", paper="arXiv 2406.05223"),
+        Method("corda-kpm", "all", 2, "bottom", 0.5, "less", paper="arXiv 2406.05223"),
+        Method("astra", "all", 1, "bottom", 0.0, "less", paper="arXiv 2602.19111"),
+        Method("sc-lora", "two sets", 1, "top", 0.0, "less", paper="arXiv 2505.23724"),
+        Method("lora-null", "all", 0, "top", 0.5, "less", "silent part", paper="arXiv 2503.02659"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class MethodFit:
+    """What a method takes of a layer's weight.
+
+    Attributes:
+        left: U, (out, r) float32: orthonormal columns.
+        right: Uᵀ M, (r, in) float32.
+        values: D, (r,) float64.
+        weight_shares: (r,) float64: of ‖W‖², what each direction of U Uᵀ M has.
+        output_shares: (r,) float64: of E‖W x‖², what each has. None where no inputs are known.
+        kept_shares: (r,) float64: the same of inputs that are to be kept. None where none are known.
+    """
+
+    left: Tensor
+    right: Tensor
+    values: Tensor
+    weight_shares: Tensor
+    output_shares: Tensor | None = None
+    kept_shares: Tensor | None = None
+
+    def factors(self, method: Method, rank: int, scaling: float) -> tuple[Tensor, Tensor]:  # (r, in), (out, r)
+        """A, and B times the layer's scaling s: what a plan holds. 1/s goes half to A and half to B where a = ½, and
+        nowhere where a = 0: B A is U Uᵀ M / s, or U Uᵀ M."""
+        left, right, a = self.left[:, :rank], self.right[:rank], method.exponent
+        if not a:
+            return torch.zeros_like(right) if a is None else right.clone(), left * scaling
+        floor = self.values.max() * torch.finfo(torch.float32).eps  # B A is the same whatever the scale is
+        scale = (self.values[:rank].clamp_min(float(floor)) * scaling).pow(a).to(left)
+        return right / scale[:, None], left * scale
+
+
+def fit_method(
+    method: Method,
+    weight: Tensor,  # (out, in) float32
+    rank: int,
+    moment: Moment | None = None,
+    kept: Moment | None = None,
+    beta: float = 0.0,
+) -> MethodFit:
+    """The method's U, Uᵀ M and D for one layer, on the weight's device; in float64 where inputs count.
+
+    Args:
+        moment: R; what the method does not ask for need not be known.
+        kept: With "two sets": of inputs that are to be kept, R₋; R is then (1 − β) R₊ − β R₋, and directions are
+            ordered by eigenvalues, which may be negative.
+        beta: β.
+    """
+    matrix = weight if method.data == "none" else double(weight)
+    moment, kept = _beside(moment, matrix), _beside(kept, matrix)
+    if method.matrix == "silent part":
+        assert isinstance(moment, Tensor)
+        silent = torch.linalg.eigh(moment)[1][:, :rank]
+        matrix = (matrix @ silent) @ silent.mT
+    if method.data == "two sets":
+        outputs = ((1 - beta) * _times(matrix, moment) - beta * _times(matrix, kept)) @ matrix.mT
+        values, vectors = torch.linalg.eigh((outputs + outputs.mT) / 2)
+        left, values = vectors[:, -rank:].flip(-1), values[-rank:].flip(-1)
+    elif method.end == "top":
+        left, values = leading_singular(_image(matrix, moment, method.power), rank)
+    else:
+        left, values = trailing_singular(_image(matrix, moment, method.power), rank)
+    right = left.mT @ matrix
+    return MethodFit(
+        left.to(weight), right.to(weight), double(values).cpu(), _shares(right, weight, None),
+        None if moment is None else _shares(right, weight, moment),
+        None if kept is None else _shares(right, weight, kept),
+    )  # fmt: skip
+
+
+def known_directions(moment: Tensor, rows: int) -> int:  # (n, n) float64
+    """How many directions of inputs a second moment tells from rounding, from so many rows.
+
+    It is asked with a diagonal of 1: what rounds off its entries, or off those of inputs in float32, goes with
+    √(R_ii R_jj).
+    """
+    scale = moment.diagonal().clamp_min(0).sqrt()
+    unit = moment / torch.outer(scale, scale).clamp_min(torch.finfo(torch.float64).tiny)
+    rounding = len(moment) ** 0.5 * torch.finfo(torch.float64).eps + torch.finfo(torch.float32).eps ** 2
+    return min(rows, int((torch.linalg.eigvalsh(unit) > rounding).sum()))
+
+
+def _beside(moment: Moment | None, matrix: Tensor) -> Moment | None:
+    """The same in the matrix's dtype, on its device."""
+    if isinstance(moment, SecondMoment):
+        return SecondMoment(*(part.to(matrix) for part in moment))
+    return None if moment is None else moment.to(matrix)
+
+
+def _image(matrix: Tensor, moment: Moment | None, power: int) -> Tensor:  # (m, n) -> (m, k)
+    """Y with Y Yᵀ = M R^p Mᵀ."""
+    if power != 1 or moment is None:
+        return _times(matrix, moment) if power else matrix
+    if isinstance(moment, SecondMoment):
+        return torch.cat([matrix @ moment.factor, matrix * moment.rest.sqrt()], 1)
+    return matrix @ torch.linalg.cholesky(moment)
+
+
+def _times(matrix: Tensor, moment: Moment | None) -> Tensor:  # (m, n)
+    """M R; M itself where nothing is known of inputs."""
+    if isinstance(moment, SecondMoment):
+        return (matrix @ moment.factor) @ moment.factor.mT + matrix * moment.rest
+    return matrix if moment is None else matrix @ moment
+
+
+def _shares(rows: Tensor, weight: Tensor, moment: Moment | None) -> Tensor:  # (r, n) -> (r,) float64
+    """E (row · x)² of each row over E‖W x‖²; squared lengths over ‖W‖² where no inputs are asked for."""
+    weight = weight.to(rows)
+    energies, total = ((_times(matrix, moment) * matrix).sum(1) for matrix in (rows, weight))
+    return double(energies / total.sum().clamp_min(torch.finfo(rows.dtype).tiny)).cpu()

@@ -1,0 +1,313 @@
+"""LoRA that starts by another method than EVA, in steps: check → collect → fit → ranks → write."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import (
+    BaseWeight,
+    LoraAdapter,
+    LoraSite,
+    SiteAdapter,
+    TrainedLayers,
+    find_adapter,
+    ordinary_tensors,
+    require_changeable,
+)
+from .collecting import ForwardFn, RowMaskFn, Visits, collect_with
+from .config import EvaConfig
+from .distributed import joined
+from .fitting import METHODS, Method, MethodFit, Moment, fit_method, known_directions
+from .initializing import apply, eva_initialize
+from .planning import Allocation, EvaPlan, EvaStatistics, InputStatistics, PlannedSite, SiteStatistics, plan
+from .repair import require_whole, wide_enough
+from .reporting import EvaReport, LayerStart, StartReport
+
+__all__ = ["initialize"]
+
+
+def initialize(
+    model: nn.Module,
+    loader_or_statistics: "Iterable[Any] | EvaStatistics | None" = None,
+    method: str = "eva",
+    config: Any = None,
+    *,
+    keep: "Iterable[Any] | EvaStatistics | None" = None,
+    beta: float = 0.5,
+    forward_fn: ForwardFn | None = None,
+    row_mask_fn: RowMaskFn | None = None,
+    sites: Sequence[LoraSite] | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> "EvaReport | StartReport":
+    """Start a model's LoRA layers by one of the methods of docs/methods.md, from one statistic of their inputs.
+
+    Methods that move part of the base weight into A and B leave W − s B₀ A₀ there, in W's dtype. ``disable_adapter``
+    still computes with W, to a rounding; the saved adapter holds A₀ and B₀, and loads with
+    :func:`eva_lora.load_adapter`; :func:`eva_lora.export_plain` makes an ordinary LoRA on the untouched W of it.
+
+    Args:
+        model: A model with LoRA layers, as in :func:`eva_initialize`. Call this before the optimizer is made.
+        loader_or_statistics: Batches, or statistics that :func:`eva_lora.collect` has made of this model; None for
+            methods that need no data. "corda-kpm", "astra" and "lora-null" need statistics with ``keep_moments``.
+        method: "eva" (:func:`eva_initialize`), or a name in ``eva_lora.METHODS``.
+        config: As in :func:`eva_initialize`. Of its ranks' options ``rho`` moves ranks between layers for methods that
+            score directions ("pissa", "corda"); None: every layer keeps its own, but for "eva".
+        keep: For "sc-lora": batches or statistics of what is to be kept.
+        beta: For "sc-lora": how much those count, in [0, 1]. What is best is not known: it is chosen, not derived.
+        forward_fn, row_mask_fn, sites, progress, overwrite: As in :func:`eva_initialize`.
+
+    Returns:
+        What was done: for "eva" its report.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an unknown method, data that it does not take or lacks, a layer that it cannot start; and as
+            :func:`eva_lora.collect` and :func:`eva_lora.apply`. The model is then as it was.
+    """
+    if method == "eva":
+        _refuse_second_set(method, keep)
+        return _eva(
+            model, loader_or_statistics, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, sites=sites,
+            progress=progress, overwrite=overwrite,
+        )  # fmt: skip
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {('eva', *METHODS)}, got {method!r}")
+    row = METHODS[method]
+    if row.data != "two sets":
+        _refuse_second_set(method, keep)
+    _require_data("loader_or_statistics", row, loader_or_statistics, needed=row.data != "none")
+    _require_data("keep", row, keep, needed=row.data == "two sets")
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number between 0 and 1, got {beta!r}")
+    started = time.perf_counter()
+    with ordinary_tensors():
+        adapter = find_adapter(model, sites)
+        bases = _bases(adapter, row)
+        chosen = _config(adapter, config, row)
+        if not overwrite:
+            TrainedLayers.of(adapter).require_none()
+        require_whole(model)
+        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
+
+        def statistics_of(data: "Iterable[Any] | EvaStatistics | None") -> EvaStatistics | None:
+            if data is None or isinstance(data, EvaStatistics):
+                return data
+            return collect_with(
+                adapter, model, data, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
+            )
+
+        statistics, kept = statistics_of(loader_or_statistics), statistics_of(keep)
+        members = _members(adapter, bases, statistics, kept)
+        moments = _Moments(row, members, statistics), _Moments(row, members, kept)
+        with Visits(adapter, model, chosen).still():
+            fits = _fit(row, members, bases, moments, chosen, beta)
+        made = _planned(row, adapter, members, fits, chosen)
+        rounding = _write(adapter, made, row)
+    layers = {site.name: _layer(fits[site.name], made.sites[site.name], rounding.get(site.name)) for site in members}
+    return StartReport(
+        method=method, layers=layers, budget=made.budget, base=row.base,
+        num_batches=statistics.num_batches if statistics else 0, num_rows=statistics.num_rows if statistics else 0,
+        seconds=time.perf_counter() - started, notes=made.notes, config=chosen.to_dict(),
+    )  # fmt: skip
+
+
+def _eva(model: nn.Module, data: Any, config: Any, **options: Any) -> EvaReport:
+    if not isinstance(data, EvaStatistics):
+        if data is None:
+            raise ValueError("loader_or_statistics: expected batches or EvaStatistics with method='eva', got None")
+        return eva_initialize(model, data, config, **options)
+    eva_plan = plan(data, config)
+    apply(model, eva_plan, sites=options["sites"], overwrite=options["overwrite"])
+    return EvaReport.of(data, eva_plan)
+
+
+def _refuse_second_set(method: str, keep: Any) -> None:
+    if keep is not None:
+        raise ValueError(f"keep: expected None with method={method!r}, which knows one set of inputs")
+
+
+def _require_data(name: str, method: Method, data: Any, *, needed: bool) -> None:
+    """Raise unless what a method is given to look at is what it looks at."""
+    if data is None and needed:
+        raise ValueError(f"{name}: expected batches or EvaStatistics with method={method.name!r}, got None")
+    if data is not None and not needed:
+        raise ValueError(f"{name}: expected None with method={method.name!r}, which looks at weights alone")
+    if data is None:
+        return
+    if isinstance(data, (str, bytes)) or not (isinstance(data, EvaStatistics) or hasattr(data, "__iter__")):
+        raise TypeError(f"{name}: expected an iterable of batches or EvaStatistics, got {type(data).__name__}")
+    if not isinstance(data, EvaStatistics) and joined(None) is not None:
+        raise ValueError(
+            f"{name}: expected EvaStatistics where several ranks run; make them with eva_lora.collect on all ranks and "
+            "pass them on each"
+        )
+
+
+def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
+    """Each layer's base weight, which the method can read, and change if it does."""
+    if isinstance(adapter, SiteAdapter):
+        adapter.writable()
+    asked: Any = adapter
+    if not hasattr(adapter, "scalings") or (method.base == "less" and not hasattr(adapter, "move")):
+        raise TypeError(
+            f"model: method={method.name!r} starts the LoRA layers of one PEFT model, a {type(adapter).__name__} does "
+            "not say how to"
+        )
+    bases, without = asked.base_weights()
+    if without:
+        name, why = next(iter(without.items()))
+        raise ValueError(f"model: method={method.name!r} cannot start {len(without)} layers; {name}: {why}")
+    asked.require_movable()
+    return dict(bases)
+
+
+def _config(adapter: LoraAdapter, config: Any, method: Method) -> EvaConfig:
+    chosen = replace(EvaConfig(), rho=1.0) if config is None else EvaConfig.of(config)
+    if chosen.rho != 1 and not method.scores:
+        raise ValueError(
+            f"rho: expected 1 with method={method.name!r}, whose directions have no scores; got {chosen.rho}"
+        )
+    if chosen.rho != 1 and not chosen.adjust_scaling_factors:
+        raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} and rho {chosen.rho}")
+    if method.data == "all":
+        return replace(chosen, keep_moments=True)
+    return wide_enough(chosen, max(site.rank for site in adapter.sites))
+
+
+def _members(
+    adapter: LoraAdapter, bases: Mapping[str, BaseWeight], *known: EvaStatistics | None
+) -> list[SiteStatistics]:
+    """The layers to start, with the inputs that the first statistics know of them."""
+    for statistics in filter(None, known):
+        sites = {site.name: site for site in statistics.sites}
+        for site in adapter.sites:
+            theirs = sites.get(site.name)
+            if theirs is None or theirs.in_features != site.in_features:
+                raise ValueError(
+                    f"loader_or_statistics: they are of another model: they do not know {site.name} as it is here"
+                )
+            if theirs.input < 0:
+                raise ValueError(f"loader_or_statistics: {site.name} saw no input")
+    for site in adapter.sites:
+        smaller = min(bases[site.name].in_features, bases[site.name].out_features)
+        if site.rank > smaller:
+            raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {smaller} directions")
+    return [
+        SiteStatistics(site.name, (-1,), site.rank, site.in_features, True, 0, site.rank_multiple, site.removable)
+        for site in adapter.sites
+    ]
+
+
+class _Moments:
+    """The second moments that a method asks for, made when they are read: layers that share an input share one.
+
+    Raises:
+        ValueError: every direction is asked for, and the statistics do not have them.
+    """
+
+    def __init__(self, method: Method, members: Sequence[SiteStatistics], statistics: EvaStatistics | None) -> None:
+        self._statistics = statistics
+        self._last: tuple[int, Moment | None] = (-1, None)
+        sites = {} if statistics is None else {site.name: site.input for site in statistics.sites}
+        self._inputs = {member.name: sites.get(member.name, -1) for member in members}
+        if method.data == "all" and statistics is not None:
+            first = {index: name for name, index in reversed(self._inputs.items())}
+            for index, name in first.items():
+                _require_every_direction(name, statistics.inputs[index], method)
+
+    def of(self, name: str) -> Moment | None:
+        index = self._inputs[name]
+        if index >= 0 and index != self._last[0]:
+            entry = self._entry(index)
+            self._last = index, entry.second_moment() if entry.moment is None else entry.moment
+        return self._last[1] if index >= 0 else None
+
+    def _entry(self, index: int) -> InputStatistics:
+        assert self._statistics is not None
+        return self._statistics.inputs[index]
+
+
+def _require_every_direction(name: str, entry: InputStatistics, method: Method) -> None:
+    if entry.moment is None:
+        raise ValueError(
+            f"loader_or_statistics: method={method.name!r} takes directions that inputs have least of, which need "
+            "statistics with keep_moments=True"
+        )
+    known, width = known_directions(entry.moment, entry.num_rows), len(entry.moment)
+    if known < width:
+        raise ValueError(
+            f"loader_or_statistics: method={method.name!r} takes directions that inputs have least of; of those of "
+            f"{name} {entry.num_rows} rows tell {known} of {width} from rounding: more batches may tell them"
+        )
+
+
+def _fit(
+    method: Method,
+    members: Sequence[SiteStatistics],
+    bases: Mapping[str, BaseWeight],
+    moments: tuple[_Moments, _Moments],
+    config: EvaConfig,
+    beta: float,
+) -> dict[str, MethodFit]:
+    fits = {}
+    for site, candidates in zip(members, Allocation(members, config).candidates.tolist(), strict=True):
+        weight = bases[site.name].read()
+        rank = min(candidates, *weight.shape)
+        moment, kept = (known.of(site.name) for known in moments)
+        fit = fit_method(method, weight, rank, moment, kept, beta)
+        if not bool(torch.isfinite(fit.right).all()):
+            raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
+        fits[site.name] = fit
+    return fits
+
+
+def _planned(
+    method: Method, adapter: Any, members: Sequence[SiteStatistics], fits: Mapping[str, MethodFit], config: EvaConfig
+) -> EvaPlan:
+    budget = sum(site.rank for site in members)
+    scores = [_scores(method, fits[site.name]).numpy() for site in members]
+    ranks = {site.name: site.rank for site in members}
+    if method.scores:
+        ranks = Allocation(members, config).ranks(scores, budget)
+    scalings: dict[str, float] = adapter.scalings()
+    factors = {site.name: fits[site.name].factors(method, ranks[site.name], scalings[site.name]) for site in members}
+    planned = {
+        site.name: PlannedSite(
+            site.name, ranks[site.name], site.rank, site.in_features, tuple(score.clip(0).tolist()), 0
+        )
+        for site, score in zip(members, scores, strict=True)
+    }
+    lora_a, lora_b = ({name: pair[which].cpu() for name, pair in factors.items()} for which in (0, 1))
+    return EvaPlan(planned, lora_a, config, budget, (), lora_b)
+
+
+def _scores(method: Method, fit: MethodFit) -> Tensor:  # (r,) float64
+    """What ranks move by: of the weight or, where inputs count, of the output what each direction has."""
+    return fit.weight_shares if method.power == 0 or fit.output_shares is None else fit.output_shares
+
+
+def _write(adapter: Any, made: EvaPlan, method: Method) -> dict[str, float]:
+    """The plan into the model, and what follows of it; returns what was rounded off of each base weight."""
+    back = adapter.apply(made)
+    try:
+        if method.exponent is None:
+            adapter.freeze_second()
+        return dict(adapter.move(method.name, made)) if method.base == "less" else {}
+    except BaseException:
+        back()
+        raise
+
+
+def _layer(fit: MethodFit, site: PlannedSite, rounding: float | None) -> LayerStart:
+    def share(shares: Tensor | None) -> float | None:
+        return None if shares is None else float(shares[: site.rank].sum())
+
+    return LayerStart(
+        rank=site.rank, configured_rank=site.configured_rank, weight_share=share(fit.weight_shares) or 0.0,
+        output_share=share(fit.output_shares), kept_share=share(fit.kept_shares), rounding=rounding,
+    )  # fmt: skip

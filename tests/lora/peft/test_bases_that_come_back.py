@@ -1,0 +1,259 @@
+"""Adapters that took part of their base: saved, loaded elsewhere, switched off, and made ordinary ones of."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eva_lora import eva_initialize, export_plain, export_uniform, initialize, load_adapter
+from support.models import lora, tiny_llama, token_batches
+
+UNIT = 2.0**-24
+PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 20}}
+SCALINGS = [{"lora_alpha": 8}, {"use_rslora": True, **PATTERNS}]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_llama().eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**token_batches(1)[0]).logits
+
+
+def trained(model, steps=3):
+    """A few steps, so that A and B are not what they were."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for batch in token_batches(steps, seed=3):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def started(base, method="pissa", **options):
+    model = lora(copy.deepcopy(base), **options)
+    initialize(model, method=method)
+    return model
+
+
+def near(one, other):
+    """Logits as near as a forward in float32 with other products of the same numbers."""
+    return (one - other).abs().max() <= 2.0**-16 * other.abs().max()
+
+
+@pytest.mark.parametrize("options", SCALINGS, ids=["alpha", "rsLoRA and patterns"])
+def test_a_plain_adapter_on_the_untouched_base_computes_the_same(base, tmp_path, options):
+    model = trained(started(base, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    for number, source in enumerate((model, tmp_path / "adapter")):
+        plain = export_plain(source, tmp_path / f"plain{number}")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), plain.folder)
+        assert near(logits(loaded), logits(model))
+        assert not near(logits(base), logits(model))
+        assert set(plain.errors.values()) == {0.0}
+        for name, layer in loaded.get_base_model().named_modules():
+            if hasattr(layer, "lora_A"):
+                mine = model.get_base_model().get_submodule(name)
+                assert layer.r["default"] == plain.ranks[name] == 2 * mine.r["default"]
+                assert layer.scaling["default"] == pytest.approx(mine.scaling["default"], rel=1e-15)
+                a, b = mine.lora_A["default"].weight, mine.lora_B["default"].weight
+                start = mine.lora_start["default"]
+                assert torch.equal(layer.lora_A["default"].weight, torch.cat([a, start.a]))
+                assert torch.equal(layer.lora_B["default"].weight, torch.cat([b, -start.b], 1))
+
+
+def test_truncated_it_says_its_error(base, tmp_path):
+    model = trained(started(base))
+    plain = export_plain(model, tmp_path, rank=3)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    for name, rank in plain.ranks.items():
+        layer = model.get_base_model().get_submodule(name)
+        start = layer.lora_start["default"]
+        delta = layer.get_delta_weight("default").detach().double() - start.delta()
+        s = torch.linalg.svdvals(delta)
+        a, b = (weights[f"base_model.model.{name}.lora_{which}.weight"].double() for which in "AB")
+        got = layer.scaling["default"] * b @ a
+        assert rank == 3
+        # Errors of factors in float32, which BA − B₀A₀ was small beside.
+        rounding = 64 * UNIT * layer.scaling["default"] * (start.b.norm() * start.a.norm()).double()
+        assert plain.errors[name] == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-3)
+        assert (delta - got).norm() <= s[3:].norm() * (1 + 1e-3) + rounding
+    everything = export_plain(model, tmp_path / "all", rank=64)
+    assert set(everything.ranks.values()) == {8}
+    assert set(everything.errors.values()) == {0.0}
+
+
+@pytest.mark.slow
+def test_loading_in_a_fresh_process_with_another_seed_gives_equal_logits(base, tmp_path):
+    model = trained(started(base, "milora"))
+    model.save_pretrained(tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    save_file({"logits": logits(model)}, tmp_path / "logits.safetensors")
+    script = f"""
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from eva_lora import load_adapter
+torch.manual_seed(1234)
+torch.set_num_threads(1)
+model = load_adapter(AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}), {str(tmp_path / "adapter")!r})
+tokens = torch.tensor({token_batches(1)[0]["input_ids"].tolist()})
+with torch.no_grad():
+    found = model.eval()(input_ids=tokens).logits
+expected = load_file({str(tmp_path / "logits.safetensors")!r})["logits"]
+assert (found - expected).abs().max() <= 2.0**-16 * expected.abs().max()
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_loaded_weights_are_bit_equal_and_train_on(base, tmp_path):
+    model = trained(started(base))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1234)  # other than the model was made with
+    loaded = load_adapter(copy.deepcopy(base), tmp_path, is_trainable=True)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    assert loaded.peft_config["default"].init_lora_weights == model.peft_config["default"].init_lora_weights
+    assert any(p.requires_grad for p in loaded.parameters())
+    loaded.load_adapter(tmp_path, "default", is_trainable=True)  # as trainers resume: the same start is no conflict
+    trained(loaded).save_pretrained(tmp_path / "again")
+    assert near(logits(load_adapter(copy.deepcopy(base), tmp_path / "again")), logits(loaded))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_switched_off_the_base_is_back(base, dtype):
+    """Also in a copy, after other adapters were active, and after merging and unmerging."""
+    whole = copy.deepcopy(base).to(dtype)
+    model = trained(started(whole).train(), steps=12)
+    expected, mine = logits(whole).float(), logits(model).float()
+    # What is left of a weight was rounded once to its dtype, in 21 layers, whose errors add up like their outputs.
+    allowed = 16 * torch.finfo(dtype).eps * expected.abs().max()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))
+    twin = copy.deepcopy(model)
+    with twin.disable_adapter():
+        assert (logits(twin).float() - expected).abs().max() <= allowed
+    for each in (model, twin):
+        each.set_adapter("other")  # of which B is zero
+        assert (logits(each).float() - expected).abs().max() <= allowed
+        each.set_adapter("default")
+        assert torch.equal(logits(each).float(), mine)
+    assert not (mine - expected).abs().max() <= allowed
+    model.merge_adapter()
+    assert (logits(model).float() - mine).abs().max() <= allowed
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert (logits(model).float() - expected).abs().max() <= allowed
+    merged = twin.merge_and_unload()
+    assert (logits(merged).float() - mine).abs().max() <= allowed
+
+
+def test_gradients_do_not_reach_what_is_kept(base):
+    model = trained(started(base))
+    for name, buffer in model.named_buffers():
+        if "lora_start" in name:
+            assert not buffer.requires_grad
+    assert not any("lora_start" in name for name, _ in model.named_parameters())
+
+
+def test_unconverted_it_does_not_load_onto_the_base_in_silence(base, tmp_path):
+    started(base).save_pretrained(tmp_path)
+    for load in (
+        lambda: PeftModel.from_pretrained(copy.deepcopy(base), tmp_path),
+        lambda: PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True),
+        lambda: lora(copy.deepcopy(base)).load_adapter(tmp_path, "second"),
+        lambda: copy.deepcopy(base).load_adapter(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"Unknown initialization .*eva_lora\.load_adapter: pissa"):
+            load()
+    with pytest.raises(ValueError, match=r"export_plain makes an ordinary adapter of it first"):
+        export_uniform(tmp_path, tmp_path / "uniform")
+    model = lora(copy.deepcopy(base))
+    with pytest.raises(ValueError, match="was taken from; load the base anew"):
+        load_adapter(started(base).unload(), tmp_path)  # what is left of a base is no base
+    with pytest.raises(ValueError, match="expected a base without LoRA layers"):
+        load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="was taken from; load the base anew"):
+        load_adapter(tiny_llama(seed=5), tmp_path)
+    other = started(tiny_llama(seed=5))
+    with pytest.raises(RuntimeError, match="is not what this model's base was changed by"):
+        other.load_adapter(tmp_path, "default")
+
+
+def test_an_incomplete_file_is_named_and_the_base_stays(base, tmp_path):
+    started(base).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({k: v for k, v in weights.items() if "layers.1.mlp.up_proj.lora_start" not in k}, file)
+    fresh = copy.deepcopy(base)
+    with pytest.raises(ValueError, match=r"does not hold what the adapter of model\.layers\.1\.mlp\.up_proj started"):
+        load_adapter(fresh, tmp_path)
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear):
+            layer = fresh.get_submodule(name)
+            assert torch.equal(getattr(layer, "base_layer", layer).weight, module.weight)
+
+
+def test_ordinary_adapters_load_as_ever_and_have_nothing_to_give_back(base, tmp_path):
+    model = lora(copy.deepcopy(base))
+    eva_initialize(model, token_batches(), progress=False)
+    trained(model).save_pretrained(tmp_path)
+    assert near(logits(load_adapter(copy.deepcopy(base), tmp_path)), logits(model))
+    with pytest.raises(ValueError, match="init_lora_weights='eva' leaves the base as it is"):
+        export_plain(model, tmp_path / "plain")
+    with pytest.raises(TypeError, match="expected a PeftModel or a folder, got LlamaForCausalLM"):
+        export_plain(base, tmp_path / "plain")
+    with pytest.raises(ValueError, match="rank: expected None or an integer of at least 1, got 0"):
+        export_plain(model, tmp_path / "plain", rank=0)
+
+
+# --- PEFT's own
+
+
+@pytest.mark.parametrize("options", SCALINGS, ids=["alpha", "rsLoRA and patterns"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_peft_s_own_become_ordinary_given_where_they_started(base, tmp_path, init, options):
+    """For rsLoRA with patterns PEFT's own conversion refuses."""
+    model = lora(copy.deepcopy(base), init_lora_weights=init, **options)
+    model.save_pretrained(tmp_path / "initial")
+    trained(model).save_pretrained(tmp_path / "adapter")
+    plain = export_plain(tmp_path / "adapter", tmp_path / "plain", initial=tmp_path / "initial")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), plain.folder)
+    assert (logits(loaded) - logits(model)).abs().max() <= 2.0**-14 * logits(model).abs().max()
+    if init.endswith("niter_4"):
+        with pytest.raises(ValueError, match="draws what it takes from the base anew each time"):
+            export_plain(tmp_path / "adapter", tmp_path / "other", base=copy.deepcopy(base))
+    else:
+        again = export_plain(model, tmp_path / "other", base=base)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), again.folder)
+        assert (logits(loaded) - logits(model)).abs().max() <= 2.0**-14 * logits(model).abs().max()
+    with pytest.raises(ValueError, match=r"export_plain makes an ordinary adapter of it first"):
+        export_uniform(tmp_path / "adapter", tmp_path / "uniform")
+
+
+def test_what_cannot_be_known_is_refused(base, tmp_path):
+    lora(copy.deepcopy(base), init_lora_weights="pissa").save_pretrained(tmp_path / "pissa")
+    with pytest.raises(ValueError, match=r"initial: expected the folder .* or base=, the model as it was; got None"):
+        export_plain(tmp_path / "pissa", tmp_path / "out")
+    lora(copy.deepcopy(base), init_lora_weights="pissa", r=2).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"initial: it holds no start for .* or one of another shape"):
+        export_plain(tmp_path / "pissa", tmp_path / "out", initial=tmp_path / "other")
+    config = tmp_path / "pissa" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": "corda"}))
+    with pytest.raises(ValueError, match="initial: expected the folder that the corda adapter was saved in before"):
+        export_plain(tmp_path / "pissa", tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+    dora = lora(copy.deepcopy(base), init_lora_weights="pissa", use_dora=True)
+    dora.save_pretrained(tmp_path / "dora")
+    with pytest.raises(ValueError, match="lora_magnitude_vector is no part of a sum of products B A"):
+        export_plain(tmp_path / "dora", tmp_path / "out", initial=tmp_path / "dora")

@@ -1,0 +1,439 @@
+"""Every method of the table, against its paper's formula in dense float64, written here from the paper."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import eva_lora
+from eva_lora import METHODS, EvaConfig, EvaStatistics, StartReport, collect, eva_initialize, initialize
+from support.bounds import gamma
+from support.models import LINEARS, layer_inputs, load_minilm, lora, tiny_gpt2, tiny_llama, token_batches
+from support.pages import blocks
+from support.quantised import rounded
+
+BETA = 0.3
+GAP = 0.01  # between the last direction and the next one, of the larger: below it neither is the answer
+UNIT = 2.0**-24
+
+
+def svd(matrix):
+    return torch.linalg.svd(matrix, full_matrices=False)
+
+
+def pissa(w, r, rank, s, **_):
+    u, d, v = svd(w)
+    root = (d[:rank] / s).sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank], d[rank - 1] - d[rank], d[rank - 1]
+
+
+def milora(w, r, rank, s, **_):
+    u, d, v = svd(w)
+    root = (d[-rank:] / s).sqrt()
+    return u[:, -rank:] * root, root[:, None] * v[-rank:], d[-rank - 1] - d[-rank], d[-rank - 1]
+
+
+def mica(w, r, rank, s, **_):
+    u, d, v = svd(w)
+    return u[:, -rank:], torch.zeros_like(v[-rank:]), d[-rank - 1] - d[-rank], d[-rank - 1]
+
+
+def corda(w, r, rank, s, **_):
+    """The decomposition of W C, multiplied back with the inverse of C, which is not damped: C is of full rank."""
+    u, d, v = svd(w @ r)
+    root = (d[:rank] / s).sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank] @ torch.linalg.inv(r), d[rank - 1] - d[rank], d[rank - 1]
+
+
+def corda_kpm(w, r, rank, s, **_):
+    u, d, v = svd(w @ r)
+    root = (d[-rank:] / s).sqrt()
+    return u[:, -rank:] * root, root[:, None] * v[-rank:] @ torch.linalg.inv(r), d[-rank - 1] - d[-rank], d[-rank - 1]
+
+
+def astra(w, r, rank, s, **_):
+    """The outputs' covariance at its small end, among the outputs that the weight can give."""
+    inside = svd(w)[0]
+    values, vectors = torch.linalg.eigh(inside.T @ w @ r @ w.T @ inside)
+    u = inside @ vectors[:, :rank]
+    return u, u.T @ w, values[rank].sqrt() - values[rank - 1].sqrt(), values[rank].sqrt()
+
+
+def sc_lora(w, r, rank, s, kept, **_):
+    values, u = torch.linalg.eigh((1 - BETA) * w @ r @ w.T - BETA * w @ kept @ w.T)
+    return u[:, -rank:], u[:, -rank:].T @ w, values[-rank] - values[-rank - 1], values[-rank].abs()
+
+
+def lora_null(w, r, rank, s, **_):
+    values, q = torch.linalg.eigh(r)
+    u, d, v = svd(w @ q[:, :rank] @ q[:, :rank].T)
+    root = (d[:rank] / s).sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank], values[rank] - values[rank - 1], values[rank]
+
+
+FORMULAS = {
+    "pissa": pissa, "milora": milora, "mica": mica, "corda": corda, "corda-kpm": corda_kpm, "astra": astra,
+    "sc-lora": sc_lora, "lora-null": lora_null,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_llama()
+
+
+def statistics_of(model, batches, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # not converged: there are few batches
+        config = EvaConfig(max_batches=len(batches), tau=1.0, rho=1.0, **options)
+        return collect(model, batches, config, progress=False)
+
+
+def started(base, method, *, batches=None, kept=None, **options):
+    """A model, and its report, started from statistics that hold everything."""
+    model = lora(copy.deepcopy(base), **options)
+    batches = (batches or token_batches()) if METHODS[method].data != "none" else None
+    data = statistics_of(model, batches, keep_moments=True) if batches else None
+    keep = statistics_of(model, kept or token_batches(seed=9), keep_moments=True) if method == "sc-lora" else None
+    return model, initialize(model, data, method, keep=keep, beta=BETA, progress=False)
+
+
+def cosine(left, right):
+    """The smallest of the angles between two column spaces, as its cosine."""
+    q, p = (torch.linalg.qr(matrix.double()).Q for matrix in (left, right))
+    return float(torch.linalg.svdvals(q.T @ p)[-1])
+
+
+def factors_of(model, name):
+    layer = model.get_base_model().get_submodule(name)
+    a, b = layer.lora_A["default"].weight.detach().double(), layer.lora_B["default"].weight.detach().double()
+    return a, b, layer.base_layer.weight.detach().double(), layer.scaling["default"]
+
+
+def test_every_method_has_a_formula_here():
+    assert set(FORMULAS) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_starts_as_its_paper_says(base, method):
+    model, report = started(base, method)
+    rows = layer_inputs(lora(copy.deepcopy(base)), token_batches())
+    kept = layer_inputs(lora(copy.deepcopy(base)), token_batches(seed=9))
+    compared = 0
+    for name, layer in report.layers.items():
+        a, b, left, scaling = factors_of(model, name)
+        w = base.get_submodule(name).weight.detach().double()
+        moments = [x[name].T @ x[name] / len(x[name]) for x in (rows, kept)]
+        its_b, its_a, gap, of = FORMULAS[method](w, moments[0], layer.rank, scaling, kept=moments[1])
+        product, wanted = b @ a, its_b @ its_a
+        if METHODS[method].base == "less":
+            # One rounding of what is left, in the base's dtype.
+            assert ((left + scaling * product - w).abs() <= (1 + 1e-6) * UNIT * left.abs() + 1e-12).all(), name
+        else:
+            assert torch.equal(left, w)
+        if gap <= GAP * of:
+            continue
+        compared += 1
+        assert cosine(b, its_b) >= 0.999, name
+        torch.testing.assert_close(b.norm(), its_b.norm(), rtol=1e-3, atol=0)
+        torch.testing.assert_close(product.norm(), wanted.norm(), rtol=1e-3, atol=0)
+        if a.any():
+            assert cosine(a.T, its_a.T) >= 0.999, name
+    assert compared >= 12  # of 21
+
+
+@pytest.mark.parametrize("options", [{"lora_alpha": 8, "use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}], ids=str)
+@pytest.mark.parametrize("method", ["pissa", "sc-lora"])
+def test_what_moves_is_the_same_whatever_the_scaling_is(base, method, options):
+    """But for methods whose B is U, of which B A is the same."""
+    plain, _ = started(base, method, lora_alpha=4)
+    scaled, _ = started(base, method, **options)
+    for name, _ in base.named_modules():
+        if name.rpartition(".")[2] in LINEARS:
+            (a, b, _, one), (a2, b2, _, s) = factors_of(plain, name), factors_of(scaled, name)
+            assert one == 1
+            expected = b @ a if method == "sc-lora" else b @ a / s
+            assert (b2 @ a2 - expected).norm() <= 1e-5 * expected.norm()
+            if method == "pissa":  # 1/s goes half to each
+                torch.testing.assert_close(a2.norm(), b2.norm(), rtol=1e-5, atol=0)
+
+
+def test_a_weight_kept_transposed_gives_what_a_plain_one_gives():
+    model = get_peft_model(tiny_gpt2(), LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))
+    name = "transformer.h.0.attn.c_attn"
+    before = model.get_base_model().get_submodule(name).base_layer.weight.detach().clone()
+    assert isinstance(model.get_base_model().get_submodule(name).base_layer, Conv1D)
+    initialize(model, method="pissa")
+    a, b, left, scaling = factors_of(model, name)
+    u, d, v = svd(before.T.double())
+    wanted = (u[:, :3] * d[:3]) @ v[:3]
+    assert (scaling * b @ a - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (left.T + scaling * b @ a - before.T.double()).abs().max() <= UNIT * left.abs().max() * (1 + 1e-6)
+
+
+def test_bfloat16_bases_round_what_is_left_and_the_report_says_how_much(base):
+    model = lora(copy.deepcopy(base).bfloat16())
+    report = initialize(model, method="pissa")
+    for name, layer in report.layers.items():
+        a, b, left, scaling = factors_of(model, name)
+        w = base.get_submodule(name).weight.detach().bfloat16().double()
+        assert model.get_base_model().get_submodule(name).base_layer.weight.dtype == torch.bfloat16
+        lost = (left + scaling * b @ a - w).norm() / w.norm()
+        torch.testing.assert_close(torch.tensor(layer.rounding, dtype=torch.float64), lost, rtol=1e-6, atol=0)
+        assert 2.0**-14 < layer.rounding < 2.0**-8
+    assert "its dtype rounds off" in str(report)
+
+
+def test_a_streamed_subspace_finds_corda_s_output_energy(base):
+    """What the pass follows by itself, without whole covariances: of 8 columns of 32 and 48."""
+    model = lora(copy.deepcopy(base))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        config = EvaConfig(max_batches=6, rho=1.0, statistic="subspace", oversampling=5.0)
+        initialize(model, token_batches(), "corda", config, progress=False)
+    rows = layer_inputs(lora(copy.deepcopy(base)), token_batches())
+    for name, x in rows.items():
+        w, moment = base.get_submodule(name).weight.detach().double(), x.T @ x / len(x)
+        u = svd(w @ moment)[0][:, :4]
+        best, total = ((m @ moment * m).sum() for m in (u.T @ w, w))
+        _, b, _, _ = factors_of(model, name)
+        q = torch.linalg.qr(b).Q
+        got = ((q.T @ w) @ moment * (q.T @ w)).sum()
+        assert got >= best - 0.01 * total, name
+
+
+def test_reports_say_what_each_layer_aims_at(base, tmp_path):
+    model, report = started(base, "sc-lora")
+    rows, kept = (layer_inputs(lora(copy.deepcopy(base)), token_batches(seed=seed)) for seed in (1, 9))
+    for name, layer in report.layers.items():
+        w = base.get_submodule(name).weight.detach().double()
+        q = torch.linalg.qr(factors_of(model, name)[1]).Q
+        for share, x in ((layer.weight_share, None), (layer.output_share, rows[name]), (layer.kept_share, kept[name])):
+            part, whole = ((m if x is None else m @ x.T).square().sum() for m in (q.T @ w, w))
+            assert share == pytest.approx(float(part / whole), rel=1e-4)
+    assert StartReport.load(report.save(tmp_path)) == report
+    assert "method sc-lora" in str(report)
+
+
+def test_ranks_move_by_scores_and_removed_layers_keep_their_weight(base):
+    model = lora(copy.deepcopy(base), r=1)
+    report = initialize(model, method="pissa", config=EvaConfig(rho=2.0))
+    values = {name: svd(base.get_submodule(name).weight.detach().double())[1].square() for name in report.layers}
+    shares = {name: (squares[:2] / squares.sum()).tolist() for name, squares in values.items()}
+    pooled = sorted((share for pair in shares.values() for share in pair), reverse=True)
+    assert report.ranks == {n: sum(share >= pooled[20] for share in pair) for n, pair in shares.items()}
+    gone = [name for name, rank in report.ranks.items() if not rank]
+    assert gone
+    for name in gone:
+        assert torch.equal(model.get_base_model().get_submodule(name).weight, base.get_submodule(name).weight)
+
+
+def test_mica_s_second_matrix_stays_frozen_where_adapters_are_switched(base):
+    model, _ = started(base, "mica")
+    with model.disable_adapter():
+        pass
+    model.set_adapter("default")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert not any("lora_B" in name for name in trainable)
+
+
+def test_eva_is_eva(base):
+    one, two, three = (lora(copy.deepcopy(base)) for _ in range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        config = EvaConfig(max_batches=6)
+        report = eva_initialize(one, token_batches(), config, progress=False)
+        assert initialize(two, token_batches(), config=config, progress=False).ranks == report.ranks
+        statistics = collect(three, token_batches(), config, progress=False)
+    initialize(three, statistics)
+    state = one.state_dict()
+    for other in (two, three):
+        assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_data_that_a_method_does_not_take_or_lacks_is_an_error_before_the_first_batch(base, method):
+    model = lora(copy.deepcopy(base))
+
+    def never():
+        raise AssertionError("a batch was taken")
+        yield
+
+    data = METHODS[method].data
+    if data == "none":
+        with pytest.raises(ValueError, match=f"loader_or_statistics: expected None with method='{method}'"):
+            initialize(model, never(), method)
+    else:
+        with pytest.raises(ValueError, match="loader_or_statistics: expected batches or EvaStatistics with method="):
+            initialize(model, None, method)
+        with pytest.raises(TypeError, match="loader_or_statistics: expected an iterable of batches"):
+            initialize(model, "data.jsonl", method)
+    if data == "two sets":
+        with pytest.raises(ValueError, match="keep: expected batches or EvaStatistics with method='sc-lora', got None"):
+            initialize(model, never(), method)
+    else:
+        with pytest.raises(ValueError, match=f"keep: expected None with method='{method}'"):
+            initialize(model, None if data == "none" else never(), method, keep=never())
+
+
+def test_arguments_out_of_range_are_named(base):
+    model = lora(copy.deepcopy(base))
+    for options, message in (
+        ({"method": "olora"}, r"method: expected one of \('eva', 'pissa', .*got 'olora'"),
+        ({"method": "pissa", "beta": 2}, "beta: expected a number between 0 and 1, got 2"),
+        ({"method": "milora", "config": EvaConfig()}, "rho: expected 1 with method='milora'"),
+        (
+            {"method": "pissa", "config": EvaConfig(adjust_scaling_factors=False)},
+            "adjust_scaling_factors: expected True",
+        ),
+        ({"method": "eva"}, "loader_or_statistics: expected batches or EvaStatistics with method='eva', got None"),
+        ({"method": "eva", "keep": []}, "keep: expected None with method='eva'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            initialize(model, **options)
+
+
+def test_statistics_that_do_not_hold_what_a_method_takes_are_refused(base):
+    model = lora(copy.deepcopy(base))
+    with pytest.raises(ValueError, match="need statistics with keep_moments=True"):
+        initialize(model, statistics_of(model, token_batches()), "astra")
+    few = statistics_of(model, token_batches(1, shape=(1, 20)), keep_moments=True)
+    with pytest.raises(ValueError, match=r"20 rows tell \d+ of \d+ from rounding"):
+        initialize(model, few, "corda-kpm")
+    other = lora(tiny_llama(), target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="they are of another model"):
+        initialize(model, statistics_of(other, token_batches()), "corda")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embedding.weight
+        self.middle = nn.Linear(8, 8)
+        self.conv = nn.Conv1d(8, 8, 3)
+
+    def forward(self, x):
+        return self.head(self.middle(self.embedding(x)))
+
+
+def test_layers_that_cannot_be_started_are_named_and_nothing_is_changed(base):
+    def tied(**options):
+        return get_peft_model(Tied(), LoraConfig(**{"r": 2, **options}))
+
+    for model, message in (
+        (tied(target_modules=["head"]), "head cannot give part of itself to the adapter: another module has the same"),
+        (tied(target_modules=["conv"]), "cannot start 1 layers; conv: it is a convolution"),
+        (tied(target_modules=["middle"], use_dora=True), "cannot start 1 layers; middle: its adapter is a Dora"),
+        (tied(target_modules=["middle"], r=9), "middle has rank 9, its weight has 8 directions"),
+        (lora(copy.deepcopy(base), init_lora_weights="pissa"), "has already changed the base weights"),
+    ):
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            initialize(model, method="pissa")
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_base_gives_part_of_itself_once(base):
+    model, _ = started(base, "pissa")
+    with pytest.raises(ValueError, match="has already changed the base weights"):
+        initialize(model, method="pissa", overwrite=True)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match="part of it is with the adapter 'default' already"):
+        initialize(model, method="pissa")
+
+
+def test_what_fails_half_way_leaves_the_model_as_it_was(base, monkeypatch):
+    from eva_lora.adapters import peft
+
+    model = lora(copy.deepcopy(base))
+    x, state = token_batches(1)[0], {name: value.clone() for name, value in model.state_dict().items()}
+    calls = []
+
+    def failing(layer, adapter):
+        calls.append(layer)
+        if len(calls) == 5:
+            raise MemoryError("no more")
+        return real(layer, adapter)
+
+    real = peft.begin
+    monkeypatch.setattr(peft, "begin", failing)
+    with pytest.raises(MemoryError):
+        initialize(model, method="pissa")
+    after = model.state_dict()
+    assert set(after) == set(state)
+    for name, value in after.items():
+        assert (value - state[name]).abs().max() <= 4 * UNIT * state[name].abs().max(), name  # there and back
+    assert model.peft_config["default"].init_lora_weights is True
+    assert torch.isfinite(model(**x).logits).all()
+
+
+def test_quantised_bases_are_refused_by_name(base):
+    class Rounded(nn.Linear):
+        def __init__(self, weight):
+            super().__init__(weight.shape[1], weight.shape[0], bias=False)
+            self.weight = nn.Parameter((rounded(weight.detach()) * 64).to(torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return x @ (self.weight.to(x.dtype) / 64).T
+
+    quantised = copy.deepcopy(base)
+    layer = quantised.model.layers[0].self_attn
+    layer.q_proj = Rounded(layer.q_proj.weight)
+    model = lora(quantised)
+    for method in ("pissa", "mica"):
+        with pytest.raises(ValueError, match=r"q_proj cannot give part of itself to the adapter: it is quantised"):
+            initialize(model, method=method)
+
+
+def test_whole_moments_are_saved_with_the_statistics(base, tmp_path):
+    model = lora(copy.deepcopy(base))
+    statistics = statistics_of(model, token_batches(), keep_moments=True)
+    assert {entry.kind for entry in statistics.inputs} == {"gram"}
+    loaded = EvaStatistics.load(statistics.save(tmp_path / "statistics.safetensors"))
+    rows = layer_inputs(model, token_batches())
+    for site in loaded.sites:
+        x = rows[site.name]
+        exact = x.T @ x / len(x)
+        error = (loaded.inputs[site.input].moment - exact).abs()
+        scale = torch.outer(exact.diagonal().sqrt(), exact.diagonal().sqrt())
+        assert (error <= 4 * gamma(len(x), torch.float64) * scale).all()  # about a shift, and back
+    initialize(model, loaded, "lora-null", progress=False)
+    assert eva_lora.plan(loaded).ranks
+
+
+def test_the_page_s_code_does_what_it_says(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = [block.code for block in blocks("docs/methods.md") if block.language == "python"]
+    assert code
+    for block in code:
+        names = {"model": lora(copy.deepcopy(base)), "loader": token_batches(), "base": copy.deepcopy(base)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            exec(compile(block, "methods.md", "exec"), names)
+
+
+@pytest.mark.slow
+def test_pissa_on_every_layer_of_a_real_model():
+    real = load_minilm()
+    targets = r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*\.dense)"
+    model = get_peft_model(copy.deepcopy(real), LoraConfig(r=16, target_modules=targets))
+    report = initialize(model, method="pissa")
+    assert len(report.layers) == 36
+    for name in report.layers:
+        a, b, left, scaling = factors_of(model, name)
+        w = real.get_submodule(name).weight.detach().double()
+        s = torch.linalg.svdvals(w)
+        q = torch.linalg.qr(b).Q
+        assert (q.T @ w).square().sum() >= (1 - 2e-4) * s[:16].square().sum()
+        assert (left + scaling * b @ a - w).abs().max() <= UNIT * left.abs().max() * (1 + 1e-6)
