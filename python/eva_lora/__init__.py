@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import LoraSite, ParameterSite, export_uniform, register_adapter
-    from .collecting import collect, estimate
+    from .collecting import Watch, collect, estimate, watching
     from .config import EvaConfig
     from .initialize import apply, eva_initialize
     from .planning import EvaPlan, EvaStatistics, plan
@@ -24,6 +24,7 @@ __all__ = [
     "LoraSite",
     "ParameterSite",
     "RepairReport",
+    "Watch",
     "apply",
     "collect",
     "compare",
@@ -34,6 +35,7 @@ __all__ = [
     "plan",
     "register_adapter",
     "require_same_base",
+    "watching",
 ]
 
 _HOME = {
@@ -44,6 +46,7 @@ _HOME = {
     "LoraSite": "adapters",
     "ParameterSite": "adapters",
     "RepairReport": "reporting",
+    "Watch": "collecting",
     "apply": "initialize",
     "collect": "collecting",
     "compare": "reporting",
@@ -54,6 +57,7 @@ _HOME = {
     "plan": "planning",
     "register_adapter": "adapters",
     "require_same_base": "repair",
+    "watching": "collecting",
 }
 
 

@@ -19,7 +19,7 @@ from .adapters import (
 from .collecting import ForwardFn, RowMaskFn, collect_with
 from .config import EvaConfig
 from .distributed import ProcessGroup, joined, together
-from .planning import EvaPlan, command_line, plan
+from .planning import EvaPlan, EvaStatistics, command_line, plan
 from .reporting import EvaReport
 
 __all__ = ["apply", "eva_initialize"]
@@ -27,7 +27,7 @@ __all__ = ["apply", "eva_initialize"]
 
 def eva_initialize(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | EvaStatistics,
     config: Any = None,
     *,
     forward_fn: ForwardFn | None = None,
@@ -48,7 +48,9 @@ def eva_initialize(
     Args:
         model: A model with LoRA layers: PEFT's of any kind, or what :func:`eva_lora.register_adapter` was told of.
         loader: Any iterable of batches: dicts and other mappings, dataclasses, tuples, lists or tensors. One
-            that can start again does so until the layers have converged.
+            that can start again does so until the layers have converged. Or the statistics of a pass that was made
+            already, or of forwards that were watched (:func:`eva_lora.watching`): no forward runs then, and ``config``
+            is that of the plan, as in :func:`eva_lora.plan`.
         config: :class:`EvaConfig`, or PEFT's. None: the ``eva_config`` of the ``LoraConfig`` if it has one,
             else the defaults.
         forward_fn: Called as ``forward_fn(model, batch)`` in place of the model itself.
@@ -73,24 +75,32 @@ def eva_initialize(
 
     Raises:
         TypeError: as :func:`eva_lora.collect`.
-        ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was.
+        ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was. Or an option
+            of a pass is given with statistics.
         RuntimeError: another rank is gone. What one rank fails with, all raise.
     """
+
+    made = loader if isinstance(loader, EvaStatistics) else None
 
     def prepare() -> tuple[LoraAdapter, EvaConfig, TrainedLayers]:
         if checkpoint is None and checkpoint_every is not None:
             raise ValueError("checkpoint_every: expected None without a checkpoint to write")
+        of_a_pass = {"forward_fn": forward_fn, "row_mask_fn": row_mask_fn, "checkpoint": checkpoint}
+        given = [name for name, value in of_a_pass.items() if value is not None]
+        if made is not None and given:
+            raise ValueError(f"{given[0]}: expected None beside statistics, which no forward has to be run for")
         with whole_weights(model):
             adapter = find_adapter(model, sites)
             if isinstance(adapter, SiteAdapter):
                 adapter.writable()  # an error now, not after the pass
             trained = TrainedLayers.of(adapter)
-        chosen = EvaConfig.of(adapter.eva_config if config is None else config)
+        carried = adapter.eva_config if made is None else made.config
+        chosen = EvaConfig.of(carried if config is None else config)
         require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
         return adapter, chosen, trained
 
     def write() -> EvaReport:
-        eva_plan = plan(statistics)  # 3
+        eva_plan = plan(statistics, None if made is None else chosen)  # 3
         report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))  # 4
         with whole_weights(model):
             adapter.apply(eva_plan)  # 5, so that whatever fails before it has changed nothing
@@ -101,10 +111,13 @@ def eva_initialize(
         adapter, chosen, trained = together(ranks, prepare)  # 1
         if not overwrite:
             together(ranks, trained.require_none)
-        statistics = collect_with(  # 2
-            adapter, model, loader, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
-            checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
-        )  # fmt: skip
+        if isinstance(loader, EvaStatistics):
+            statistics = loader
+        else:
+            statistics = collect_with(  # 2
+                adapter, model, loader, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
+                checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
+            )  # fmt: skip
         return together(ranks, write)
 
 

@@ -10,15 +10,18 @@ from .estimating import Estimate, estimate, matmul_rate
 from .masks import RowMaskFn
 from .passing import collect, collect_with
 from .visiting import Visits, own
+from .watcher import Watch, watching
 
 __all__ = [
     "Estimate",
     "ForwardFn",
     "RowMaskFn",
     "Visits",
+    "Watch",
     "collect",
     "collect_with",
     "estimate",
     "matmul_rate",
     "own",
+    "watching",
 ]

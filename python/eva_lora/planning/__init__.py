@@ -6,6 +6,7 @@ Knows numbers and names of layers; what a pass leaves behind (:class:`EvaStatist
 
 from . import storage
 from .eva_plan import Allocation, EvaPlan, PlannedSite, plan
+from .merging import merged
 from .provenance import command_line, versions
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 from .storage import raw_bytes
@@ -20,6 +21,7 @@ __all__ = [
     "SiteStatistics",
     "Trace",
     "command_line",
+    "merged",
     "plan",
     "raw_bytes",
     "storage",
