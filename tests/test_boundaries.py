@@ -23,7 +23,7 @@ ROOMS = {
     "collecting": {"adapters", "planning", "distributed"},
     "reporting": {"planning"},
     "fitting": {"adapters", "collecting", "planning"},
-    "integrations": {"reporting", "collecting"},
+    "integrations": {"", "reporting", "collecting", "planning"},
     "cli": {"", "planning", "distributed", "adapters", "collecting", "reporting", "fitting", "integrations"},
 }
 

@@ -18,11 +18,11 @@ from .adapters import (
 )
 from .collecting import ForwardFn, RowMaskFn, collect_with
 from .config import EvaConfig
-from .distributed import ProcessGroup, joined, together
+from .distributed import ProcessGroup, Ranks, joined, together
 from .planning import EvaPlan, EvaStatistics, command_line, plan
 from .reporting import EvaReport
 
-__all__ = ["apply", "eva_initialize"]
+__all__ = ["apply", "eva_initialize", "prepared"]
 
 
 def eva_initialize(
@@ -82,22 +82,13 @@ def eva_initialize(
 
     made = loader if isinstance(loader, EvaStatistics) else None
 
-    def prepare() -> tuple[LoraAdapter, EvaConfig, TrainedLayers]:
+    def check_options() -> None:
         if checkpoint is None and checkpoint_every is not None:
             raise ValueError("checkpoint_every: expected None without a checkpoint to write")
         of_a_pass = {"forward_fn": forward_fn, "row_mask_fn": row_mask_fn, "checkpoint": checkpoint}
         given = [name for name, value in of_a_pass.items() if value is not None]
         if made is not None and given:
             raise ValueError(f"{given[0]}: expected None beside statistics, which no forward has to be run for")
-        with whole_weights(model):
-            adapter = find_adapter(model, sites)
-            if isinstance(adapter, SiteAdapter):
-                adapter.writable()  # an error now, not after the pass
-            trained = TrainedLayers.of(adapter)
-        carried = adapter.eva_config if made is None else made.config
-        chosen = EvaConfig.of(carried if config is None else config)
-        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
-        return adapter, chosen, trained
 
     def write() -> EvaReport:
         eva_plan = plan(statistics, None if made is None else chosen)  # 3
@@ -108,9 +99,9 @@ def eva_initialize(
 
     ranks = joined(process_group)
     with ordinary_tensors():
-        adapter, chosen, trained = together(ranks, prepare)  # 1
-        if not overwrite:
-            together(ranks, trained.require_none)
+        together(ranks, check_options)
+        carried = config if made is None or config is not None else made.config
+        adapter, chosen = prepared(model, carried, sites=sites, overwrite=overwrite, ranks=ranks)  # 1
         if isinstance(loader, EvaStatistics):
             statistics = loader
         else:
@@ -119,6 +110,36 @@ def eva_initialize(
                 checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
             )  # fmt: skip
         return together(ranks, write)
+
+
+def prepared(
+    model: nn.Module,
+    config: Any = None,
+    *,
+    sites: Sequence[LoraSite] | None = None,
+    overwrite: bool = False,
+    ranks: Ranks | None = None,
+) -> tuple[LoraAdapter, EvaConfig]:
+    """A model's adapter, and the options of its initialisation, if nothing stands against that: asked before any work.
+
+    Raises:
+        Exception: as :func:`eva_initialize`, of what is wrong with a model.
+    """
+
+    def prepare() -> tuple[LoraAdapter, EvaConfig, TrainedLayers]:
+        with whole_weights(model):
+            adapter = find_adapter(model, sites)
+            if isinstance(adapter, SiteAdapter):
+                adapter.writable()  # an error now, not after the pass
+            trained = TrainedLayers.of(adapter)
+        chosen = EvaConfig.of(adapter.eva_config if config is None else config)
+        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
+        return adapter, chosen, trained
+
+    adapter, chosen, trained = together(ranks, prepare)
+    if not overwrite:
+        together(ranks, trained.require_none)
+    return adapter, chosen
 
 
 def _run_facts(model: nn.Module) -> dict[str, str]:

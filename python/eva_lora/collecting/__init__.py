@@ -8,6 +8,7 @@ statistic → :mod:`.run` (refresh, after the forward) → :mod:`.convergence` (
 from .batches import ForwardFn
 from .estimating import Estimate, estimate, matmul_rate
 from .masks import RowMaskFn
+from .own_forwards import collect_calls
 from .passing import collect, collect_with
 from .visiting import Visits, own
 from .watcher import Watch, watching
@@ -19,6 +20,7 @@ __all__ = [
     "Visits",
     "Watch",
     "collect",
+    "collect_calls",
     "collect_with",
     "estimate",
     "matmul_rate",
