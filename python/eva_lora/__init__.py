@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         load_adapter,
         register_adapter,
     )
-    from .collecting import collect, estimate
+    from .collecting import Watch, collect, estimate, watching
     from .config import EvaConfig
     from .fitting import METHODS
     from .initializing import apply, eva_initialize
@@ -37,6 +37,7 @@ __all__ = [
     "PlainExport",
     "RepairReport",
     "StartReport",
+    "Watch",
     "apply",
     "collect",
     "compare",
@@ -51,6 +52,7 @@ __all__ = [
     "plan",
     "register_adapter",
     "require_same_base",
+    "watching",
 ]
 
 _HOME = {
@@ -65,6 +67,7 @@ _HOME = {
     "RepairReport": "reporting",
     "StartReport": "reporting",
     "apply": "initializing",
+    "Watch": "collecting",
     "collect": "collecting",
     "compare": "reporting",
     "estimate": "collecting",
@@ -78,6 +81,7 @@ _HOME = {
     "plan": "planning",
     "register_adapter": "adapters",
     "require_same_base": "repair",
+    "watching": "collecting",
 }
 
 

@@ -18,16 +18,16 @@ from .adapters import (
 )
 from .collecting import ForwardFn, RowMaskFn, collect_with
 from .config import EvaConfig
-from .distributed import ProcessGroup, joined, together
-from .planning import EvaPlan, command_line, plan
+from .distributed import ProcessGroup, Ranks, joined, together
+from .planning import EvaPlan, EvaStatistics, command_line, plan
 from .reporting import EvaReport
 
-__all__ = ["apply", "eva_initialize"]
+__all__ = ["apply", "eva_initialize", "prepared"]
 
 
 def eva_initialize(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | EvaStatistics,
     config: Any = None,
     *,
     forward_fn: ForwardFn | None = None,
@@ -48,7 +48,9 @@ def eva_initialize(
     Args:
         model: A model with LoRA layers: PEFT's of any kind, or what :func:`eva_lora.register_adapter` was told of.
         loader: Any iterable of batches: dicts and other mappings, dataclasses, tuples, lists or tensors. One
-            that can start again does so until the layers have converged.
+            that can start again does so until the layers have converged. Or the statistics of a pass that was made
+            already, or of forwards that were watched (:func:`eva_lora.watching`): no forward runs then, and ``config``
+            is that of the plan, as in :func:`eva_lora.plan`.
         config: :class:`EvaConfig`, or PEFT's. None: the ``eva_config`` of the ``LoraConfig`` if it has one,
             else the defaults.
         forward_fn: Called as ``forward_fn(model, batch)`` in place of the model itself.
@@ -73,13 +75,58 @@ def eva_initialize(
 
     Raises:
         TypeError: as :func:`eva_lora.collect`.
-        ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was.
+        ValueError: as :func:`eva_lora.collect` and :func:`eva_lora.apply`; the model is then as it was. Or an option
+            of a pass is given with statistics.
         RuntimeError: another rank is gone. What one rank fails with, all raise.
     """
 
-    def prepare() -> tuple[LoraAdapter, EvaConfig, TrainedLayers]:
+    made = loader if isinstance(loader, EvaStatistics) else None
+
+    def check_options() -> None:
         if checkpoint is None and checkpoint_every is not None:
             raise ValueError("checkpoint_every: expected None without a checkpoint to write")
+        of_a_pass = {"forward_fn": forward_fn, "row_mask_fn": row_mask_fn, "checkpoint": checkpoint}
+        given = [name for name, value in of_a_pass.items() if value is not None]
+        if made is not None and given:
+            raise ValueError(f"{given[0]}: expected None beside statistics, which no forward has to be run for")
+
+    def write() -> EvaReport:
+        eva_plan = plan(statistics, None if made is None else chosen)  # 3
+        report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))  # 4
+        with whole_weights(model):
+            adapter.apply(eva_plan)  # 5, so that whatever fails before it has changed nothing
+        return report
+
+    ranks = joined(process_group)
+    with ordinary_tensors():
+        together(ranks, check_options)
+        carried = config if made is None or config is not None else made.config
+        adapter, chosen = prepared(model, carried, sites=sites, overwrite=overwrite, ranks=ranks)  # 1
+        if isinstance(loader, EvaStatistics):
+            statistics = loader
+        else:
+            statistics = collect_with(  # 2
+                adapter, model, loader, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
+                checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
+            )  # fmt: skip
+        return together(ranks, write)
+
+
+def prepared(
+    model: nn.Module,
+    config: Any = None,
+    *,
+    sites: Sequence[LoraSite] | None = None,
+    overwrite: bool = False,
+    ranks: Ranks | None = None,
+) -> tuple[LoraAdapter, EvaConfig]:
+    """A model's adapter, and the options of its initialisation, if nothing stands against that: asked before any work.
+
+    Raises:
+        Exception: as :func:`eva_initialize`, of what is wrong with a model.
+    """
+
+    def prepare() -> tuple[LoraAdapter, EvaConfig, TrainedLayers]:
         with whole_weights(model):
             adapter = find_adapter(model, sites)
             if isinstance(adapter, SiteAdapter):
@@ -89,23 +136,10 @@ def eva_initialize(
         require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
         return adapter, chosen, trained
 
-    def write() -> EvaReport:
-        eva_plan = plan(statistics)  # 3
-        report = EvaReport.of(statistics, eva_plan, run=_run_facts(model))  # 4
-        with whole_weights(model):
-            adapter.apply(eva_plan)  # 5, so that whatever fails before it has changed nothing
-        return report
-
-    ranks = joined(process_group)
-    with ordinary_tensors():
-        adapter, chosen, trained = together(ranks, prepare)  # 1
-        if not overwrite:
-            together(ranks, trained.require_none)
-        statistics = collect_with(  # 2
-            adapter, model, loader, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress,
-            checkpoint=checkpoint, checkpoint_every=checkpoint_every, ranks=ranks,
-        )  # fmt: skip
-        return together(ranks, write)
+    adapter, chosen, trained = together(ranks, prepare)
+    if not overwrite:
+        together(ranks, trained.require_none)
+    return adapter, chosen
 
 
 def _run_facts(model: nn.Module) -> dict[str, str]:

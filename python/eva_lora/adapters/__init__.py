@@ -13,6 +13,7 @@ from ..planning import EvaPlan
 from . import libraries, peft
 from .base_weights import BaseWeight, Dequantize, Requantize
 from .export import VLLM_RANKS, export_uniform
+from .fused import is_fused
 from .generators import noted_generators, ordinary_tensors, same_generators
 from .outline import ModelOutline
 from .parameters import ParameterSite, SiteAdapter
@@ -25,6 +26,7 @@ from .preflight import (
     require_changeable,
     require_loaded,
     require_ordinary,
+    require_watchable,
     waits_for_others,
     wrapped,
     wrapper_of,
@@ -52,6 +54,7 @@ __all__ = [
     "export_plain",
     "export_uniform",
     "find_adapter",
+    "is_fused",
     "is_lora",
     "is_partitioned",
     "is_targeted",
@@ -64,6 +67,7 @@ __all__ = [
     "require_changeable",
     "require_loaded",
     "require_ordinary",
+    "require_watchable",
     "same_generators",
     "waits_for_others",
     "whole_weights",
@@ -76,7 +80,8 @@ class LoraAdapter(Protocol):
     """One adapter of a model, whatever library made it. A library is supported by implementing this.
 
     One that also has ``zero_before_training()``, a mapping of layers' names to lists of tensors (most often B) that are
-    zero until it is trained, is not overwritten in silence once it was.
+    zero until it is trained, is not overwritten in silence once it was. One that has ``acting()``, the same of what
+    is switched on as things are, may be watched while it is there.
     """
 
     @property

@@ -6,7 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["unfused"]
+__all__ = ["is_fused", "unfused"]
+
+
+def is_fused(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of the modules computes with such a forward."""
+    return any(name in vars(module) for module in modules for name in _PLAIN) or any(map(_is_fused_mlp, modules))
 
 
 @contextmanager
@@ -24,12 +29,16 @@ def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
                 if name in names:
                     kept.append((names, name, names[name]))
                     names[name] = plain(module)
-            if "forward" in names and "lora_mlp" in getattr(names["forward"], "__name__", ""):
+            if _is_fused_mlp(module):
                 kept.append((names, "forward", names.pop("forward")))
         yield
     finally:
         for names, name, value in kept:
             names[name] = value
+
+
+def _is_fused_mlp(module: nn.Module) -> bool:
+    return "lora_mlp" in getattr(vars(module).get("forward"), "__name__", "")
 
 
 def _projections(*projections: str) -> Callable[[Any], Callable[..., list[Tensor]]]:

@@ -74,7 +74,7 @@ class PeftAdapter:
             (root,) = roots.values()
         self._root = root
         self._configs: dict[str, Any] = vars(root)["peft_config"]
-        everything = _lora_layers(self._root)
+        self._of_any_adapter = everything = _lora_layers(self._root)
         self.name = _active_name(everything) if name is None else name
         self._everything = {n: layer for n, layer in everything.items() if self.name in layer.r}
         self._check_config()
@@ -243,6 +243,21 @@ class PeftAdapter:
             found[name] = tensors
         return found
 
+    def acting(self) -> dict[str, list[Tensor]]:
+        """Layer → what of its adapters changes its outputs unless it is zero: of those that are switched on, of
+        whichever name, and of those that are merged into its base weight."""
+        found: dict[str, list[Tensor]] = {}
+        for name, layer in self._of_any_adapter.items():
+            if layer.disable_adapters:
+                continue
+            for adapter in dict.fromkeys([*layer.active_adapters, *layer.merged_adapters]):
+                if adapter in layer.lora_embedding_A:
+                    found.setdefault(name, []).append(layer.lora_embedding_A[adapter])
+                elif adapter in layer.r:
+                    second = factors(layer, adapter)[1]
+                    found.setdefault(name, []).extend(p for module in second for p in module.parameters())
+        return found
+
     def _check_config(self) -> None:
         if self.name not in self._configs:
             raise ValueError(f"model: found no LoraConfig for adapter {self.name!r} in peft_config")
@@ -345,6 +360,14 @@ class PeftAdapters:
             f"{path}.{name}": tensors
             for path, adapter in self._adapters.items()
             for name, tensors in adapter.zero_before_training().items()
+        }
+
+    def acting(self) -> dict[str, list[Tensor]]:
+        """As of each adapter."""
+        return {
+            f"{path}.{name}": tensors
+            for path, adapter in self._adapters.items()
+            for name, tensors in adapter.acting().items()
         }
 
     def apply(self, plan: EvaPlan) -> Callable[[], None]:

@@ -60,6 +60,7 @@ def _without_projection(attention: nn.MultiheadAttention) -> nn.MultiheadAttenti
     identity.weight = nn.Parameter(torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device), False)
     identity.bias = nn.Parameter(torch.zeros_like(identity.weight[0]), False)
     twin = copy.copy(attention)
+    twin.training = False  # its dropout would draw from the random generators once more
     twin._modules = {**attention._modules, "out_proj": identity}
     return twin
 

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from .outline import ModelOutline
 
-__all__ = ["require_changeable", "require_loaded", "require_ordinary", "waits_for_others"]
+__all__ = [
+    "require_changeable",
+    "require_loaded",
+    "require_ordinary",
+    "require_watchable",
+    "waits_for_others",
+]
 
 _WRAPPERS = {
     "OptimizedModule": "compiled by torch.compile",
@@ -89,6 +95,20 @@ def require_loaded(outline: ModelOutline) -> None:
         raise ValueError(
             f"model: {len(on_meta)} weights are on the meta device, the first is {on_meta[0]}; load them first"
         )
+
+
+def require_watchable(outline: ModelOutline) -> None:
+    """Raise ValueError if calls of the model cannot be watched from hooks.
+
+    Those of DistributedDataParallel and fully_shard can.
+    """
+    state = wrapped(outline)
+    if state in (_WRAPPERS["DistributedDataParallel"], _WRAPPERS["FSDPModule"]):
+        state = None
+    if "DataParallel" in outline.class_names:
+        state = "wrapped in DataParallel, which calls copies of it in threads"
+    if state is not None:
+        raise ValueError(f"model: it is {state}, where its calls cannot be watched; watch it before, or make a pass")
 
 
 def wrapped(outline: ModelOutline) -> str | None:

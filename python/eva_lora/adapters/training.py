@@ -32,7 +32,11 @@ class TrainedLayers:
         Weights on the meta device hold nothing, and so nothing that could be lost.
         """
         ask = getattr(adapter, "zero_before_training", None)
-        told: Mapping[str, Sequence[Tensor]] = ask() if ask is not None else {}
+        return cls.among(ask() if ask is not None else {})
+
+    @classmethod
+    def among(cls, told: Mapping[str, Sequence[Tensor]]) -> "TrainedLayers":
+        """Look at tensors by layer that are zero before training."""
         named = [(name, tensor) for name, tensors in told.items() for tensor in tensors]
         named = [(name, tensor.detach()) for name, tensor in named if tensor.device.type != "meta"]
         meshes = list(dict.fromkeys(tensor.device_mesh for _, tensor in named if hasattr(tensor, "device_mesh")))
@@ -40,19 +44,23 @@ class TrainedLayers:
         return cls([name for name, _ in named], [tensor.any() for tensor in local], meshes)
 
     def require_none(self) -> None:
-        """Raise where there are any: on all processes alike, where they hold shards. Waits once for each device.
+        """Raise where there are any.
 
         Raises:
             ValueError: the adapter was trained; the message names the first such layer.
         """
-        trained = dict.fromkeys(name for name, moved in zip(self.names, self._everywhere(), strict=True) if moved)
+        trained = self.trained()
         if trained:
             raise ValueError(
                 f"model: its adapter was trained: B is not zero in {len(trained)} of {len(set(self.names))} layers, "
-                f"the first is {next(iter(trained))}. EVA would overwrite it. To train on, leave EVA out; to begin "
+                f"the first is {trained[0]}. EVA would overwrite it. To train on, leave EVA out; to begin "
                 "anew, pass overwrite=True to eva_lora.eva_initialize or eva_lora.apply, also where "
                 "init_lora_weights=False has filled B with random numbers"
             )
+
+    def trained(self) -> list[str]:
+        """The names of such layers: on all processes alike, where they hold shards. Waits once for each device."""
+        return list(dict.fromkeys(name for name, moved in zip(self.names, self._everywhere(), strict=True) if moved))
 
     def _everywhere(self) -> list[bool]:
         """What was found, here or by any process that holds a shard."""

@@ -8,8 +8,10 @@ statistic → :mod:`.run` (refresh, after the forward) → :mod:`.convergence` (
 from .batches import ForwardFn
 from .estimating import Estimate, estimate, matmul_rate
 from .masks import RowMaskFn
+from .own_forwards import collect_calls
 from .passing import collect, collect_with
 from .visiting import Change, Visits, own
+from .watcher import Watch, watching
 
 __all__ = [
     "Change",
@@ -17,9 +19,12 @@ __all__ = [
     "ForwardFn",
     "RowMaskFn",
     "Visits",
+    "Watch",
     "collect",
+    "collect_calls",
     "collect_with",
     "estimate",
     "matmul_rate",
     "own",
+    "watching",
 ]

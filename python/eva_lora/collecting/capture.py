@@ -4,7 +4,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,17 +60,19 @@ class Capture:
         self.seconds = 0.0  # on the host, folding rows in; on a GPU, launching the work
         self.batch_share: BatchShare | None = None  # of a batch that other ranks share; statistics then start together
         self._mask = RowMask(None, None)
-        self._only: Collection[int] | None = None
+        self._only: Collection[int] | None = ()  # outside of a batch no call counts
         self._num_calls = self._num_repeated = 0  # of layers in this forward; those of it that were folded in before
         self._live: dict[
             tuple[int, Rows | None], tuple[DistinctInput, int]
         ] = {}  # a tensor's id -> input, index of the call
 
     @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Within it every site's module is hooked."""
+    def hooks(self, within: Callable[[], AbstractContextManager[object]] | None = None) -> Iterator[None]:
+        """Within it every site's module is hooked; ``within`` is entered for each of its calls."""
+        hooks = [self._hook(i) if within is None else _entering(within, self._hook(i)) for i in range(len(self.sites))]
         handles = [
-            site.module.register_forward_pre_hook(self._hook(i), with_kwargs=True) for i, site in enumerate(self.sites)
+            site.module.register_forward_pre_hook(hook, with_kwargs=True)
+            for site, hook in zip(self.sites, hooks, strict=True)
         ]
         if self.end.head is not None:
             handles.append(self.end.head.register_forward_pre_hook(self.end.reached_head, with_kwargs=True))
@@ -89,20 +91,36 @@ class Capture:
         Raises:
             RuntimeError: a shared input was edited in place between the layers that share it.
         """
+        self.begin_batch(mask, only=only)
+        try:
+            yield
+        except BaseException:
+            self.close_batch()
+            raise
+        self.end_batch()
+
+    def begin_batch(self, mask: RowMask, *, only: Collection[int] | None = None) -> None:
+        """A forward begins, as :meth:`batch` says; :meth:`end_batch` or :meth:`close_batch` has to follow."""
         self._mask, self.rows_in_batch = mask, mask.num_rows or 0
         self._only = only
         self._num_calls = self._num_repeated = 0
-        try:
-            yield
-        finally:
-            self._live.clear()
+
+    def close_batch(self) -> bool:
+        """Until the next one begins no call of a layer counts. Returns whether any did since the last began."""
+        self._live.clear()
+        self._only = ()
+        return self._num_calls > 0
+
+    def end_batch(self) -> None:
+        """The forward is over. Raises as :meth:`batch`."""
+        self.close_batch()
         for entry in [entry for entry in self.inputs if len(entry.streams) > 1]:
             count = len(entry.calls)
             for stream in [s for s, made in entry.calls_made.items() if made < count and self._is_wanted(s)]:
                 self._split(entry, stream)
         for entry in self.inputs:
             entry.is_new = False
-            if mask.num_rows is None:
+            if self._mask.num_rows is None:
                 self.rows_in_batch = max(self.rows_in_batch, entry.batch_rows)
             entry.batch_rows = 0
             if self.batch_share is None:  # else the ranks count together
@@ -281,6 +299,14 @@ class Capture:
             del entry.calls_made[stream]
             self.input_of[stream] = own
         self.inputs.append(own)
+
+
+def _entering(within: Callable[[], AbstractContextManager[object]], hook: Callable[..., None]) -> Callable[..., None]:
+    def entering(*call: Any) -> None:
+        with within():
+            hook(*call)
+
+    return entering
 
 
 def _pieces(

@@ -59,10 +59,7 @@ class Forwards:
         """
         run = self._run
         # The mask first: counted where the loader left it, no device has to be waited for.
-        mask = row_mask(
-            batch, run.config, self._row_mask_fn, encoder_decoder=self._two_sided, invocation=run.invocation,
-            frame_mask=self._frame_mask, memory=run.row_rules.memory,
-        ).to(self.device)  # fmt: skip
+        mask = self.mask_of(batch)
         if mask.num_rows == 0:
             if self.in_step:
                 self.idle(batch)
@@ -79,6 +76,13 @@ class Forwards:
         if not run.refresh_tells_nonfinite():
             run.require_finite(run.num_batches + 1, partial(self.count_nonfinite, batch, mask, only=only))
         return mask
+
+    def mask_of(self, batch: Any) -> RowMask:
+        """Which rows of a batch count."""
+        return row_mask(
+            batch, self._run.config, self._row_mask_fn, encoder_decoder=self._two_sided,
+            invocation=self._run.invocation, frame_mask=self._frame_mask, memory=self._run.row_rules.memory,
+        ).to(self.device)  # fmt: skip
 
     def _look(self, batch: Any, mask: RowMask, origins: Origins) -> None:
         """One forward, looked at operation by operation; again without that, where an operation cannot be looked at."""

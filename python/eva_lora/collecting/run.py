@@ -1,5 +1,6 @@
 """The state of one pass, from the first batch to the statistics that come of it."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class Run:
         end: Decides where forwards may end. None: at their own.
         parallel: The ranks that layers are split over, if they are.
         maker: Makes the statistics.
+        watches: Whether forwards are somebody else's: they end by themselves, and not each has to reach every layer.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Run:
         end: ForwardEnd | None = None,
         parallel: TensorParallel | None = None,
         maker: type[StatisticMaker] = StatisticMaker,
+        watches: bool = False,
     ) -> None:
+        self._watches = watches
         self.config, self.left_alone = config, dict(adapter.left_alone)
         self.invocation: list[int] | None = getattr(adapter, "invocation", None)
         self.sites = [site if parallel is None else parallel.divided(site) for site in adapter.sites]
@@ -116,11 +120,13 @@ class Run:
         self.num_rows += self.capture.rows_in_batch
         self.capture.rows_in_batch = 0
         if self.num_rows:
-            self.require_called()
+            if not self._watches:
+                self.require_called()
             self._refresh([entry for entry in self.capture.inputs if self._is_due(entry)], count_rows)
         self.history.append(self.convergence.num_done)
-        limit = self.config.max_batches or DEFAULT_MAX_BATCHES
-        if self.convergence.all_done:
+        limit = self.config.max_batches or (math.inf if self._watches else DEFAULT_MAX_BATCHES)
+        waits = self._watches and self.config.uncalled == "error" and self.silent()
+        if self.convergence.all_done and not waits:
             self.stop_reason = "all layers converged"
         elif self.num_batches >= limit:
             self.stop_reason = f"max_batches ({limit})"
@@ -143,8 +149,9 @@ class Run:
         """Raise ValueError where layers saw no input, unless the config says that they may not."""
         silent = self.silent()
         if silent and self.config.uncalled == "error":
+            when = f"the {self.num_batches} calls watched" if self._watches else "the first batch"
             raise ValueError(
-                f"model: {len(silent)} LoRA layers saw no input in the first batch: {', '.join(silent)}. Their "
+                f"model: {len(silent)} LoRA layers saw no input in {when}: {', '.join(silent)}. Their "
                 "statistics would stay empty; leave them out of target_modules, feed batches that reach them, or "
                 'set uncalled="default", with which layers that see none keep their initial A.'
             )
@@ -185,6 +192,7 @@ class Run:
         """
         self.statistics.gather_facts(final=True)
         self._require_rows()
+        self.require_called()
         self._refresh([e for e in self.capture.inputs if e.statistic.pending_rows])
         if self.convergence.decision is None:
             raise ValueError(f"model: none of its {len(self.sites)} LoRA layers saw an unmasked row: {self.silent()}")

@@ -7,6 +7,7 @@ Knows numbers and names of layers; what a pass leaves behind (:class:`EvaStatist
 from . import storage
 from .eva_plan import Allocation, EvaPlan, PlannedSite, plan
 from .gain import feature_gain
+from .merging import merged
 from .provenance import command_line, versions
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 from .storage import raw_bytes
@@ -22,6 +23,7 @@ __all__ = [
     "Trace",
     "command_line",
     "feature_gain",
+    "merged",
     "plan",
     "raw_bytes",
     "storage",
