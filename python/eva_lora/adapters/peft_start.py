@@ -94,6 +94,8 @@ def require_movable(name: str, layer: Any, shared: dict[int, int]) -> None:
     reason = None
     if getattr(layer, STARTS, None):
         reason = f"part of it is with the adapter {next(iter(getattr(layer, STARTS)))!r} already"
+    elif any(getattr(layer, "use_dora", {}).values()):
+        reason = "its adapter is DoRA, whose lengths are of the whole weight's rows"
     elif type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
         reason = f"it is quantised ({type(base).__name__}, {type(weight).__name__})"
     elif weight.device.type == "meta" or hasattr(base, "_hf_hook"):
