@@ -309,7 +309,17 @@ def _require_hold_back(hold_back: int) -> None:
 
 
 def wide_enough(config: EvaConfig, largest: int) -> EvaConfig:
-    """The configuration with bases that are wide enough for a fit of that rank, unless it says how wide they are."""
+    """The configuration with bases that are wide enough for a fit of that rank, unless it says how wide they are.
+
+    Raises:
+        ValueError: it would divide A by something, which a fit has no room for.
+    """
+    for name in ("whiten", "match_gain"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name}: expected False where A and B are fitted to a weight, whose product it would change; "
+                f"got {getattr(config, name)!r}"
+            )
     enough = default_columns(round(largest * config.rho), config.convergence) >= COLUMNS_PER_RANK * largest
     if config.oversampling is not None or enough:
         return config

@@ -9,7 +9,17 @@ import peft
 import pytest
 import torch
 
-from eva_lora import EvaConfig, apply, collect, eva_initialize, export_uniform, feature_gain, plan
+from eva_lora import (
+    EvaConfig,
+    apply,
+    collect,
+    eva_initialize,
+    export_uniform,
+    feature_gain,
+    fit_quantization_error,
+    initialize,
+    plan,
+)
 from eva_lora.peft import initialize_lora_eva_weights
 from eva_lora.planning import EvaStatistics
 from eva_lora.reporting import load_directions
@@ -162,6 +172,17 @@ def test_a_saved_pass_is_planned_with_it(seen, tmp_path):
     model = lora(tiny_llama())
     apply(model, plan(loaded, replace(loaded.config, match_gain="global")))
     assert median(feature_gain(statistics, lora_a_of(model)).values()) == pytest.approx(1, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("option", [{"match_gain": "global"}, {"whiten": True}])
+def test_a_fit_has_no_room_for_it(option):
+    floats, model = tiny_llama(), lora(tiny_llama())
+    config = EvaConfig(rho=1.0, **option)
+    with pytest.raises(ValueError, match=rf"^{next(iter(option))}: expected False where A and B are fitted"):
+        fit_quantization_error(model, token_batches(), float_weights=floats, config=config)
+    with pytest.raises(ValueError, match=rf"^{next(iter(option))}: expected False where A and B are fitted"):
+        initialize(model, method="pissa", config=config)
+    assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("value", ["layer", 2, None])

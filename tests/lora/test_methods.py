@@ -333,7 +333,10 @@ def test_layers_that_cannot_be_started_are_named_and_nothing_is_changed(base):
     for model, message in (
         (tied(target_modules=["head"]), "head cannot give part of itself to the adapter: another module has the same"),
         (tied(target_modules=["conv"]), "cannot start 1 layers; conv: it is a convolution"),
-        (tied(target_modules=["middle"], use_dora=True), "middle cannot give part of itself to the adapter: its adapter is DoRA"),
+        (
+            tied(target_modules=["middle"], use_dora=True),
+            "middle cannot give part of itself to the adapter: its adapter is DoRA",
+        ),
         (tied(target_modules=["middle"], r=9), "middle has rank 9, its weight has 8 directions"),
         (lora(copy.deepcopy(base), init_lora_weights="pissa"), "has already changed the base weights"),
     ):
