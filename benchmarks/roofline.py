@@ -31,7 +31,7 @@ RECORDED = ROOT / "benchmarks" / "results" / "gate.json"
 PAGE = ROOT / "docs" / "roofline.md"
 SHOWN = ("Qwen2.5-0.5B", "Llama-3-8B", "Llama-3-70B")
 ROWS = 2048
-COLUMNS, PADDED = 80, 128  # r = 16, rho 2, default oversampling; the kernels take the next power of two
+COLUMNS, PADDED = 80, 128  # r = 16, rho 2, default oversampling; the kernels multiply the next power of two
 SWEEPS = 8  # of the Jacobi eigensolver, for float64: assumed
 REFRESH_PERIOD = 4
 LAUNCH_SECONDS = 2.5e-6  # of the driver, in each launch: assumed
@@ -79,7 +79,7 @@ def products_seconds(model: Model, architecture: str, gate: Mapping[str, Any]) -
     seconds = 0.0
     for entry in model.inputs:
         x_bytes = 2 * ROWS * entry.width
-        lifted = x_bytes * (1 + PADDED / tile.columns)  # X, and P once for every block of columns
+        lifted = x_bytes * (1 + COLUMNS / tile.columns)  # X, and P once for every block of columns
         seconds += x_bytes / chip.memory / gate["project"] + lifted / (chip.l2_bytes * chip.clock) / gate["lift"]
     return model.blocks * seconds
 
@@ -180,8 +180,8 @@ HEAD = f"""# Roofline: what it should cost on a GPU
 is written by `make roofline` from the shapes of the models, published figures of the chips, the machine code of the
 compiled kernels as the kernel gate reads it (`make kernels`), and what a pass costs the host (`make bench-host`).
 
-A batch is {ROWS} tokens in bfloat16; the adapters have r = 16 and rho 2, so that a basis has {COLUMNS} columns, which
-the kernels pad to {PADDED}.
+A batch is {ROWS} tokens in bfloat16; the adapters have r = 16 and rho 2, so that a basis has {COLUMNS} columns: the
+kernels read these, and multiply {PADDED}.
 
 - *forward*: FLOPs of the linear layers and of causal attention over {ROWS} tokens, without the LM head, at the chip's
   dense bfloat16 peak. Real forwards reach half to two thirds of that; the shares below are too large by as much.

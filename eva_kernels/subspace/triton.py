@@ -40,6 +40,7 @@ PREPARE_ROWS = 32  # rows of Q one program converts
 SUMS_AT_ONCE = 16  # sums of P that are loaded together
 FLUSH_COLUMNS = 32  # of the widest Y, added to at a time: more of them spill
 MIN_COLUMNS, MAX_COLUMNS = 32, 256  # of Q in one pass, padded to a power of two; more do not fit in registers
+COLUMNS_AT_ONCE = 16  # what is read of Q and P is a multiple of this: a line of the L2 cache
 GENERIC_COLUMNS = 64  # the same for rows that are not aligned 16-bit rows: one variant for all bases
 
 
@@ -143,6 +144,15 @@ def _prepare_kernel(
 
 
 @triton.jit
+def _in_use(wanted, columns, USED: tl.constexpr, PADDED: tl.constexpr):
+    """Mask of the rows that are wanted, in the columns that are used."""
+    if USED == PADDED:
+        return wanted[:, None]
+    else:
+        return wanted[:, None] & (columns < USED)[None, :]
+
+
+@triton.jit
 def sum_of_shares(shares, splits, step: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum of what programs have left, ``step`` apart, in order."""
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -206,14 +216,16 @@ def _project_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
+    USED: tl.constexpr,
     ALIGNED: tl.constexpr,
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """P = Z Q for the rows start … stop, a share of the columns a program; zero for rows left out. Also Σ P.
 
-    FOLD multiplies raw rows and subtracts sᵀQ afterwards. The last program of a block of rows adds up the shares, in
-    order. Of float16 the last of these sees to it that P is divided by one power of two, the least with which it fits.
+    Q has PADDED columns, of which the first USED are read; the others are zero. FOLD multiplies raw rows and subtracts
+    sᵀQ afterwards. The last program of a block of rows adds up the shares, in order. Of float16 the last of these sees
+    to it that P is divided by one power of two, the least with which it fits.
     """
     block, share = tl.program_id(0), tl.program_id(1)
     NARROW: tl.constexpr = product_ptr.dtype.element_ty == tl.float16
@@ -234,7 +246,7 @@ def _project_kernel(
     for column in range(first, last, COLUMNS):
         inside = column + k < d
         x = tl.load(x_ptrs, mask=keep[:, None] & inside[None, :], other=0.0)
-        q = tl.load(q_ptrs, mask=inside[:, None], other=0.0)
+        q = tl.load(q_ptrs, mask=_in_use(inside, padded, USED, PADDED), other=0.0)
         if not FOLD:
             shift = tl.load(shift_ptr + column + k, mask=inside, other=0.0)
             x = tl.where(keep[:, None], x.to(tl.float32) - shift[None, :], 0.0)
@@ -310,6 +322,7 @@ def _lift_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
+    USED: tl.constexpr,
     ALIGNED: tl.constexpr,
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
@@ -340,7 +353,7 @@ def _lift_kernel(
     squares = tl.zeros((COLUMNS, ROWS), tl.float32)
     for row in range(first, last, ROWS):
         keep = k < last - row
-        p = tl.load(p_ptrs, mask=keep[:, None], other=0.0)
+        p = tl.load(p_ptrs, mask=_in_use(keep, padded, USED, PADDED), other=0.0)
         if MASKED:
             keep = keep & (tl.load(mask_ptr + row + k, mask=keep, other=0) != 0)
         x = tl.load(x_ptrs, mask=inside[:, None] & keep[None, :], other=0.0)
@@ -473,7 +486,8 @@ class SubspaceUpdate:
         self._lift_buffers = product, product_sum, scale, y, sums, squares, counters
         self._lift_numbers = blocks, d, q, *x.stride(), *target.stride(), plan.split_rows
 
-        shape = {"COLUMNS": tile.columns, "PADDED": self.padded, "ALIGNED": aligned}
+        used = used_columns(q, self.padded, fold)
+        shape = {"COLUMNS": tile.columns, "PADDED": self.padded, "USED": used, "ALIGNED": aligned}
         kind = {"FOLD": fold, "MASKED": masked}
         project = {"ROWS": tile.rows, **shape, **kind}
         wait = needs_wait(arch, fold)
@@ -519,6 +533,11 @@ def finish_constants(padded: int) -> dict[str, int]:
 def padded_columns(q: int, fold: bool) -> int:
     """The columns that a basis of q columns is padded to."""
     return max(MIN_COLUMNS, triton.next_power_of_2(q)) if fold or INTERPRETED else GENERIC_COLUMNS
+
+
+def used_columns(q: int, padded: int, fold: bool) -> int:
+    """The columns, of those that a basis of q columns is padded to, that are read."""
+    return min(triton.cdiv(q, COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE, padded) if fold else padded
 
 
 def accumulate_product_(

@@ -12,8 +12,9 @@ import triton
 
 from eva_kernels._cards import CARDS
 from eva_kernels.gram.triton import GramTile
+from eva_kernels.subspace.triton import SubspaceTile
 
-from .bars import TRITON, UpdateLine, failures, fraction, updates
+from .bars import TRITON, UpdateLine, failures, fraction, product_clocks, updates
 from .compiling import compile_all
 from .machine_code import ARCHITECTURES, Code
 from .model import CHIPS, gram_pass, occupancy
@@ -53,6 +54,7 @@ def main() -> int:
             failed += [
                 (None, f"{u.chip.name}: n = {u.n}, d = {u.d}: {u.ratio:.2f} times the ideal") for u in table if u.failed
             ]
+    lines += product_table(variants, codes)
     text = "\n".join(lines)
     print(text)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,24 @@ def update_table(table: list[UpdateLine]) -> list[str]:
             f"| {line.n} | {line.d} | {u.plan.whole} | {shares} | {u.seconds * 1e6:.1f} "
             f"| {line.ratio:.2f} | {u.seconds / u.roofline:.2f} |"
         )
+    return [*rows, ""]
+
+
+def product_table(variants: list[Variant], codes: list[Code]) -> list[str]:
+    """Of thin products of plain bfloat16 rows, where there is a model of the chip."""
+    rows = [
+        "## Modelled thin products, clocks of a multiprocessor for one pass of the loop",
+        "",
+        "| | of columns | tensor cores | shared memory | instructions | L2 | memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for variant, code in zip(variants, codes, strict=True):
+        flags, chip = variant.flags, CHIPS.get(variant.architecture)
+        is_plain = variant.barred and variant.dtype == "bf16" and not flags["MASKED"]
+        if chip and is_plain and isinstance(variant.tile, SubspaceTile):
+            clocks = [f"{each:.0f}" for each in product_clocks(variant, code, chip).values()]
+            cells = [f"{chip.name}, {variant.name}", f"{flags['USED']} of {flags['PADDED']}", *clocks]
+            rows.append("| " + " | ".join([*cells, ""][:7]) + " |")
     return [*rows, ""]
 
 

@@ -63,18 +63,24 @@ def fraction(variant: Variant, code: Code) -> float | None:
 
 def product_fraction(variant: Variant, code: Code, chip: Chip) -> float:
     """Clocks the limiting memory needs for one pass of a thin product, over those of the slowest resource."""
+    clocks = product_clocks(variant, code, chip)
+    return clocks["memory" if variant.name == "project" else "L2"] / max(clocks.values())
+
+
+def product_clocks(variant: Variant, code: Code, chip: Chip) -> dict[str, float]:
+    """Clocks of a multiprocessor that one pass of a thin product takes from each resource."""
     flags = variant.flags
-    rows, columns, padded = int(flags["ROWS"]), int(flags["COLUMNS"]), int(flags["PADDED"])
-    own = chip.l2_bytes / chip.processors
-    x_bytes, inner = 2 * rows * columns, columns if variant.name == "project" else rows
-    l2 = (x_bytes + 2 * inner * padded) / own
-    memory = x_bytes / (chip.memory / chip.clock / chip.processors) if variant.name == "project" else l2
-    others = (
-        rows * columns * padded / chip.multiply_adds,
-        code.shared_bytes(variant.warps) / SHARED_BYTES,
-        len(code.loop) * variant.warps / SCHEDULERS,
-    )
-    return memory / max(memory, l2, *others)
+    rows, columns, inner = int(flags["ROWS"]), int(flags["COLUMNS"]), "COLUMNS" if variant.name == "project" else "ROWS"
+    x_bytes = 2 * rows * columns
+    clocks = {
+        "tensor cores": rows * columns * int(flags["PADDED"]) / chip.multiply_adds,
+        "shared memory": code.shared_bytes(variant.warps) / SHARED_BYTES,
+        "instructions": len(code.loop) * variant.warps / SCHEDULERS,
+        "L2": (x_bytes + 2 * int(flags[inner]) * int(flags["USED"])) / (chip.l2_bytes / chip.processors),
+    }
+    if variant.name == "project":  # the other finds its rows in the L2 cache
+        clocks["memory"] = x_bytes / (chip.memory / chip.clock / chip.processors)
+    return clocks
 
 
 def failures(variant: Variant, code: Code) -> list[str]:

@@ -17,6 +17,7 @@ from .machine_code import ARCHITECTURES, Code, compile_variant
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PADDED = (32, 64, 128, 256)
+COLUMNS = {32: 32, 64: 48, 128: 80, 256: 160}  # of a basis that is padded so; 48 and 80 are those of r = 4 and 16
 TYPED = {"x_ptr", "operand_ptr", "product_ptr", "work_ptr", "vectors_ptr"}  # pointers to what has the rows' dtype
 
 
@@ -128,7 +129,8 @@ def subspace_variants(architecture: str) -> Iterator[Variant]:
         for padded in PADDED if flags["FOLD"] else (subspace.GENERIC_COLUMNS,):
             tile = subspace.choose_tile(tiles_of(architecture), DTYPES[dtype], flags["ALIGNED"], padded)
             shape = {"base16": base16, "warps": tile.warps, "stages": tile.stages, "tile": tile}
-            constants = {**flags, "COLUMNS": tile.columns, "PADDED": padded}
+            used = subspace.used_columns(COLUMNS[padded], padded, flags["FOLD"])
+            constants = {**flags, "COLUMNS": tile.columns, "PADDED": padded, "USED": used}
             yield make(subspace._project_kernel, architecture, dtype, {**constants, "ROWS": tile.rows}, **shape)
             wait = subspace.needs_wait(tiles_of(architecture), flags["FOLD"])
             lift = {**constants, "ROWS": tile.lift_rows, "WAIT": wait, **subspace.finish_constants(padded)}

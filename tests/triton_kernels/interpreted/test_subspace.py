@@ -89,6 +89,21 @@ def test_wide_bases(q):
     check(run(x, basis, shift, mask), x, basis, shift, mask)
 
 
+@pytest.mark.parametrize(("q", "used"), [(33, 48), (80, 80)])
+def test_of_what_pads_a_basis_nothing_is_read(q, used, monkeypatch):
+    x, basis, shift, _ = rows_like(40, 24, q, torch.bfloat16)
+    expected, make_operand = run(x, basis, shift), subspace_triton.make_operand
+
+    def spoilt(*arguments):
+        operand = make_operand(*arguments)
+        assert operand.matrix.shape[1] > used
+        operand.matrix[:, used:] = torch.nan
+        return operand
+
+    monkeypatch.setattr(subspace_triton, "make_operand", spoilt)
+    assert all(map(torch.equal, expected, run(x, basis, shift)))
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("d", [16, 17])
 def test_masked_rows_enter_nothing(d, poison):
