@@ -72,6 +72,8 @@ class EvaConfig:
             them; it reads every input once more.
         uncalled: What a layer that the first batch does not reach does; "error" names it, "default" waits for it
             to be called, and if it never is (experts nobody was routed to) it keeps its rank and its initial A.
+        save_as: What the adapter's config says of its beginning: "plain", ``init_lora_weights=True``, which every tool
+            takes; or "eva" with the options, which PEFT loads alike and some other tools refuse.
         impl: Implementation of the accumulating ops; "auto" takes Triton on a GPU, compiled code on a CPU that
             has the instructions, and the reference elsewhere. A name never falls back.
         seed: Of the random start; the global generators are never touched. Reruns on one device are bit-equal.
@@ -104,6 +106,7 @@ class EvaConfig:
     share_inputs: bool = True
     nonfinite: Literal["error", "skip"] = "error"
     uncalled: Literal["error", "default"] = "error"
+    save_as: Literal["plain", "eva"] = "plain"
     impl: str = "auto"
     seed: int = 0
 
@@ -132,6 +135,7 @@ class EvaConfig:
         self._choice("statistic", ("auto", "gram", "subspace"))
         self._choice("nonfinite", ("error", "skip"))
         self._choice("uncalled", ("error", "default"))
+        self._choice("save_as", ("plain", "eva"))
         self._choice("impl", ("auto", "reference", "triton"))
         if self.match_gain not in ("global", True, False):
             raise ValueError(f"match_gain: expected 'global', True or False, got {self.match_gain!r}")

@@ -224,7 +224,9 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs, show_progress_bar, match_gain=match_gain,
         )  # fmt: skip
     given = {name.removeprefix(_PREFIX): value for name, value in eva_state_dict.items()}
-    eva_plan = _plan_of(given, adapter.sites, EvaConfig.of(adapter.config.eva_config))
+    # PEFT's function asks an adapter for "eva", and leaves it so.
+    config = replace(EvaConfig.of(adapter.config.eva_config), save_as="eva")
+    eva_plan = _plan_of(given, adapter.sites, config)
     with ordinary_tensors():
         adapter.apply(eva_plan)
     missing = [*(site.name for site in adapter.sites if site.name not in given), *adapter.left_alone]

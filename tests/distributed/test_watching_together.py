@@ -7,6 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from eva_lora import EvaConfig, collect, eva_initialize, plan, watching
+from eva_lora.collecting import collect_calls
 from eva_lora.planning import merged
 from support.agreement import require_captured_as_well, require_equal, rounding_of_scatters
 from support.bounds import require_same_directions
@@ -90,3 +91,21 @@ def test_statistics_of_other_layers_or_options_are_not_put_together():
     other = collect(lora(tiny_llama(), target_modules=["q_proj"]), iter(BATCHES), GRAM, progress=False)
     with pytest.raises(ValueError, match="process_group: its ranks watch different layers"):
         merged([whole(), other])
+
+
+def test_a_pass_by_calls_ends_a_round_where_the_first_rank_does():
+    def check(rank):
+        model, seen = lora(tiny_llama()), []
+        mine = [{"input_ids": batch["input_ids"].chunk(2)[rank]} for batch in BATCHES][: 3 - rank]
+
+        def forward(batch):
+            seen.append(batch)
+            model(**batch)
+
+        found = collect_calls(model, mine, forward, EvaConfig(statistic="gram", max_batches=5, tau=1.0))
+        return found, len(seen)
+
+    (first, calls), (second, others) = on_ranks(2, check)
+    assert fingerprint_of(first) == fingerprint_of(second)
+    assert calls == others == 5  # two rounds of two, and one of the next
+    assert first.num_rows == 5 * 4 * 24

@@ -210,7 +210,7 @@ def test_init_writes_an_adapter_that_loads_and_changes_nothing_yet(run_folder, f
     names = {path.name for path in folder.iterdir()}
     assert names == {"adapter", "lora", "report", "plan.safetensors", "statistics.safetensors"}
     config = PeftConfig.from_pretrained(folder / "adapter")
-    assert (config.r, config.lora_alpha, config.init_lora_weights) == (4, 8, "eva")
+    assert (config.r, config.lora_alpha, config.init_lora_weights) == (4, 8, True)
     ids = torch.arange(20)[None]
     base = LlamaForCausalLM.from_pretrained(files / "base")
     adapted = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
@@ -458,7 +458,7 @@ def test_the_demo_writes_a_report_and_an_adapter(tmp_path):
     assert sum(report["ranks"].values()) == 210 * 16
     assert (tmp_path / "eva_report" / "report.html").is_file()
     config = PeftConfig.from_pretrained(tmp_path / "eva_adapter")
-    assert config.init_lora_weights == "eva"
+    assert config.init_lora_weights is True
 
 
 def test_the_demo_says_where_its_weights_come_from(tmp_path, monkeypatch):

@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from eva_lora import EvaConfig, collect, plan
+from eva_lora import EvaConfig, collect, eva_initialize, plan, watching
 from eva_lora.integrations.transformers import EvaCallback, eva_initialize_trainer
 from support.models import LINEARS, lora, lora_a_of, tiny_llama
 from support.pages import blocks
+from support.tiny import fingerprint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
@@ -259,6 +260,45 @@ def test_trls_trainers_begin_with_eva_and_train(name, tmp_path):
     assert all("fit no mask" not in rule for rule in rules)
 
 
+# Forwards of trainers that are watched
+
+
+def test_a_trainers_evaluation_may_be_watched(tmp_path):
+    trainer = trainer_of(lora(tiny_llama()), tmp_path)
+    trainer.eval_dataset = trainer.train_dataset
+    expected = collect(lora(tiny_llama()), iter(trainer.get_eval_dataloader()), progress=False)
+    plain = trainer.evaluate()
+    evaluation, _ = (b.code for b in blocks("docs/free.md") if "trainer" in b.code and b.language == "python")
+    names = {"model": trainer.model, "trainer": trainer, "watching": watching, "eva_initialize": eva_initialize}
+    beside = []
+    trainer.evaluate, evaluate = lambda: beside.append(evaluate()), trainer.evaluate
+    exec(compile(evaluation, "free.md", "exec"), names)
+    assert beside[0]["eval_loss"] == plain["eval_loss"]
+    assert fingerprint_of(names["watch"].statistics()) == fingerprint_of(expected)
+    trainer.train()
+    assert len(losses(trainer)) == 3
+
+
+def test_trls_reference_pass_may_be_watched_while_the_trainer_is_made(tmp_path):
+    trl = pytest.importorskip("trl")
+    model = peft.get_peft_model(causal(), copy.deepcopy(EVA))
+
+    _, reference = (b.code for b in blocks("docs/free.md") if "trainer" in b.code and b.language == "python")
+    names = {
+        "model": model, "watching": watching, "eva_initialize": eva_initialize, "DPOTrainer": trl.DPOTrainer,
+        "DPOConfig": lambda folder, **given: trl.DPOConfig(str(tmp_path / folder), **given),
+        "options": {**OPTIONS, "save_strategy": "no", "max_steps": 2, "bf16": False},
+        "data": {"train_dataset": pairs(), "processing_class": tokenizer()},
+    }  # fmt: skip
+    exec(compile(reference, "free.md", "exec"), names)
+    trainer, watch = names["trainer"], names["watch"]
+    batches = [*trainer.get_train_dataloader()]
+    assert watch.num_rows == sum(int(batch["completion_mask"].sum()) for batch in batches)  # TRL's labels
+    assert len(set(map(len, lora_a_of(model).values()))) > 1
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 # Lightning
 
 
@@ -330,7 +370,9 @@ def test_lightning_without_a_loader_is_told_to_give_one(tmp_path):
     assert trainer.callbacks[0].report.num_batches == 4
 
 
-def test_the_page_on_trainers_runs_as_it_stands(tmp_path):
+def test_the_page_on_trainers_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where Lightning writes
+
     def names(name):
         return {
             "base": tiny_llama(), "get_peft_model": peft.get_peft_model, "module": lightning_module(pl),

@@ -102,6 +102,19 @@ def test_autocast_changes_what_layers_see_and_not_how_it_is_added_up():
     assert fingerprint_of(found) == fingerprint_of(expected)
 
 
+def test_what_accelerate_prepares_is_watched_like_any_model():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    batches = padded()
+    expected = passed(lora(tiny_llama()), batches)
+    try:
+        model = Accelerator(cpu=True, mixed_precision="no").prepare_model(lora(tiny_llama()))
+        assert fingerprint_of(watched(model, lambda b: model(**b), batches)) == fingerprint_of(expected)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_in_inference_mode_layers_share_nothing_since_edits_cannot_be_seen():
     config = EvaConfig(share_inputs=False)
     batches = padded()
@@ -565,11 +578,9 @@ def test_the_page_on_watching_runs_as_it_stands():
             for batch in batches:
                 model(**batch)
 
-    for block in blocks("docs/free.md"):
-        if block.language == "python":
-            names = {"model": lora(tiny_llama()), "loader": batches, "evaluate": evaluate}
-            exec(
-                compile(block.code, "free.md", "exec"),
-                {"watching": watching, "eva_initialize": eva_initialize, **names},
-            )
-            assert lora_a_of(names["model"])
+    plain = [b.code for b in blocks("docs/free.md") if b.language == "python" and "trainer" not in b.code]
+    assert len(plain) == 2  # those with trainers are run in test_trainers.py
+    for code in plain:
+        names = {"model": lora(tiny_llama()), "loader": batches, "evaluate": evaluate}
+        exec(compile(code, "free.md", "exec"), {"watching": watching, "eva_initialize": eva_initialize, **names})
+        assert lora_a_of(names["model"])

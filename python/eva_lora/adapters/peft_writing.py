@@ -62,9 +62,10 @@ class PlanWriter:
         replaced: list[tuple[nn.Module, str, nn.Module]] = []
         before = self._configs[self._name]
         config = copy.deepcopy(before)
-        if not (config.lora_bias or any(isinstance(site, ConvSite) for site in self._sites)):  # refused with "eva"
-            config.init_lora_weights = True if plan.lora_b else "eva"  # what the weights are from here on
-            config.eva_config = None if plan.lora_b else _peft_eva_config(plan)
+        if plan.lora_b or plan.config.save_as == "plain":
+            config.init_lora_weights, config.eva_config = True, None
+        elif not (config.lora_bias or any(isinstance(site, ConvSite) for site in self._sites)):  # refused with "eva"
+            config.init_lora_weights, config.eva_config = "eva", _peft_eva_config(plan)
         emptied = [name for name in self._layers if plan.sites[name].rank == 0]
 
         def undo() -> None:

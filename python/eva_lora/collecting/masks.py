@@ -123,7 +123,8 @@ def _others(fields: Mapping[str, Any], decoder: Iterable[str]) -> list[Tensor]:
     """What a batch holds that is made into rows and is no tokens: images, sounds."""
     known = {*_OF_TOKENS, *decoder}
     names = [name for name in fields if name not in known and "mask" not in str(name)]
-    return [x for x in _tensors(fields[name] for name in names) if x.is_floating_point()]
+    # A number (how many items there are, for the loss) is made into no rows.
+    return [x for x in _tensors(fields[name] for name in names) if x.is_floating_point() and x.ndim]
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
