@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, ViTConfig, ViTModel
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
 import eva_lora
 from eva_lora import EvaConfig, EvaPlan, RepairReport
@@ -396,3 +397,31 @@ def test_beside_modules_that_are_saved_whole_it_reloads_bit_equal(floats, tmp_pa
     eva_lora.require_same_base(again, tmp_path)
     with torch.no_grad():
         assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+# --- a trainer
+
+
+@needs("trl>=1.0")
+def test_trl_trains_from_the_repaired_adapter(floats, tmp_path):
+    """The recipe of docs/quantised-bases.md: the trainer is given the model as it is, and starts there."""
+    import trl
+    from datasets import Dataset
+
+    model = lora(quantised(floats, group=16))
+    repaired(model, floats, rho=2.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    vocabulary = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    dataset = Dataset.from_dict({"input_ids": token_batches(1)[0]["input_ids"].tolist()})
+    trainer = trl.SFTTrainer(
+        model=model, train_dataset=dataset,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, learning_rate=1e-2, report_to="none", use_cpu=True, bf16=False,
+            save_strategy="no", disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="b", pad_token="a"),
+    )  # fmt: skip
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
+    trainer.train()
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert changed == {name for name in before if "lora_" in name}
