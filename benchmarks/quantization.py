@@ -10,7 +10,7 @@ error, E‖(W − Q − s B A) x‖² over E‖W x‖² with x from the float mo
 ‖h_float‖; and SmolLM2's perplexity. Methods: none; LoftQ, one round and five, each of which rounds W − s B A anew;
 QERA's approximation (the diagonal of E x xᵀ); and ours, with every layer's own rank ("repair"), with ranks moved
 ("repair, rho 2"), and with the model fitted in parts, one after the other ("repair, in parts": 12 of MiniLM's, 6 of
-SmolLM2's). Cells that the file has already stay, unless they are measured anew.
+SmolLM2's, or ``--parts``). Cells that the file has already stay, unless they are measured anew.
 
 ``--cost``: at 4 bits, groups of 128 and rank 16, seconds that the process computed on one thread, which the work of
 others does not change much: of LoftQ's singular value decompositions, one of each layer, as LoftQ and PEFT have them;
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 64])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--parts", type=int, help='of the model in "repair, in parts"')
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
@@ -265,7 +266,17 @@ def main() -> None:
             for group in arguments.groups:
                 base = quantised(model, layers, bits, group)
                 for rank in arguments.ranks:
-                    made = starts(model, base, fitted, layers, bits, group, rank, PARTS[name], arguments.methods)
+                    made = starts(
+                        model,
+                        base,
+                        fitted,
+                        layers,
+                        bits,
+                        group,
+                        rank,
+                        arguments.parts or PARTS[name],
+                        arguments.methods,
+                    )
                     for method, weights in made:
                         key = (name, bits, group, rank, method)
                         cells[key] = {**dict(zip(KEY, key, strict=True)), **measured.of(weights)}
