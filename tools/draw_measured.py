@@ -188,6 +188,16 @@ def quantization(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def fit_cost(found: dict[str, Any]) -> str:
+    """Processor seconds of a fit beside LoftQ's decompositions: medians, and what part of LoftQ's they are."""
+    rows = []
+    for one in found["models"]:
+        base = one["loftq"][0]
+        shown = [f"{one[step][0]:.2f} s ({one[step][0] / base:.2f})" for step in ("fit", "call")]
+        rows.append([MODELS[one["model"]], str(one["layers"]), f"{base:.2f} s", *shown, str(one["rounds"])])
+    return table(["model", "layers", "LoftQ's decompositions", "the fit", "the whole call", "rounds"], rows)
+
+
 def made(found: dict[str, Any]) -> str:
     facts = found["made"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -207,7 +217,9 @@ def rendered() -> dict[Path, str]:
     compared = {"missed": missed(illustrations), "made": made(illustrations)}
     chosen = filled(DOCS / "choosing.md", tables(choosing))
     repaired = json.loads((MEASURED / "quantization.json").read_text(encoding="utf-8"))
-    starts = filled(DOCS / "quantised-bases.md", {"quantization": quantization(repaired)})
+    cost = json.loads((MEASURED / "quantization_cost.json").read_text(encoding="utf-8"))
+    drawn_tables = {"quantization": quantization(repaired), "fit cost": fit_cost(cost)}
+    starts = filled(DOCS / "quantised-bases.md", drawn_tables)
     pages = {DOCS / "choosing.md": chosen, DOCS / "quantised-bases.md": starts}
     return {**pages, DOCS / "comparison.md": filled(DOCS / "comparison.md", compared), **figures}
 

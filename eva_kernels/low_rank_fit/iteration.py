@@ -37,8 +37,9 @@ def leading_directions(
         return matrices @ moment.times(matrices.mT @ x)
 
     if product.shape[-1] >= width:
-        turned = torch.linalg.eigh(double(product).mT @ double(product))[1][..., -width:].flip(-1)
-        start = product @ turned.to(product)
+        # A start: in the matrix's own dtype, of which nothing is left in the result, and scaled so that squares fit it.
+        scaled = product / total.sqrt().clamp_min(torch.finfo(product.dtype).tiny).to(product)[:, None, None]
+        start = scaled @ torch.linalg.eigh(scaled.mT @ scaled)[1][..., -width:].flip(-1)
     else:
         start = matrices @ _noise(moment, width, seed)
     space, total = orthonormalize(start), double(total)

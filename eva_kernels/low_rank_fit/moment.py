@@ -32,10 +32,11 @@ class SecondMoment(NamedTuple):
         product: Tensor | None = None,  # (..., m, k)
     ) -> Tensor:  # (...) float64
         """tr(M R Mᵀ): the mean of ‖M x‖² over the inputs. ``product``: M F, where it is known."""
-        squares = double(matrix @ self.factor if product is None else product).square().sum((-2, -1))
-        # Norms of columns only where they differ in weight: those of rows are in one piece, and ten times as fast.
-        norms = torch.linalg.vector_norm(matrix, dim=-2 if self.rest.ndim else -1)  # without a copy of the matrix
-        return squares + (double(norms).square() * double(self.rest)).sum(-1)
+        product = matrix @ self.factor if product is None else product
+        # Norms copy no matrix. Those of columns only where these differ in weight: of rows they are ten times as fast.
+        seen = torch.linalg.vector_norm(product, dim=-1)
+        norms = torch.linalg.vector_norm(matrix, dim=-2 if self.rest.ndim else -1)
+        return double(seen).square().sum(-1) + (double(norms).square() * double(self.rest)).sum(-1)
 
     def trace(self) -> float:
         """tr R: the mean of ‖x‖²."""

@@ -477,10 +477,11 @@ def test_the_demo_says_where_its_weights_come_from(tmp_path, monkeypatch):
 
 
 @needs(LOADS_BITSANDBYTES)
-def test_init_repairs_a_base_that_it_quantises(files, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--dora"]], ids=["plain", "DoRA"])
+def test_init_repairs_a_base_that_it_quantises(files, tmp_path, options):
     done = invoke(
         "init", files / "base", "--data", files / "train.jsonl", "--output", tmp_path / "out", "--quantize", "nf4",
-        "--repair", "--rank", "4", "--max-length", "32", "--quiet",
+        "--repair", "--rank", "4", "--max-length", "32", "--quiet", *options,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "method repair" in done.output
@@ -489,6 +490,7 @@ def test_init_repairs_a_base_that_it_quantises(files, tmp_path):
     assert all(layer.fitted[1] < layer.fitted[0] for layer in report.layers.values() if layer.rank)
     config = PeftConfig.from_pretrained(tmp_path / "out" / "adapter")
     assert config.init_lora_weights is True
+    assert config.use_dora is bool(options)
     weights = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
 
@@ -498,7 +500,7 @@ def test_init_repairs_a_base_that_it_quantises(files, tmp_path):
     [
         (["--repair"], "--repair: needs --quantize"),
         (["--repair", "--quantize", "nf4", "--checkpoint", "pass"], "--checkpoint: not with --repair"),
-        (["--repair", "--quantize", "nf4", "--plots"], "--plots: not with --repair"),
+        (["--repair", "--quantize", "nf4", "--plots", "svg"], "--plots: not with --repair"),
         (["--quantize", "nf5"], "'nf5' is not one of 'nf4', 'fp4', 'int8'"),
     ],
 )

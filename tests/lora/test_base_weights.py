@@ -270,3 +270,70 @@ def test_a_model_that_is_nowhere_is_said_to_be(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="float_weights: there is no folder no/such-model"):
         FloatWeights.of("no/such-model")
+
+
+# --- weights in packed integers, as GPTQ and AWQ keep them
+
+BITS, GROUP, EACH = 4, 16, 8  # bits of a weight, inputs that share a scale, weights in an int32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in an int32
+
+
+def quantised_parts(weight):  # (out, in) -> codes (in, out), zeros and scales (in / group, out)
+    groups = weight.T.reshape(-1, GROUP, len(weight))
+    low, high = groups.amin(1), groups.amax(1)
+    scales = (high - low) / (2**BITS - 1)
+    zeros = (-low / scales).round()
+    codes = (groups / scales[:, None] + zeros[:, None]).round().clamp(0, 2**BITS - 1)
+    return codes.reshape(weight.T.shape).to(torch.int64), zeros.clamp(0, 2**BITS - 1).to(torch.int64), scales
+
+
+def packed(values, order=range(EACH)):  # (n, m) -> (n, m / 8) int32
+    shifts = torch.tensor([BITS * order.index(i) for i in range(EACH)])
+    sums = (values.reshape(len(values), -1, EACH) << shifts).sum(-1)
+    return torch.where(sums >= 2**31, sums - 2**32, sums).to(torch.int32)
+
+
+def unpacked(values, order=range(EACH)):  # (n, m / 8) int32 -> (n, m)
+    shifts = torch.tensor([BITS * order.index(i) for i in range(EACH)])
+    return ((values[..., None] >> shifts) & (2**BITS - 1)).flatten(1)
+
+
+class Integers(nn.Module):
+    """A layer of GPTQ's or AWQ's: integers that say nothing to whoever does not know how they are packed."""
+
+    def __init__(self, source, kind):
+        super().__init__()
+        codes, zeros, scales = quantised_parts(source.weight)
+        self.kind, self.bias = kind, source.bias
+        self.register_buffer("scales", scales)
+        if kind == "gptq":  # eight inputs in an int32; zeros less one
+            self.register_buffer("qweight", packed(codes.T.contiguous()).T.contiguous())
+            self.register_buffer("qzeros", packed((zeros - 1) % 2**BITS))
+        else:  # eight outputs in an int32, in an order of its own
+            self.register_buffer("qweight", packed(codes, AWQ_ORDER))
+            self.register_buffer("qzeros", packed(zeros, AWQ_ORDER))
+        self.expected = ((codes - zeros.repeat_interleave(GROUP, 0)) * scales.repeat_interleave(GROUP, 0)).T
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.expected.to(x.dtype), self.bias)
+
+
+def dequantized(name, layer):
+    if layer.kind == "gptq":
+        codes, zeros = unpacked(layer.qweight.T.contiguous()).T, (unpacked(layer.qzeros) + 1) % 2**BITS
+    else:
+        codes, zeros = unpacked(layer.qweight, AWQ_ORDER), unpacked(layer.qzeros, AWQ_ORDER)
+    return ((codes - zeros.repeat_interleave(GROUP, 0)) * layer.scales.repeat_interleave(GROUP, 0)).T
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_packed_integers_are_read_by_a_callable_and_by_unit_vectors(kind):
+    source = linear()
+    module = Integers(source, kind)
+    assert (module.expected - source.weight).abs().max() <= 0.51 * module.scales.max()
+    assert torch.equal(base(module).read(dequantized), module.expected)
+    # Of unit vectors: the bias is added and taken off again.
+    rounding = 4 * UNIT * (module.expected.abs().max() + source.bias.abs().max())
+    assert (base(module).read() - module.expected).abs().max() <= rounding
+    with pytest.raises(ValueError, match="dequantize: what it returned for layer it"):
+        base(module).read(lambda name, layer: dequantized(name, layer).roll(1, 0))

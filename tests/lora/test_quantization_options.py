@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
 import eva_lora
 from eva_lora import EvaConfig, EvaPlan, RepairReport
@@ -15,6 +17,7 @@ from eva_lora import fit_quantization_error as fit
 from eva_lora.peft import replace_lora_weights_loftq
 from support.models import layer_inputs, lora, tiny_llama, token_batches
 from support.quantised import least_errors, output_errors, quantised, rounded
+from support.versions import needs
 
 UNIT = 2.0**-24
 
@@ -336,3 +339,89 @@ def test_parts_of_a_model_are_fitted_on_what_those_before_them_give(floats):
             np.testing.assert_allclose(report.layers[name].held, (before / output, after / output), rtol=1e-4)
     same = {name for name in deltas[1] if torch.equal(deltas[1][name], deltas[2][name])}
     assert same == {*list(deltas[1])[:10]}  # of 21 layers
+
+
+# --- models of other kinds
+
+
+def vision():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4
+    )
+    return ViTModel(config), [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(4)], {}, "is a convolution"
+
+
+def experts():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    targets = {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["experts.down_proj"]}
+    return MixtralForCausalLM(config), token_batches(4), targets, "is a stack of 4 experts' matrices"
+
+
+@pytest.mark.parametrize("kind", [vision, pytest.param(experts, marks=needs("transformers>=5.3"))])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_of_other_models_is_a_matrix_is_repaired_and_the_rest_is_named(kind, passes):
+    floats, batches, targets, why = kind()
+    targets = targets or {"target_modules": ["projection", "dense", "fc1", "q_proj", "query"]}
+    model = get_peft_model(quantised(floats.eval(), bits=3, group=16), LoraConfig(r=4, **targets))
+    report = repaired(model, floats, batches, hold_back=2, max_batches=None, passes=passes)
+    assert any(why in note for note in report.notes)
+    assert len(report.layers) >= 4
+    assert all(layer.held[1] < layer.held[0] for layer in report.layers.values())
+    assert report.hidden_error[1] < report.hidden_error[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_dora": True}], ids=["plain", "biases", "DoRA"])
+def test_a_repaired_adapter_of_moved_ranks_is_exported_with_one_rank(floats, options, tmp_path):
+    bases, batch = quantised(floats, group=16), token_batches(1)[0]
+    model = lora(copy.deepcopy(bases), **options)
+    assert len(set(repaired(model, floats, rho=2.0).ranks.values())) > 1
+    eva_lora.export_uniform(model, tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(bases), tmp_path)
+    with torch.no_grad():
+        expected, got = (m.eval()(**batch).logits for m in (model, again))
+    # Zero rows and columns change at most the order of float32 sums.
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_beside_modules_that_are_saved_whole_it_reloads_bit_equal(floats, tmp_path):
+    bases, batch = quantised(floats, group=16), token_batches(1)[0]
+    model = lora(copy.deepcopy(bases), target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    repaired(model, floats, rho=2.0).save(tmp_path)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(bases), tmp_path)
+    eva_lora.require_same_base(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+# --- a trainer
+
+
+@needs("trl>=1.0")
+def test_trl_trains_from_the_repaired_adapter(floats, tmp_path):
+    """The recipe of docs/quantised-bases.md: the trainer is given the model as it is, and starts there."""
+    import trl
+    from datasets import Dataset
+
+    model = lora(quantised(floats, group=16))
+    repaired(model, floats, rho=2.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    vocabulary = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    dataset = Dataset.from_dict({"input_ids": token_batches(1)[0]["input_ids"].tolist()})
+    trainer = trl.SFTTrainer(
+        model=model, train_dataset=dataset,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, learning_rate=1e-2, report_to="none", use_cpu=True, bf16=False,
+            save_strategy="no", disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="b", pad_token="a"),
+    )  # fmt: skip
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
+    trainer.train()
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert changed == {name for name in before if "lora_" in name}
