@@ -26,6 +26,13 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 }
 
 
+#: What ``--method`` may say, and whether it looks at data: the table's names, known without PyTorch.
+METHODS = {
+    "eva": True, "pissa": False, "milora": False, "mica": False, "corda": True, "corda-kpm": True, "astra": True,
+    "sc-lora": True, "lora-null": True,
+}  # fmt: skip
+
+
 def config_options(only: Iterable[str] | None = None) -> Decorator:
     """One option for every field of ``EvaConfig`` (or those named); what is not given is left out."""
     names = None if only is None else set(only)
