@@ -86,7 +86,7 @@ def eva_initialize(
                 adapter.writable()  # an error now, not after the pass
             trained = TrainedLayers.of(adapter)
         chosen = EvaConfig.of(adapter.eva_config if config is None else config)
-        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
+        require_changeable(model, ranks_change=chosen.moves_ranks)
         return adapter, chosen, trained
 
     def write() -> EvaReport:

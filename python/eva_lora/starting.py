@@ -96,7 +96,7 @@ def initialize(
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
         require_whole(model)
-        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
+        require_changeable(model, ranks_change=chosen.moves_ranks)
 
         def statistics_of(data: "Iterable[Any] | EvaStatistics | None") -> EvaStatistics | None:
             if data is None or isinstance(data, EvaStatistics):
@@ -181,8 +181,12 @@ def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaC
         raise ValueError(
             f"rho: expected 1 with method={method.name!r}, whose directions have no scores; got {chosen.rho}"
         )
-    if chosen.rho != 1 and not chosen.adjust_scaling_factors:
-        raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} and rho {chosen.rho}")
+    if chosen.budget_parameters is not None and not method.scores:
+        raise ValueError(
+            f"budget_parameters: expected None with method={method.name!r}, whose directions have no scores"
+        )
+    if chosen.moves_ranks and not chosen.adjust_scaling_factors:
+        raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} where ranks may change")
     if method.data == "all":
         return replace(chosen, keep_moments=True)
     return wide_enough(chosen, max(site.rank for site in adapter.sites))
@@ -207,7 +211,17 @@ def _members(
         if site.rank > smaller:
             raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {smaller} directions")
     return [
-        SiteStatistics(site.name, (-1,), site.rank, site.in_features, True, 0, site.rank_multiple, site.removable)
+        SiteStatistics(
+            site.name,
+            (-1,),
+            site.rank,
+            site.in_features,
+            True,
+            0,
+            site.rank_multiple,
+            site.removable,
+            parameters=site.parameters,
+        )
         for site in adapter.sites
     ]
 
@@ -280,9 +294,11 @@ def _planned(
 ) -> EvaPlan:
     budget = sum(site.rank for site in members)
     scores = [_scores(method, fits[site.name]).numpy() for site in members]
-    ranks = {site.name: site.rank for site in members}
+    ranks, notes = {site.name: site.rank for site in members}, []
     if method.scores:
-        ranks = Allocation(members, config).ranks(scores, budget)
+        allocation = Allocation(members, config)
+        ranks, notes = allocation.ranks(scores, budget), allocation.notes
+    budget = budget if config.budget_parameters is None else sum(ranks.values())
     scalings: dict[str, float] = adapter.scalings()
     factors = {site.name: fits[site.name].factors(method, ranks[site.name], scalings[site.name]) for site in members}
     planned = {
@@ -292,7 +308,7 @@ def _planned(
         for site, score in zip(members, scores, strict=True)
     }
     lora_a, lora_b = ({name: pair[which].cpu() for name, pair in factors.items()} for which in (0, 1))
-    return EvaPlan(planned, lora_a, config, budget, (), lora_b)
+    return EvaPlan(planned, lora_a, config, budget, tuple(notes), lora_b)
 
 
 def _scores(method: Method, fit: MethodFit) -> Tensor:  # (r,) float64

@@ -15,7 +15,15 @@ from ..config import EvaConfig
 from .running import Decorator
 
 #: Fields a plan can change without another pass over the data.
-PLANNING_FIELDS = ("rho", "min_rank", "max_rank", "rank_multiple", "whiten", "adjust_scaling_factors")
+PLANNING_FIELDS = (
+    "rho",
+    "min_rank",
+    "max_rank",
+    "rank_multiple",
+    "budget_parameters",
+    "whiten",
+    "adjust_scaling_factors",
+)
 
 
 #: What ``--quantize`` may say, and what bitsandbytes is told then.
