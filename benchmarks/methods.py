@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.layer import svd_lowrank
 from torch import Tensor, nn
+
+from eva_kernels.singular_ends import krylov, leading_singular
+from eva_lora import EvaConfig, collect, initialize
+from eva_lora.planning import versions
+from quantization import load as load_model
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "measured" / "methods.json"
 RANK = 16
@@ -37,8 +46,6 @@ PASSES: list[float] = []  # seconds, of this process
 
 
 def load(name: str) -> tuple[nn.Module, list[dict[str, Tensor]], list[str]]:
-    from quantization import load as load_model
-
     model, batches, layers = load_model(name)
     return model, batches[:8], layers
 
@@ -51,12 +58,6 @@ def memory(field: str) -> int:
 
 def started(side: str, method: str, model: nn.Module, batches: list[Any], layers: list[str]) -> tuple[nn.Module, Any]:
     """A PEFT model started by one side, and what of R its formula takes."""
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.config import CordaConfig
-    from peft.tuners.lora.corda import preprocess_corda
-
-    from eva_lora import EvaConfig, collect, initialize
-
     options: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": layers}
     if side.startswith("ours"):
         mine = get_peft_model(model, LoraConfig(**options))
@@ -129,10 +130,6 @@ def measure(side: str, method: str, name: str) -> dict[str, Any]:
 
 def table() -> None:
     """Accuracy of leading singular vectors against their cost, on MiniLM's weights."""
-    from peft.tuners.lora.layer import svd_lowrank
-
-    from eva_kernels.singular_ends import krylov, leading_singular
-
     torch.set_num_threads(1)
     model, _, layers = load("minilm")
     weights = [model.get_submodule(n).weight.detach() for n in layers]
@@ -140,10 +137,14 @@ def table() -> None:
     ways: dict[str, Any] = {
         f"pissa_niter_{n}": lambda w, n=n: svd_lowrank(w, RANK, niter=n)[0] for n in (4, 16)
     } | dict.fromkeys((f"depth {depth}" for depth in (3, 4, 5, 6, 8)), lambda w: leading_singular(w, RANK).left)
+    chosen = krylov.DEPTH, krylov.GAIN
+    ways["as it is"] = lambda w: leading_singular(w, RANK).left
     ways["full SVD"] = lambda w: torch.linalg.svd(w, full_matrices=False)[0][:, :RANK]
     for name, way in ways.items():
         if name.startswith("depth"):
-            krylov.DEPTH = int(name.split()[1])
+            krylov.DEPTH, krylov.GAIN = int(name.split()[1]), 1.0  # no more than that
+        else:
+            krylov.DEPTH, krylov.GAIN = chosen
         way(weights[0])
         tick = time.process_time()
         found = [way(w) for w in weights]
@@ -163,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["minilm", "smollm2"], choices=["minilm", "smollm2"])
     parser.add_argument("--methods", nargs="+", default=["pissa", "corda"], choices=["pissa", "corda"])
+    parser.add_argument("--sides", nargs="+", help="of those that there are; all if none is named")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "METHOD", "MODEL"), help="what the processes are given")
@@ -173,12 +175,10 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(*arguments.one)))
         return
-    from eva_lora.planning import versions
-
     cells = []
     for model in arguments.models:
         for method in arguments.methods:
-            for side in SIDES[method]:
+            for side in (side for side in SIDES[method] if side in (arguments.sides or SIDES[method])):
                 command = [sys.executable, __file__, "--one", side, method, model]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 cells.append(json.loads(done.stdout.splitlines()[-1]))
