@@ -198,6 +198,28 @@ def fit_cost(found: dict[str, Any]) -> str:
     return table(["model", "layers", "LoftQ's decompositions", "the fit", "the whole call", "rounds"], rows)
 
 
+def methods(found: dict[str, Any]) -> str:
+    """What starts cost here and in PEFT, and how far they are from dense float64: a table for each model and method."""
+    parts = []
+    for model, label in MODELS.items():
+        for method in dict.fromkeys(cell["method"] for cell in found["cells"]):
+            mine = [cell for cell in found["cells"] if (cell["model"], cell["method"]) == (model, method)]
+            rows = [
+                [
+                    cell["side"],
+                    f"{cell['pass']:.1f} s" if cell["pass"] else "",
+                    f"{cell['rest']:.1f} s",
+                    f"{cell['bytes'] / 2**20:.0f} MiB",
+                    *(f"{cell[name]:.1e}" if name in cell else "" for name in ("error", "worst", "lost")),
+                ]
+                for cell in mine
+            ]
+            if rows:
+                columns = ["", "pass", "rest", "memory", "error of B A, median", "worst", "energy lost, worst"]
+                parts.append(f"{label}, {method}, r = {found['rank']}:\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
 def made(found: dict[str, Any]) -> str:
     facts = found["made"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -218,9 +240,10 @@ def rendered() -> dict[Path, str]:
     chosen = filled(DOCS / "choosing.md", tables(choosing))
     repaired = json.loads((MEASURED / "quantization.json").read_text(encoding="utf-8"))
     cost = json.loads((MEASURED / "quantization_cost.json").read_text(encoding="utf-8"))
-    drawn_tables = {"quantization": quantization(repaired), "fit cost": fit_cost(cost)}
-    starts = filled(DOCS / "quantised-bases.md", drawn_tables)
-    pages = {DOCS / "choosing.md": chosen, DOCS / "quantised-bases.md": starts}
+    starts = filled(DOCS / "quantised-bases.md", {"quantization": quantization(repaired), "fit cost": fit_cost(cost)})
+    compared_methods = json.loads((MEASURED / "methods.json").read_text(encoding="utf-8"))
+    started = filled(DOCS / "methods.md", {"methods": methods(compared_methods)})
+    pages = {DOCS / "choosing.md": chosen, DOCS / "methods.md": started, DOCS / "quantised-bases.md": starts}
     return {**pages, DOCS / "comparison.md": filled(DOCS / "comparison.md", compared), **figures}
 
 

@@ -6,8 +6,9 @@ from numpy.typing import ArrayLike, NDArray
 from .._build import use_core
 from .demands import Demands, group_labels, integer, integers, matrix
 from .reference import ReferenceAllocator, most_of_group, site_multiples, whole_blocks
+from .spending import Spending, spend_parameters
 
-__all__ = ["allocate_ranks", "candidate_components"]
+__all__ = ["Spending", "allocate_ranks", "candidate_components", "spend_parameters"]
 
 
 def allocate_ranks(

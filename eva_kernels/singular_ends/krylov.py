@@ -6,7 +6,8 @@ from torch import Tensor
 from .._double import double
 from ..orthonormal import orthonormalize
 
-DEPTH = 6  # blocks: README.md
+DEPTH = 6  # blocks at least: README.md
+GAIN = 3e-4  # of the leading energy: more from the last block, and another one follows
 
 
 def leading_vectors(
@@ -15,10 +16,12 @@ def leading_vectors(
     width: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # (b, m, r), (b, r) float64
-    """The leading left singular vectors and values, from ``DEPTH`` blocks of ``width`` columns: the powers of M Mᵀ on
-    noise, each made orthonormal before the next, all of which together are searched (Rayleigh and Ritz).
+    """The leading left singular vectors and values, from blocks of ``width`` columns: the powers of M Mᵀ on noise, each
+    made orthonormal before the next, all of which together are searched (Rayleigh and Ritz).
 
-    M Mᵀ is formed where that costs less than the products with M that it spares.
+    There are ``DEPTH`` of them, and more as long as the last has brought more than ``GAIN``: what is still missing is
+    less than what the last one brought, by about the factor that each block takes off. M Mᵀ is formed where that costs
+    less than the products with M that it spares.
     """
     m = matrices.shape[1]
     square = matrices @ matrices.mT if m < 4 * DEPTH * width else None
@@ -28,11 +31,24 @@ def leading_vectors(
 
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(m, width, generator=generator, dtype=torch.float32, device="cpu").to(matrices)
+    most = m // width
     blocks = [torch.linalg.qr(times(noise.expand(len(matrices), -1, -1))).Q]
-    for _ in range(min(DEPTH, m // width) - 1):
+    for _ in range(min(DEPTH, most) - 1):
         blocks.append(torch.linalg.qr(times(blocks[-1])).Q)
     space = torch.linalg.qr(torch.cat(blocks, -1)).Q
-    projected = double(space).mT @ double(times(space))
-    values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-    best = vectors[..., -rank:].flip(-1).to(space.device, space.dtype)
+    images = times(space)
+    while True:
+        projected = double(space).mT @ double(images)
+        projected = (projected + projected.mT) / 2
+        values, vectors = torch.linalg.eigh(projected)
+        energy = values[..., -rank:].sum(-1)
+        before = torch.linalg.eigvalsh(projected[..., :-width, :-width])[..., -rank:].sum(-1)
+        if space.shape[-1] + width > m or bool((energy - before <= GAIN * energy).all()):
+            break
+        block = images[..., -width:]
+        for _ in range(2):  # the second time takes what the first one's rounding has left
+            block = block - space @ (space.mT @ block)
+        block = torch.linalg.qr(block).Q
+        space, images = torch.cat([space, block], -1), torch.cat([images, times(block)], -1)
+    best = vectors[..., -rank:].flip(-1).to(space)
     return orthonormalize(space @ best), values[..., -rank:].flip(-1).clamp_min(0).sqrt()

@@ -52,6 +52,8 @@ class EvaConfig:
         min_rank: Smallest rank any layer may get; 0 lets a layer lose its adapter.
         max_rank: Largest rank any layer may get. None: rho alone bounds it.
         rank_multiple: Every rank is a multiple of this.
+        budget_parameters: Spend so many parameters of all A and B together in place of the configured ranks' sum: wide
+            layers cost more. None: ranks are counted.
         statistic: "gram" is exact, "subspace" needs d × q memory instead of d × d; "auto" takes "gram" for
             inputs up to ``GRAM_MAX_WIDENING`` times as wide as q while ``memory_budget`` lasts, where it costs
             at most 2.5 times as much.
@@ -97,6 +99,7 @@ class EvaConfig:
     min_rank: int = 0
     max_rank: int | None = None
     rank_multiple: int = 1
+    budget_parameters: int | None = None
     statistic: StatisticKind = "auto"
     oversampling: float | None = None
     keep_moments: bool = False
@@ -116,7 +119,7 @@ class EvaConfig:
         self._number("oversampling", 1.0, None, optional=True)
         for name, low in (("min_rank", 0), ("rank_multiple", 1)):
             self._integer(name, low)
-        for name in ("max_batches", "max_rows", "max_rank", "memory_budget"):
+        for name in ("max_batches", "max_rows", "max_rank", "budget_parameters", "memory_budget"):
             self._integer(name, 1, optional=True)
         self._integer("seed", 0)
         self._integer("label_mask_value", None)
@@ -167,6 +170,11 @@ class EvaConfig:
         if self.oversampling is None:
             return default_columns(candidates, self.convergence)
         return math.ceil(candidates * self.oversampling)
+
+    @property
+    def moves_ranks(self) -> bool:
+        """Whether layers' ranks may change."""
+        return self.rho != 1 or self.rank_multiple != 1 or self.budget_parameters is not None
 
     def least_rank(self, removable: Iterable[bool]) -> int:
         """The least rank of any layer: ``min_rank``, or 1 where there are layers that cannot have rank 0."""

@@ -133,7 +133,7 @@ def prepared(
                 adapter.writable()  # an error now, not after the pass
             trained = TrainedLayers.of(adapter)
         chosen = EvaConfig.of(adapter.eva_config if config is None else config)
-        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
+        require_changeable(model, ranks_change=chosen.moves_ranks)
         return adapter, chosen, trained
 
     adapter, chosen, trained = together(ranks, prepare)

@@ -387,7 +387,10 @@ def _members(
     """The layers to fit. Those that statistics do not know are added to ``without``."""
     if statistics is None:
         return [
-            SiteStatistics(site.name, (-1,), site.rank, site.in_features, True, 0, site.rank_multiple, site.removable)
+            SiteStatistics(
+                site.name, (-1,), site.rank, site.in_features, True, 0, site.rank_multiple, site.removable,
+                parameters=site.parameters,
+            )
             for site in sites if site.name in bases
         ]  # fmt: skip
     known = {site.name: site for site in statistics.sites}
@@ -400,7 +403,17 @@ def _members(
         if site.name in bases and known[site.name].input < 0:
             without[site.name] = "it saw no input"
     return [
-        SiteStatistics(s.name, known[s.name].inputs, s.rank, s.in_features, True, 0, s.rank_multiple, s.removable)
+        SiteStatistics(
+            s.name,
+            known[s.name].inputs,
+            s.rank,
+            s.in_features,
+            True,
+            0,
+            s.rank_multiple,
+            s.removable,
+            parameters=s.parameters,
+        )
         for s in sites
         if s.name in bases and s.name not in without
     ]
@@ -443,7 +456,9 @@ def _planned(
     without: Mapping[str, str],
 ) -> EvaPlan:
     budget = sum(site.rank for site in members)
-    ranks = Allocation(members, config).ranks([fits[site.name].shares.numpy() for site in members], budget)
+    allocation = Allocation(members, config)
+    ranks = allocation.ranks([fits[site.name].shares.numpy() for site in members], budget)
+    budget = budget if config.budget_parameters is None else sum(ranks.values())
     lora_a, lora_b, lora_bias, planned = {}, {}, {}, {}
     short = []
     for i, site in enumerate(members):
@@ -462,7 +477,7 @@ def _planned(
     kept = [site for site in adapter.sites if site.name not in planned]
     for other in kept:
         planned[other.name] = PlannedSite(other.name, other.rank, other.rank, other.in_features, (), -1, other.parts)
-    notes = [f"{name} is not repaired: {why}" for name, why in without.items()]
+    notes = [*(f"{name} is not repaired: {why}" for name, why in without.items()), *allocation.notes]
     if short:
         notes.append(
             f"{len(short)} layers have less error than their rank could repair, the first is {short[0]}; what is left "

@@ -27,7 +27,7 @@ from .planning import Allocation, EvaPlan, EvaStatistics, InputStatistics, Plann
 from .repair import require_whole, wide_enough
 from .reporting import EvaReport, LayerStart, StartReport
 
-__all__ = ["initialize"]
+__all__ = ["config_for", "initialize"]
 
 
 def initialize(
@@ -43,6 +43,7 @@ def initialize(
     sites: Sequence[LoraSite] | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> "EvaReport | StartReport":
     """Start a model's LoRA layers by one of the methods of docs/methods.md, from one statistic of their inputs.
 
@@ -60,6 +61,7 @@ def initialize(
         keep: For "sc-lora": batches or statistics of what is to be kept.
         beta: For "sc-lora": how much those count, in [0, 1]. What is best is not known: it is chosen, not derived.
         forward_fn, row_mask_fn, sites, progress, overwrite: As in :func:`eva_initialize`.
+        dry_run: Only say what would be done, not for "eva": the model stays as it is.
 
     Returns:
         What was done: for "eva" its report.
@@ -71,6 +73,8 @@ def initialize(
     """
     if method == "eva":
         _refuse_second_set(method, keep)
+        if dry_run:
+            raise ValueError("dry_run: expected False with method='eva', whose plan tells: eva_lora.plan")
         return _eva(
             model, loader_or_statistics, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, sites=sites,
             progress=progress, overwrite=overwrite,
@@ -88,11 +92,11 @@ def initialize(
     with ordinary_tensors():
         adapter = find_adapter(model, sites)
         bases = _bases(adapter, row)
-        chosen = _config(adapter, config, row)
+        chosen = config_for(adapter, row, config)
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
         require_whole(model)
-        require_changeable(model, ranks_change=chosen.rho != 1 or chosen.rank_multiple != 1)
+        require_changeable(model, ranks_change=chosen.moves_ranks)
 
         def statistics_of(data: "Iterable[Any] | EvaStatistics | None") -> EvaStatistics | None:
             if data is None or isinstance(data, EvaStatistics):
@@ -107,7 +111,7 @@ def initialize(
         with Visits(adapter, model, chosen).still():
             fits = _fit(row, members, bases, moments, chosen, beta)
         made = _planned(row, adapter, members, fits, chosen)
-        rounding = _write(adapter, made, row)
+        rounding = {} if dry_run else _write(adapter, made, row)
     layers = {site.name: _layer(fits[site.name], made.sites[site.name], rounding.get(site.name)) for site in members}
     return StartReport(
         method=method, layers=layers, budget=made.budget, base=row.base,
@@ -166,14 +170,23 @@ def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
     return dict(bases)
 
 
-def _config(adapter: LoraAdapter, config: Any, method: Method) -> EvaConfig:
+def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaConfig:
+    """The options of a pass that gathers what a method takes, and of its ranks.
+
+    Raises:
+        ValueError: options that it does not go with.
+    """
     chosen = replace(EvaConfig(), rho=1.0) if config is None else EvaConfig.of(config)
     if chosen.rho != 1 and not method.scores:
         raise ValueError(
             f"rho: expected 1 with method={method.name!r}, whose directions have no scores; got {chosen.rho}"
         )
-    if chosen.rho != 1 and not chosen.adjust_scaling_factors:
-        raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} and rho {chosen.rho}")
+    if chosen.budget_parameters is not None and not method.scores:
+        raise ValueError(
+            f"budget_parameters: expected None with method={method.name!r}, whose directions have no scores"
+        )
+    if chosen.moves_ranks and not chosen.adjust_scaling_factors:
+        raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} where ranks may change")
     if method.data == "all":
         return replace(chosen, keep_moments=True)
     return wide_enough(chosen, max(site.rank for site in adapter.sites))
@@ -198,7 +211,17 @@ def _members(
         if site.rank > smaller:
             raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {smaller} directions")
     return [
-        SiteStatistics(site.name, (-1,), site.rank, site.in_features, True, 0, site.rank_multiple, site.removable)
+        SiteStatistics(
+            site.name,
+            (-1,),
+            site.rank,
+            site.in_features,
+            True,
+            0,
+            site.rank_multiple,
+            site.removable,
+            parameters=site.parameters,
+        )
         for site in adapter.sites
     ]
 
@@ -271,9 +294,11 @@ def _planned(
 ) -> EvaPlan:
     budget = sum(site.rank for site in members)
     scores = [_scores(method, fits[site.name]).numpy() for site in members]
-    ranks = {site.name: site.rank for site in members}
+    ranks, notes = {site.name: site.rank for site in members}, []
     if method.scores:
-        ranks = Allocation(members, config).ranks(scores, budget)
+        allocation = Allocation(members, config)
+        ranks, notes = allocation.ranks(scores, budget), allocation.notes
+    budget = budget if config.budget_parameters is None else sum(ranks.values())
     scalings: dict[str, float] = adapter.scalings()
     factors = {site.name: fits[site.name].factors(method, ranks[site.name], scalings[site.name]) for site in members}
     planned = {
@@ -283,7 +308,7 @@ def _planned(
         for site, score in zip(members, scores, strict=True)
     }
     lora_a, lora_b = ({name: pair[which].cpu() for name, pair in factors.items()} for which in (0, 1))
-    return EvaPlan(planned, lora_a, config, budget, (), lora_b)
+    return EvaPlan(planned, lora_a, config, budget, tuple(notes), lora_b)
 
 
 def _scores(method: Method, fit: MethodFit) -> Tensor:  # (r,) float64

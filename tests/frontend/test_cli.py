@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from eva_kernels._devices import driver_version
 from eva_kernels._double import home_of
 from eva_kernels.kernel_check import KernelCheck
-from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, RepairReport, plan
+from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, RepairReport, StartReport, plan
 from eva_lora.cli import COMMANDS, main
 from eva_lora.cli.pretrained import Pretrained
 from eva_lora.cli.running import duration, is_refusal
@@ -509,3 +509,59 @@ def test_mistakes_about_repair_are_usage_errors(files, tmp_path, options, messag
     assert done.exit_code == 2
     assert message in done.output
     assert not (tmp_path / "out").exists()
+
+
+# --- other methods
+
+
+def test_the_command_line_knows_the_table():
+    from eva_lora import METHODS as TABLE
+    from eva_lora.cli.options import METHODS
+
+    assert {"eva": True, **{name: method.data != "none" for name, method in TABLE.items()}} == METHODS
+
+
+def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, tmp_path):
+    options = ["--rank", "4", "--max-length", "32", "--quiet"]
+    done = invoke("init", files / "base", "--method", "pissa", "--output", tmp_path / "pissa", *options)
+    assert done.exit_code == 0, done.output
+    assert "method pissa" in done.output
+    done = invoke(
+        "init", files / "base", "--method", "corda", "--data", files / "train.jsonl", "--output", tmp_path / "corda",
+        *options,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = StartReport.load(tmp_path / "corda" / "report")
+    weights = load_file(tmp_path / "corda" / "adapter" / "adapter_model.safetensors")
+    assert {len(a) for name, a in weights.items() if name.endswith("lora_A.weight")} == {4}
+    done = invoke("compare", tmp_path / "corda", "--method", "corda", "--method", "pissa", "--json")
+    assert done.exit_code == 0, done.output
+    corda, pissa = json.loads(done.stdout)["methods"]
+    assert corda["output_share"] == pytest.approx(report.mean("output_share"), rel=1e-6)
+    assert pissa["weight_share"] > corda["weight_share"]
+    assert pissa["output_share"] is None
+    done = invoke("compare", tmp_path / "corda", "--method", "corda", "--method", "milora")
+    assert "milora" in done.stdout
+    done = invoke("compare", tmp_path / "corda", "--method", "astra")
+    assert done.exit_code == 1
+    assert "need statistics with keep_moments=True" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["init", "base", "--output", "out"], "Missing option '--data'"),
+        (["init", "base", "--output", "out", "--method", "pissa", "--data", "x"], "--data: --method pissa takes none"),
+        (
+            ["init", "base", "--output", "out", "--method", "sc-lora", "--data", "x"],
+            "--keep-data: is for --method sc-lora",
+        ),
+        (["init", "base", "--output", "out", "--method", "mica", "--dora"], "--dora: not with --method mica"),
+        (["compare", "run"], "Missing argument 'SECOND'"),
+        (["compare", "run", "other", "--method", "pissa"], "--method: compares methods on one run"),
+    ],
+)
+def test_mistakes_about_methods_are_usage_errors(arguments, message):
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output

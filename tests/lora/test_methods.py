@@ -6,13 +6,23 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import eva_lora
 from eva_lora import METHODS, EvaConfig, EvaStatistics, StartReport, collect, eva_initialize, initialize
 from support.bounds import gamma
-from support.models import LINEARS, layer_inputs, load_minilm, lora, tiny_gpt2, tiny_llama, token_batches
+from support.models import (
+    LINEARS,
+    layer_inputs,
+    load_minilm,
+    lora,
+    minilm_text_batches,
+    tiny_gpt2,
+    tiny_llama,
+    token_batches,
+)
 from support.pages import blocks
 from support.quantised import rounded
 
@@ -232,6 +242,7 @@ def test_ranks_move_by_scores_and_removed_layers_keep_their_weight(base):
         assert torch.equal(model.get_base_model().get_submodule(name).weight, base.get_submodule(name).weight)
 
 
+@pytest.mark.skipif(not hasattr(BaseTunerLayer, "frozen_peft_weight_names"), reason="this PEFT cannot keep B frozen")
 def test_mica_s_second_matrix_stays_frozen_where_adapters_are_switched(base):
     model, _ = started(base, "mica")
     with model.disable_adapter():
@@ -440,3 +451,38 @@ def test_pissa_on_every_layer_of_a_real_model():
         q = torch.linalg.qr(b).Q
         assert (q.T @ w).square().sum() >= (1 - 2e-4) * s[:16].square().sum()
         assert (left + scaling * b @ a - w).abs().max() <= UNIT * left.abs().max() * (1 + 1e-6)
+
+
+@pytest.mark.slow
+def test_corda_on_every_layer_of_a_real_model_is_the_dense_formula():
+    real, batches = load_minilm(), minilm_text_batches()[:3]
+    targets = r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*\.dense)"
+    model = get_peft_model(copy.deepcopy(real), LoraConfig(r=16, target_modules=targets))
+    statistics = statistics_of(model, batches, keep_moments=True)
+    initialize(model, statistics, "corda")
+    for site in statistics.sites:
+        a, b, _, scaling = factors_of(model, site.name)
+        w = real.get_submodule(site.name).weight.detach().double()
+        u = svd(w @ statistics.inputs[site.input].moment)[0][:, :16]
+        wanted = u @ (u.T @ w)
+        assert (scaling * b @ a - wanted).norm() <= 1e-6 * wanted.norm(), site.name
+
+
+# --- a budget of parameters
+
+
+@pytest.mark.parametrize("method", ["eva", "pissa", "corda"])
+def test_parameters_are_spent_in_place_of_ranks(base, method):
+    model = lora(copy.deepcopy(base))
+    whole = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    config = EvaConfig(rho=2.0, max_batches=6, budget_parameters=whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        data = None if method == "pissa" else token_batches()
+        report = initialize(model, data, method, config, progress=False)
+    spent = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert whole - 80 < spent <= whole  # a unit of rank costs 48 to 80
+    assert report.budget == sum(report.ranks.values())
+    assert any(f"{spent:,} of {whole:,} parameters are spent" in note for note in report.notes)
+    with pytest.raises(ValueError, match="budget_parameters: expected None with method='milora'"):
+        initialize(lora(copy.deepcopy(base)), method="milora", config=EvaConfig(rho=1.0, budget_parameters=5))

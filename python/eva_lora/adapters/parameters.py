@@ -96,9 +96,11 @@ class ParameterSite(LoraSite):
         if len(shapes) > 1:
             raise ValueError(f"layer {name}: expected matrices of one rank and width, got {sorted(shapes)}")
         in_rank, width = shapes.pop()
+        size = sum(_get(owner, path).numel() for path in (*_paths(a), *_paths(b)))
         return cls(
-            name, module, width, in_rank, rank_multiple * rows_per_rank, False, 1, a, b, owner, transposed, groups,
-            rows_per_rank, rows, (rank,) if isinstance(rank, str) else tuple(rank), alpha, scaling, linear_in_rank,
+            name, module, width, in_rank, rank_multiple * rows_per_rank, False, 1, size // in_rank, a, b, owner,
+            transposed, groups, rows_per_rank, rows, (rank,) if isinstance(rank, str) else tuple(rank), alpha, scaling,
+            linear_in_rank,
         )  # fmt: skip
 
     @property

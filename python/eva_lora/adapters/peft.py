@@ -17,7 +17,7 @@ from .base_weights import BaseWeight
 from .fused import unfused
 from .outline import ModelOutline, plain_modules
 from .parameters import check_plan
-from .peft_layers import base_weight_of, factors, magnitude_of, parts_of, renew_magnitude, site_of
+from .peft_layers import base_weight_of, factors, magnitude_of, parameters_of, parts_of, renew_magnitude, site_of
 from .peft_roots import base_models
 from .peft_start import LOADED_BY, begin, give_back, require_movable
 from .peft_writing import PlanWriter
@@ -86,7 +86,8 @@ class PeftAdapter:
                     f"model: the adapter of {layer_name} is merged into its base weight; call unmerge first"
                 )
             try:
-                self.sites.append(site_of(layer_name, layer, self.name))
+                site = site_of(layer_name, layer, self.name)
+                self.sites.append(replace(site, parameters=parameters_of(layer, self.name)))
             except LeftAlone as reason:
                 self.left_alone[layer_name] = str(reason)
         if not self.sites:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from .base_weights import BaseWeight
 from .sites import LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
 
-__all__ = ["ConvSite", "base_weight_of", "factors", "magnitude_of", "parts_of", "renew_magnitude", "site_of"]
+__all__ = [
+    "ConvSite",
+    "base_weight_of",
+    "factors",
+    "magnitude_of",
+    "parameters_of",
+    "parts_of",
+    "renew_magnitude",
+    "site_of",
+]
 
 
 @dataclass(frozen=True)
@@ -218,3 +227,12 @@ def factors(layer: Any, adapter: str) -> tuple[list[Tensor], list[nn.Module]]:
     """The weights of A, in the order of the site's parts, and the modules B."""
     members = parts_of(layer)
     return [member.lora_A[adapter].weight for member in members], [member.lora_B[adapter] for member in members]
+
+
+def parameters_of(layer: Any, adapter: str) -> int:
+    """Of A and B, for each unit of the layer's rank; of weights that this process holds a part of 0, not known."""
+    weights, modules = factors(layer, adapter)
+    second: list[Any] = [module.weight for module in modules]
+    sizes = [weight.numel() for weight in (*weights, *second)]
+    rank: int = layer.r[adapter]
+    return 0 if any(size % rank for size in sizes) else sum(sizes) // rank

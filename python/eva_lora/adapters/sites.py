@@ -68,6 +68,7 @@ class LoraSite:
         rank_multiple: What its rank must be a multiple of, for instance the tensor-parallel workers it is split over.
         removable: Whether its rank may become 0.
         parts: How many matrices A it has, all of its rank, each with inputs of its own (experts, for instance).
+        parameters: Of its matrices A and B together, for each unit of its rank. 0: not known.
     """
 
     name: str
@@ -77,6 +78,7 @@ class LoraSite:
     rank_multiple: int = 1
     removable: bool = True
     parts: int = 1
+    parameters: int = 0
 
     @property
     def rows(self) -> Rows | None:

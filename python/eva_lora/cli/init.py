@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ..config import DEFAULT_MAX_BATCHES, EvaConfig
-from .options import QUANTIZERS, config_options, lora_options, model_options, take_config, take_pretrained
+from .options import METHODS, QUANTIZERS, config_options, lora_options, model_options, take_config, take_pretrained
 from .running import (
     EXIT_NOT_CONVERGED,
     Command,
@@ -29,8 +29,11 @@ PREDICTION_BATCHES = 100  # the paper needs about 90
 
 @click.command(cls=Command, name="init")
 @click.argument("model")
-@click.option("--data", required=True, multiple=True, metavar="PATH",
+@click.option("--data", multiple=True, metavar="PATH",
               help="jsonl, text, csv or parquet files, or one folder that datasets saved; repeatable.")  # fmt: skip
+@click.option("--method", type=click.Choice([*METHODS]), default="eva", show_default=True,
+              help="How A and B start; all but eva keep each layer's rank, unless --rho is given.")  # fmt: skip
+@click.option("--keep-data", multiple=True, metavar="PATH", help="For sc-lora: data of what is to be kept.")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder to write; must be new or empty."
 )
@@ -65,6 +68,8 @@ PREDICTION_BATCHES = 100  # the paper needs about 90
 def init(context: click.Context, /, model: str, output: Path | None, **params: Any) -> None:
     """Initialise LoRA for MODEL from data; write adapter, plan, statistics and report.
 
+    With --method A and B start by another method (docs: Methods); some look at weights alone and take no --data.
+
     With --quantize and --repair A and B undo most of what quantising the base did to its layers' outputs (docs:
     Quantised bases); adapter and report are written then.
 
@@ -80,6 +85,7 @@ def init(context: click.Context, /, model: str, output: Path | None, **params: A
         raise click.UsageError("--output is needed, except with --dry-run")
     if params["repair"]:
         _require_repairable(params)
+    _require_data(params)
     if output is not None:
         require_new_folder(output)
     with launched() as (rank, ranks):
@@ -99,6 +105,12 @@ def _run(
     from .datafiles import describe_files
 
     pretrained = take_pretrained(model, params)
+    if params["method"] != "eva":
+        assert output is not None
+        if ranks > 1:
+            raise ValueError("method: expected one process; several make statistics with eva_lora.collect")
+        _start(pretrained, config, output, params)
+        return
     batches, num_records = _batches(pretrained, config, params, (rank, ranks))
     if params["dry_run"]:
         if rank == 0:
@@ -197,6 +209,54 @@ def _initialize(
     model.save_pretrained(output / "adapter")
     report.save(output / "report", plots=params["plots"])
     return report
+
+
+def _require_data(params: dict[str, Any]) -> None:
+    method, wanted = params["method"], METHODS[params["method"]]
+    if wanted and not params["data"]:
+        raise click.UsageError("Missing option '--data'.")
+    if params["data"] and not wanted:
+        raise click.UsageError(f"--data: --method {method} takes none")
+    if (method == "sc-lora") != bool(params["keep_data"]):
+        raise click.UsageError("--keep-data: is for --method sc-lora, which needs it")
+    if method != "eva":
+        for name in ("checkpoint", "require_convergence", "plots", "dora", "dry_run", "quantize", "repair"):
+            if params[name]:
+                raise click.UsageError(f"--{name.replace('_', '-')}: not with --method {method}")
+
+
+def _start(pretrained: Any, config: EvaConfig, output: Path, params: dict[str, Any]) -> None:
+    """Another method than EVA: adapter and report, and the statistics where there are any."""
+    from dataclasses import replace
+
+    from .. import METHODS as TABLE
+    from .. import collect, initialize
+    from ..adapters import find_adapter
+    from ..starting import config_for
+
+    method, quiet = params["method"], params["quiet"] or params["as_json"]
+    model = pretrained.load()
+    if params["rho"] is None:
+        config = replace(config, rho=1.0)
+    wanted = config_for(find_adapter(model), TABLE[method], config)
+
+    def known(paths: Any) -> Any:
+        batches, _ = _batches(pretrained, config, {**params, "data": paths}, (0, 1))
+        return collect(model, batches, wanted, progress=not quiet)
+
+    statistics, kept = (known(params[name]) if params[name] else None for name in ("data", "keep_data"))
+    report = initialize(model, statistics, method, wanted, keep=kept)
+    pretrained.lora_config.save_pretrained(output / "lora")
+    for name, one in (("statistics", statistics), ("statistics-to-keep", kept)):
+        if one is not None:
+            one.save(output / f"{name}.safetensors")
+    model.save_pretrained(output / "adapter")
+    report.save(output / "report")
+    if params["as_json"]:
+        print_json({"output": str(output), "report": report.to_dict()})
+    else:
+        click.echo(str(report))
+        click.echo(f"\nadapter  {output / 'adapter'}\nreport   {output / 'report' / 'start.json'}")
 
 
 def _require_repairable(params: dict[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import click
 
+from .options import METHODS
 from .running import Command, json_option, print_facts, print_json, print_table
 
 
@@ -37,13 +39,25 @@ def report(path: Path | None, output: Path | None, plots: tuple[str, ...], schem
 
 @click.command(cls=Command, name="compare")
 @click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("second", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--method", "methods", multiple=True, type=click.Choice([name for name in METHODS if name != "eva"]),
+    help="Say what a method would take, from FIRST's statistics and its model's weights; repeatable.",
+)  # fmt: skip
 @json_option
-def compare(first: Path, second: Path, as_json: bool) -> None:
-    """Compare two runs: how far their subspaces overlap, how their ranks differ.
+def compare(first: Path, second: Path | None, methods: tuple[str, ...], as_json: bool) -> None:
+    """Compare two runs: how far their subspaces overlap, how their ranks differ. Or methods on one run's statistics.
 
-    FIRST and SECOND are folders that init wrote, plan files, or PEFT adapter folders.
+    FIRST and SECOND are folders that init wrote, plan files, or PEFT adapter folders. With --method FIRST is a folder
+    that init wrote; nothing is written, and no data passes through the model.
     """
+    if methods:
+        if second is not None:
+            raise click.UsageError("--method: compares methods on one run, SECOND is another")
+        _compare_methods(first, methods, as_json)
+        return
+    if second is None:
+        raise click.UsageError("Missing argument 'SECOND'.")
     from ..reporting import compare as compare_runs
     from ..reporting import load_directions
 
@@ -59,3 +73,34 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
     click.echo()
     mean = "-" if result.mean_overlap is None else f"{result.mean_overlap:.3f}"
     print_facts([("overlap", f"{mean}, mean over components"), ("ranks moved", str(result.moved))])
+
+
+def _compare_methods(run: Path, methods: tuple[str, ...], as_json: bool) -> None:
+    """What each method would take of a run's model, on the statistics that are saved there."""
+    from .. import METHODS as TABLE
+    from .. import EvaStatistics, initialize
+    from .pretrained import Pretrained
+
+    statistics, kept = (
+        EvaStatistics.load(file) if file.is_file() else None
+        for file in (run / "statistics.safetensors", run / "statistics-to-keep.safetensors")
+    )
+    model = Pretrained(str(run / "lora")).load()
+    found: list[Any] = []
+    for method in methods:
+        data = TABLE[method].data
+        known = None if data == "none" else statistics
+        found.append(initialize(model, known, method, keep=kept if data == "two sets" else None, dry_run=True))
+    shares = ("weight_share", "output_share", "kept_share")
+    if as_json:
+        print_json({"methods": [{"method": one.method, **{name: one.mean(name) for name in shares}} for one in found]})
+        return
+    rows = [
+        (
+            one.method,
+            *("-" if (value := one.mean(name)) is None else f"{value:.4f}" for name in shares),
+            f"{one.seconds:.1f}",
+        )
+        for one in found
+    ]
+    print_table(["method", "of weights", "of outputs", "of outputs to keep", "seconds"], rows)

@@ -15,7 +15,16 @@ from ..config import EvaConfig
 from .running import Decorator
 
 #: Fields a plan can change without another pass over the data.
-PLANNING_FIELDS = ("rho", "min_rank", "max_rank", "rank_multiple", "whiten", "match_gain", "adjust_scaling_factors")
+PLANNING_FIELDS = (
+    "rho",
+    "min_rank",
+    "max_rank",
+    "rank_multiple",
+    "budget_parameters",
+    "whiten",
+    "match_gain",
+    "adjust_scaling_factors",
+)
 
 
 #: What ``--quantize`` may say, and what bitsandbytes is told then.
@@ -24,6 +33,13 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
+
+
+#: What ``--method`` may say, and whether it looks at data: the table's names, known without PyTorch.
+METHODS = {
+    "eva": True, "pissa": False, "milora": False, "mica": False, "corda": True, "corda-kpm": True, "astra": True,
+    "sc-lora": True, "lora-null": True,
+}  # fmt: skip
 
 
 def config_options(only: Iterable[str] | None = None) -> Decorator:

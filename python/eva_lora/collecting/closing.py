@@ -28,6 +28,7 @@ def statistics_of(run: Run) -> EvaStatistics:
                 name=site.name, inputs=_inputs_of(run, i), rank=site.rank, in_features=site.in_features,
                 converged=bool(done.get(i, False)), components_converged=int(converged.get(i, 0)),
                 rank_multiple=site.rank_multiple, removable=site.removable, rows=run.row_rules.said_of(site.name),
+                parameters=site.parameters,
             )
             for i, site in enumerate(run.sites)
         ],

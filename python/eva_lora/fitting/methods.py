@@ -4,6 +4,7 @@ With U the singular vectors of M R^(p/2) at one end, on the side of the outputs,
 B = U D^a and A = D^−a Uᵀ M, so that B A = U Uᵀ M whatever a is.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from eva_kernels._double import double
 from eva_kernels.low_rank_fit import SecondMoment
-from eva_kernels.singular_ends import leading_singular, trailing_singular
+from eva_kernels.singular_ends import SingularEnd, leading_singular, trailing_singular
 
 __all__ = ["METHODS", "Method", "MethodFit", "Moment", "fit_method", "known_directions"]
+
+NO_ENERGY = 1e-300
+ENDS: dict[str, Callable[[Tensor, int], SingularEnd]] = {"top": leading_singular, "bottom": trailing_singular}
 
 Moment = SecondMoment | Tensor  # R in parts, as far as it is known; or whole: (in, in) float64
 
@@ -115,23 +119,30 @@ def fit_method(
     """
     matrix = weight if method.data == "none" else double(weight)
     moment, kept = _beside(moment, matrix), _beside(kept, matrix)
+    of_weight, of_kept = (None if known is None else _times(matrix, known) for known in (moment, kept))  # W R
+    totals = [float((matrix * (matrix if seen is None else seen)).sum()) for seen in (None, of_weight, of_kept)]
     if method.matrix == "silent part":
         assert isinstance(moment, Tensor)
         silent = torch.linalg.eigh(moment)[1][:, :rank]
         matrix = (matrix @ silent) @ silent.mT
     if method.data == "two sets":
-        outputs = ((1 - beta) * _times(matrix, moment) - beta * _times(matrix, kept)) @ matrix.mT
+        assert of_weight is not None
+        assert of_kept is not None
+        outputs = ((1 - beta) * of_weight - beta * of_kept) @ matrix.mT
         values, vectors = torch.linalg.eigh((outputs + outputs.mT) / 2)
         left, values = vectors[:, -rank:].flip(-1), values[-rank:].flip(-1)
-    elif method.end == "top":
-        left, values = leading_singular(_image(matrix, moment, method.power), rank)
     else:
-        left, values = trailing_singular(_image(matrix, moment, method.power), rank)
+        image = of_weight if method.power == 2 else _image(matrix, moment) if method.power == 1 else matrix
+        assert image is not None
+        left, values = ENDS[method.end](image, rank)
     right = left.mT @ matrix
+    shares = [
+        double((right * (right if known is None else _times(right, known))).sum(1)).cpu() / max(total, NO_ENERGY)
+        for known, total in zip((None, moment, kept), totals, strict=True)
+    ]
     return MethodFit(
-        left.to(weight), right.to(weight), double(values).cpu(), _shares(right, weight, None),
-        None if moment is None else _shares(right, weight, moment),
-        None if kept is None else _shares(right, weight, kept),
+        left.to(weight), right.to(weight), double(values).cpu(), shares[0],
+        None if moment is None else shares[1], None if kept is None else shares[2],
     )  # fmt: skip
 
 
@@ -154,24 +165,15 @@ def _beside(moment: Moment | None, matrix: Tensor) -> Moment | None:
     return None if moment is None else moment.to(matrix)
 
 
-def _image(matrix: Tensor, moment: Moment | None, power: int) -> Tensor:  # (m, n) -> (m, k)
-    """Y with Y Yᵀ = M R^p Mᵀ."""
-    if power != 1 or moment is None:
-        return _times(matrix, moment) if power else matrix
+def _image(matrix: Tensor, moment: Moment | None) -> Tensor:  # (m, n) -> (m, k)
+    """Y with Y Yᵀ = M R Mᵀ."""
     if isinstance(moment, SecondMoment):
         return torch.cat([matrix @ moment.factor, matrix * moment.rest.sqrt()], 1)
-    return matrix @ torch.linalg.cholesky(moment)
+    return matrix if moment is None else matrix @ torch.linalg.cholesky(moment)
 
 
-def _times(matrix: Tensor, moment: Moment | None) -> Tensor:  # (m, n)
-    """M R; M itself where nothing is known of inputs."""
+def _times(matrix: Tensor, moment: Moment) -> Tensor:  # (m, n)
+    """M R."""
     if isinstance(moment, SecondMoment):
         return (matrix @ moment.factor) @ moment.factor.mT + matrix * moment.rest
-    return matrix if moment is None else matrix @ moment
-
-
-def _shares(rows: Tensor, weight: Tensor, moment: Moment | None) -> Tensor:  # (r, n) -> (r,) float64
-    """E (row · x)² of each row over E‖W x‖²; squared lengths over ‖W‖² where no inputs are asked for."""
-    weight = weight.to(rows)
-    energies, total = ((_times(matrix, moment) * matrix).sum(1) for matrix in (rows, weight))
-    return double(energies / total.sum().clamp_min(torch.finfo(rows.dtype).tiny)).cpu()
+    return matrix @ moment

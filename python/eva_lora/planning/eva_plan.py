@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_kernels.allocation import allocate_ranks, candidate_components
+from eva_kernels.allocation import allocate_ranks, candidate_components, spend_parameters
 
 from ..config import EvaConfig
 from . import storage
@@ -199,9 +199,14 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
     free = sum(site.rank for site in members) if budget is None else budget - kept
     if free < 1:
         raise ValueError(f"budget: expected more than the {kept} that layers without input keep, got {budget}")
-    ranks, ratios = _allocate(members, statistics, config, free)
+    if budget is not None and config.budget_parameters is not None:
+        raise ValueError("budget: expected None with budget_parameters, which is the budget then")
+    without = [site for site in statistics.sites if site.input < 0]
+    ranks, ratios, notes = _allocate(members, statistics, config, free, without)
+    if config.budget_parameters is not None:
+        free = sum(ranks.values())
     sites: dict[str, PlannedSite] = {}
-    lora_a, notes = {}, list(statistics.notes)
+    lora_a, notes = {}, [*statistics.notes, *notes]
     for site in statistics.sites:
         rank, ratio = ranks.get(site.name, site.rank), ratios.get(site.name, ())
         sites[site.name] = PlannedSite(
@@ -226,12 +231,22 @@ class Allocation:
         sites: The layers, all of which saw an input.
         config: Says ``rho`` and the ranks' bounds.
         groups: Equal labels mark layers whose candidates are the same. None: no two are.
+        kept: Other layers, which keep their ranks and cost what they cost.
 
     Attributes:
         candidates: (sites,) int64.
+        notes: What :meth:`ranks` has to say of a budget of parameters.
     """
 
-    def __init__(self, sites: Sequence[SiteStatistics], config: EvaConfig, groups: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        sites: Sequence[SiteStatistics],
+        config: EvaConfig,
+        groups: Sequence[int] | None = None,
+        kept: Sequence[SiteStatistics] = (),
+    ) -> None:
+        self.notes: list[str] = []
+        self._kept = kept
         self._sites, self._config = sites, config
         self._groups = list(range(len(sites))) if groups is None else groups
         self._divisors = [site.rank_multiple for site in sites]
@@ -253,6 +268,8 @@ class Allocation:
         table = np.zeros((len(self._sites), int(self.candidates.max())))
         for row, values in zip(table, ratios, strict=True):
             row[: len(values)] = values
+        if self._config.budget_parameters is not None:
+            return self._spend(table, self._config.budget_parameters)
         allocated = allocate_ranks(
             table, self.candidates, budget, groups=self._groups, divisors=self._divisors,
             min_rank=self._config.least_rank(site.removable for site in self._sites), max_rank=self._config.max_rank,
@@ -260,13 +277,37 @@ class Allocation:
         )  # fmt: skip
         return dict(zip([site.name for site in self._sites], allocated.tolist(), strict=True))
 
+    def _spend(self, table: np.ndarray, budget: int) -> dict[str, int]:
+        """Ranks for a budget of parameters."""
+        unknown = [site.name for site in (*self._sites, *self._kept) if not site.parameters]
+        if unknown:
+            raise ValueError(f"budget_parameters: how many parameters {unknown[0]} has is not known")
+        fixed = sum(site.rank * site.parameters for site in self._kept)
+        if fixed > budget:
+            raise ValueError(
+                f"budget_parameters: expected more than the {fixed} that layers without input keep, got {budget}"
+            )
+        config = self._config
+        made = spend_parameters(
+            table, self.candidates, [site.parameters for site in self._sites], budget - fixed, divisors=self._divisors,
+            min_rank=config.least_rank(site.removable for site in self._sites), max_rank=config.max_rank,
+            rank_multiple=config.rank_multiple,
+        )  # fmt: skip
+        best = f"no ranks within it have scores that sum to {made.gap:.2g} more" if made.gap else "no ranks do better"
+        self.notes.append(f"{made.spent + fixed:,} of {budget:,} parameters are spent; {best}")
+        return dict(zip([site.name for site in self._sites], made.ranks.tolist(), strict=True))
+
 
 def _allocate(
-    sites: list[SiteStatistics], statistics: EvaStatistics, config: EvaConfig, budget: int
-) -> tuple[dict[str, int], dict[str, tuple[float, ...]]]:
-    """Ranks, and the ratios of all candidates, by name."""
+    sites: list[SiteStatistics],
+    statistics: EvaStatistics,
+    config: EvaConfig,
+    budget: int,
+    kept: Sequence[SiteStatistics],
+) -> tuple[dict[str, int], dict[str, tuple[float, ...]], list[str]]:
+    """Ranks, and the ratios of all candidates, by name; and notes."""
     groups = [site.input if len(site.inputs) == 1 else -2 - i for i, site in enumerate(sites)]
-    allocation = Allocation(sites, config, groups)
+    allocation = Allocation(sites, config, groups, kept)
     ratios = [np.zeros(count) for count in allocation.candidates]
     for site, mine in zip(sites, ratios, strict=True):
         entries = [statistics.inputs[index] for index in site.inputs if index >= 0]
@@ -280,7 +321,7 @@ def _allocate(
                 )
             mine += known[: len(mine)] * (entry.num_rows / max(1, rows))
     by_name = {site.name: tuple(mine.tolist()) for site, mine in zip(sites, ratios, strict=True)}
-    return allocation.ranks(ratios, budget), by_name
+    return allocation.ranks(ratios, budget), by_name, allocation.notes
 
 
 def _lora_a(

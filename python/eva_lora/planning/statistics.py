@@ -29,6 +29,7 @@ class SiteStatistics:
         rank_multiple: What its rank must be a multiple of.
         removable: Whether its rank may become 0.
         rows: What chose the rows of its input that count: "all rows", "attention_mask and labels", ...
+        parameters: Of its A and B together, for each unit of its rank; 0: not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SiteStatistics:
     rank_multiple: int = 1
     removable: bool = True
     rows: str = ""
+    parameters: int = 0
 
     @property
     def input(self) -> int:
@@ -228,5 +230,8 @@ class EvaStatistics:
             for width in {self.inputs[index].components.shape[1] for index in site.inputs if index >= 0}:
                 if site.in_features != width:
                     raise ValueError(f"components of {site.name} have width {width}, expected {site.in_features}")
-            if min(site.rank, site.rank_multiple, site.in_features) < 1 or site.components_converged < 0:
+            if (
+                min(site.rank, site.rank_multiple, site.in_features) < 1
+                or min(site.components_converged, site.parameters) < 0
+            ):
                 raise ValueError(f"site {site.name} has rank {site.rank}, expected at least 1")

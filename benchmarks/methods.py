@@ -1,0 +1,192 @@
+"""What CorDA and PiSSA cost here and in PEFT, and how far both are from dense float64: the table of docs/methods.md.
+
+    python benchmarks/methods.py [--models minilm smollm2] [--methods pissa corda] [--output FILE]
+    python benchmarks/methods.py --table     # of eva_kernels/singular_ends: accuracy against cost
+
+Each start runs in a process of its own, on one thread, after the model and the batches are loaded: seconds of the
+processor's time for the pass and for the rest, which neighbours on the machine do not lengthen as they do the clock's,
+and how far its memory rose above what was there (VmHWM, set back before). The batches are the same; PEFT's CorDA takes
+one sample a forward, since it fails on more, and counts padding.
+
+Errors are ‖s B A − L‖ / ‖L‖ with L from a full singular value decomposition in float64 of the same W, and for CorDA of
+the same R: each side's own, with PEFT's damping as it has it. For PiSSA also what of the leading directions' energy is
+lost, and the smallest cosine between the two subspaces. Of many layers every so many are compared.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.layer import svd_lowrank
+from torch import Tensor, nn
+
+from eva_kernels.singular_ends import krylov, leading_singular
+from eva_lora import EvaConfig, collect, initialize
+from eva_lora.planning import versions
+from quantization import load as load_model
+
+OUTPUT = Path(__file__).parents[1] / "docs" / "measured" / "methods.json"
+RANK = 16
+COMPARED = 36  # layers, evenly
+SIDES = {
+    "pissa": ("ours", "PEFT, pissa", "PEFT, pissa_niter_16", "PEFT, pissa_niter_4"),
+    "corda": ("ours", "ours, whole moments", "PEFT"),
+}
+PASSES: list[float] = []  # seconds, of this process
+
+
+def load(name: str) -> tuple[nn.Module, list[dict[str, Tensor]], list[str]]:
+    model, batches, layers = load_model(name)
+    return model, batches[:8], layers
+
+
+def memory(field: str) -> int:
+    """Bytes that the process has (VmRSS), or had at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
+
+
+def started(side: str, method: str, model: nn.Module, batches: list[Any], layers: list[str]) -> tuple[nn.Module, Any]:
+    """A PEFT model started by one side, and what of R its formula takes."""
+    options: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": layers}
+    if side.startswith("ours"):
+        mine = get_peft_model(model, LoraConfig(**options))
+        if method == "pissa":
+            initialize(mine, method="pissa")
+            return mine, None
+        whole = side.endswith("moments")
+        config = EvaConfig(rho=1.0, max_batches=len(batches), oversampling=None if whole else 5.0, keep_moments=whole)
+        tick = time.process_time()
+        known = collect(mine, batches, config, progress=False)
+        PASSES.append(time.process_time() - tick)
+        initialize(mine, known, "corda", config, progress=False)
+        return mine, {site.name: known.inputs[site.input].moment for site in known.sites} if whole else None
+    if method == "pissa":
+        return get_peft_model(model, LoraConfig(**options, init_lora_weights=side.removeprefix("PEFT, "))), None
+    corda = CordaConfig(corda_method="ipm", prune_temporary_fields=False)
+    theirs = LoraConfig(**options, init_lora_weights="corda", corda_config=corda)
+
+    def run() -> None:
+        tick = time.process_time()
+        for batch in batches:
+            for i in range(len(batch["input_ids"])):
+                model(**{key: value[i : i + 1] for key, value in batch.items()})
+        PASSES.append(time.process_time() - tick)
+
+    preprocess_corda(model, theirs, run_model=run)
+    made = get_peft_model(model, theirs)
+    return made, {n: _damped(model.get_submodule(n).base_layer.covariance_matrix) for n in layers}
+
+
+def _damped(covariance: Tensor) -> Tensor:
+    return covariance.double() + 0.01 * covariance.double().diagonal().mean() * torch.eye(len(covariance))
+
+
+def measure(side: str, method: str, name: str) -> dict[str, Any]:
+    """One start, in this process."""
+    warnings.simplefilter("ignore")
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, batches, layers = load(name)
+    weights = {n: model.get_submodule(n).weight.detach().clone() for n in layers}
+    model(**batches[0])
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before, tick = memory("VmRSS"), time.process_time()
+    made, moments = started(side, method, model, batches, layers)
+    seconds, peak = time.process_time() - tick, memory("VmHWM") - before
+    errors, lost, cosines = [], [], []
+    for n in layers[:: max(1, len(layers) // COMPARED)]:
+        if method == "corda" and moments is None:
+            break
+        layer: Any = made.get_base_model().get_submodule(n)  # type: ignore[operator]
+        b, a = layer.lora_B["default"].weight.double(), layer.lora_A["default"].weight.double()
+        w = weights[n].double()
+        u, s, _ = torch.linalg.svd(w if moments is None else w @ moments[n], full_matrices=False)
+        wanted = u[:, :RANK] @ (u[:, :RANK].T @ w)
+        errors.append(float((layer.scaling["default"] * b @ a - wanted).norm() / wanted.norm()))
+        q = torch.linalg.qr(b).Q
+        lost.append(float(1 - (q.T @ w).square().sum() / s[:RANK].square().sum()) if moments is None else 0.0)
+        cosines.append(float(torch.linalg.svdvals(u[:, :RANK].T @ q)[-1]))
+    found: dict[str, Any] = {
+        "model": name, "method": method, "side": side, "pass": sum(PASSES), "rest": seconds - sum(PASSES),
+        "bytes": peak,
+    }  # fmt: skip
+    if errors:
+        found |= {"error": statistics.median(errors), "worst": max(errors), "cosine": min(cosines)}
+        found |= {"lost": max(lost)} if method == "pissa" else {}
+    return found
+
+
+def table() -> None:
+    """Accuracy of leading singular vectors against their cost, on MiniLM's weights."""
+    torch.set_num_threads(1)
+    model, _, layers = load("minilm")
+    weights = [model.get_submodule(n).weight.detach() for n in layers]
+    exact = [torch.linalg.svd(w.double(), full_matrices=False) for w in weights]
+    ways: dict[str, Any] = {
+        f"pissa_niter_{n}": lambda w, n=n: svd_lowrank(w, RANK, niter=n)[0] for n in (4, 16)
+    } | dict.fromkeys((f"depth {depth}" for depth in (3, 4, 5, 6, 8)), lambda w: leading_singular(w, RANK).left)
+    chosen = krylov.DEPTH, krylov.GAIN
+    ways["as it is"] = lambda w: leading_singular(w, RANK).left
+    ways["full SVD"] = lambda w: torch.linalg.svd(w, full_matrices=False)[0][:, :RANK]
+    for name, way in ways.items():
+        if name.startswith("depth"):
+            krylov.DEPTH, krylov.GAIN = int(name.split()[1]), 1.0  # no more than that
+        else:
+            krylov.DEPTH, krylov.GAIN = chosen
+        way(weights[0])
+        tick = time.process_time()
+        found = [way(w) for w in weights]
+        seconds = (time.process_time() - tick) / len(weights)
+        lost, cosines = [], []
+        for w, q, (u, s, _) in zip(weights, found, exact, strict=True):
+            lost.append(float(1 - (q.double().T @ w.double()).square().sum() / s[:RANK].square().sum()))
+            cosines.append(float(torch.linalg.svdvals(u[:, :RANK].T @ q.double())[-1]))
+        print(
+            f"{name}: {1e3 * seconds:.1f} ms, lost {max(lost):.1e} at worst, {statistics.mean(lost):.1e} on average; "
+            f"cosine {min(cosines):.6f} at worst, median {statistics.median(cosines):.7f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["minilm", "smollm2"], choices=["minilm", "smollm2"])
+    parser.add_argument("--methods", nargs="+", default=["pissa", "corda"], choices=["pissa", "corda"])
+    parser.add_argument("--sides", nargs="+", help="of those that there are; all if none is named")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--one", nargs=3, metavar=("SIDE", "METHOD", "MODEL"), help="what the processes are given")
+    arguments = parser.parse_args()
+    if arguments.table:
+        table()
+        return
+    if arguments.one:
+        print(json.dumps(measure(*arguments.one)))
+        return
+    cells = []
+    for model in arguments.models:
+        for method in arguments.methods:
+            for side in (side for side in SIDES[method] if side in (arguments.sides or SIDES[method])):
+                command = [sys.executable, __file__, "--one", side, method, model]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                cells.append(json.loads(done.stdout.splitlines()[-1]))
+                print(json.dumps(cells[-1]), flush=True)
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                written = {"versions": versions(), "rank": RANK, "cells": cells}
+                arguments.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
