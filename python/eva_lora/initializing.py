@@ -177,6 +177,12 @@ def apply(
         adapter = find_adapter(model, sites)
         if eva_plan.lora_b and not hasattr(adapter, "base_weights"):
             raise TypeError(f"model: a {type(adapter).__name__} does not take matrices B, which this plan holds")
+        asked: Any = adapter
+        bases = asked.base_weights()[0] if eva_plan.lora_bias else {}
+        if lacking := [name for name in eva_plan.lora_bias if name not in bases or not bases[name].bias_beside]:
+            raise ValueError(
+                f"plan: it has a bias beside B for {lacking[0]}, and the model has none; build it with lora_bias=True"
+            )
         ranks = {site.name: site.rank for site in adapter.sites}
         changed = any(
             planned.rank != ranks.get(name, planned.configured_rank)

@@ -108,6 +108,8 @@ def test_biases_are_in_a_plan_s_file(floats, tmp_path):
     for name in loaded.sites:
         ours, theirs = (layer_of(m, name).lora_B["default"].bias for m in (other, model))
         assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="plan: it has a bias beside B for"):
+        eva_lora.apply(lora(quantised(floats, group=16)), loaded)
 
 
 # --- DoRA
