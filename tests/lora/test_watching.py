@@ -534,8 +534,12 @@ def test_nan_is_named_in_the_call_that_brings_it():
     batch = tiny_batches(1)[0]
     batch["x"][0, 0, 0] = torch.nan
     batch["attention_mask"][:] = True
-    with pytest.raises(ValueError, match="batch 1: NaN or Inf reached the input of"), watching(model):
-        model(**batch)
+    with watching(model) as watch:
+        with pytest.raises(ValueError, match="batch 1: NaN or Inf reached the input of"):
+            model(**batch)
+        model(**tiny_batches(1)[0])  # is no longer taken in
+    with pytest.raises(RuntimeError, match="watch: call"):
+        watch.statistics()
 
 
 def fused_kernels(model):

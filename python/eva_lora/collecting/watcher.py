@@ -239,11 +239,15 @@ class Watch:
         run = self._run
         run.seconds["forward"] += time.perf_counter() - self._began
         self._open = None
-        with _apart():
-            run.capture.end_batch()
-            if not run.refresh_tells_nonfinite():
-                run.require_finite(run.num_batches + 1, dict)
-            run.finish_batch(self._mask)
+        try:
+            with _apart():
+                run.capture.end_batch()
+                if not run.refresh_tells_nonfinite():
+                    run.require_finite(run.num_batches + 1, dict)
+                run.finish_batch(self._mask)
+        except BaseException:
+            run.stop_reason = BROKEN_OFF  # should the caller go on
+            raise
 
     def _break_off(self) -> None:
         """A call has not come to its end: what its layers have brought cannot be taken out again."""
