@@ -209,7 +209,7 @@ def test_ordinary_adapters_load_as_ever_and_have_nothing_to_give_back(base, tmp_
     eva_initialize(model, token_batches(), progress=False)
     trained(model).save_pretrained(tmp_path)
     assert near(logits(load_adapter(copy.deepcopy(base), tmp_path)), logits(model))
-    with pytest.raises(ValueError, match="init_lora_weights='eva' leaves the base as it is"):
+    with pytest.raises(ValueError, match="init_lora_weights=True leaves the base as it is"):
         export_plain(model, tmp_path / "plain")
     with pytest.raises(TypeError, match="expected a PeftModel or a folder, got LlamaForCausalLM"):
         export_plain(base, tmp_path / "plain")
