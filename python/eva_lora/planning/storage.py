@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 D = TypeVar("D")
 
