@@ -378,6 +378,14 @@ def loaded_from(model: nn.Module) -> str:
     return str(name)
 
 
+def described(site: LoraSite, inputs: tuple[int, ...] = (-1,)) -> SiteStatistics:
+    """What ranks are given by of a layer, whose inputs are those of that number, or none."""
+    return SiteStatistics(
+        site.name, inputs, site.rank, site.in_features, True, 0, site.rank_multiple, site.removable,
+        parameters=site.parameters,
+    )  # fmt: skip
+
+
 def _members(
     sites: Sequence[LoraSite],
     statistics: EvaStatistics | None,
@@ -386,13 +394,7 @@ def _members(
 ) -> list[SiteStatistics]:
     """The layers to fit. Those that statistics do not know are added to ``without``."""
     if statistics is None:
-        return [
-            SiteStatistics(
-                site.name, (-1,), site.rank, site.in_features, True, 0, site.rank_multiple, site.removable,
-                parameters=site.parameters,
-            )
-            for site in sites if site.name in bases
-        ]  # fmt: skip
+        return [described(site) for site in sites if site.name in bases]
     known = {site.name: site for site in statistics.sites}
     strange = [s.name for s in sites if s.name not in known or known[s.name].in_features != s.in_features]
     if strange:
@@ -402,21 +404,7 @@ def _members(
     for site in sites:
         if site.name in bases and known[site.name].input < 0:
             without[site.name] = "it saw no input"
-    return [
-        SiteStatistics(
-            s.name,
-            known[s.name].inputs,
-            s.rank,
-            s.in_features,
-            True,
-            0,
-            s.rank_multiple,
-            s.removable,
-            parameters=s.parameters,
-        )
-        for s in sites
-        if s.name in bases and s.name not in without
-    ]
+    return [described(s, known[s.name].inputs) for s in sites if s.name in bases and s.name not in without]
 
 
 def _fit(

@@ -22,9 +22,9 @@ from .collecting import ForwardFn, RowMaskFn, Visits, collect_with
 from .config import EvaConfig
 from .distributed import joined
 from .fitting import METHODS, Method, MethodFit, Moment, fit_method, known_directions
-from .initializing import apply, eva_initialize
-from .planning import Allocation, EvaPlan, EvaStatistics, InputStatistics, PlannedSite, SiteStatistics, plan
-from .repair import require_whole, wide_enough
+from .initializing import eva_initialize
+from .planning import Allocation, EvaPlan, EvaStatistics, InputStatistics, PlannedSite, SiteStatistics
+from .repair import described, require_whole, wide_enough
 from .reporting import EvaReport, LayerStart, StartReport
 
 __all__ = ["config_for", "initialize"]
@@ -121,13 +121,9 @@ def initialize(
 
 
 def _eva(model: nn.Module, data: Any, config: Any, **options: Any) -> EvaReport:
-    if not isinstance(data, EvaStatistics):
-        if data is None:
-            raise ValueError("loader_or_statistics: expected batches or EvaStatistics with method='eva', got None")
-        return eva_initialize(model, data, config, **options)
-    eva_plan = plan(data, config)
-    apply(model, eva_plan, sites=options["sites"], overwrite=options["overwrite"])
-    return EvaReport.of(data, eva_plan)
+    if data is None:
+        raise ValueError("loader_or_statistics: expected batches or EvaStatistics with method='eva', got None")
+    return eva_initialize(model, data, config, **options)
 
 
 def _refuse_second_set(method: str, keep: Any) -> None:
@@ -187,9 +183,8 @@ def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaC
         )
     if chosen.moves_ranks and not chosen.adjust_scaling_factors:
         raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} where ranks may change")
-    if method.data == "all":
-        return replace(chosen, keep_moments=True)
-    return wide_enough(chosen, max(site.rank for site in adapter.sites))
+    chosen = wide_enough(chosen, max(site.rank for site in adapter.sites))
+    return replace(chosen, keep_moments=True) if method.data == "all" else chosen
 
 
 def _members(
@@ -210,20 +205,7 @@ def _members(
         smaller = min(bases[site.name].in_features, bases[site.name].out_features)
         if site.rank > smaller:
             raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {smaller} directions")
-    return [
-        SiteStatistics(
-            site.name,
-            (-1,),
-            site.rank,
-            site.in_features,
-            True,
-            0,
-            site.rank_multiple,
-            site.removable,
-            parameters=site.parameters,
-        )
-        for site in adapter.sites
-    ]
+    return [described(site) for site in adapter.sites]
 
 
 class _Moments:

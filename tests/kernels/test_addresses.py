@@ -325,4 +325,4 @@ def test_addresses_are_taken_in_one_place():
         if (isinstance(node, ast.Attribute) and node.attr in ("data_ptr", "ctypes", "__array_interface__"))
         or (isinstance(node, ast.Constant) and node.value == "__cuda_array_interface__")
     }
-    assert found == {"_memory.py", "_triton.py", "storage.py"}  # the last asks which tensors share memory
+    assert found == {"_memory.py", "_triton.py", "storage.py", "peft_start.py"}  # the last two ask what shares memory

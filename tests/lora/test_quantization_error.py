@@ -122,16 +122,16 @@ def add_moment(moments, name, x):
 
 
 def test_no_layer_is_worse_than_without_on_rows_of_the_fit_and_on_others():
-    real, batches = load_minilm(), minilm_text_batches()
+    real, batches = load_minilm(), minilm_text_batches()[:5]
     model = get_peft_model(quantised(real), LoraConfig(r=8, target_modules=ENCODER_LINEARS))
     report = repaired(model, real, batches, hold_back=5, max_batches=None)
-    assert report.held_batches == 2
-    assert report.num_batches == 8
+    assert report.held_batches == 1
+    assert report.num_batches == 4
     for name, layer in report.layers.items():
         assert layer.fitted[1] < layer.fitted[0], name
         assert layer.held[1] < layer.held[0], name
     # And what was measured on the fly is what float64 says of the recorded rows.
-    held = layer_inputs(model, [batches[1], batches[6]])
+    held = layer_inputs(model, [batches[1]])
     for name, (before, after, output) in output_errors(model, real, held).items():
         rounding = 4 * held[name].shape[1] * UNIT
         np.testing.assert_allclose(report.layers[name].held, (before / output, after / output), rtol=rounding)

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from eva_lora import EvaConfig, collect, eva_initialize, watching
+from eva_lora.planning import merged
+from support.bounds import gamma
 from support.models import ATTENTION, LINEARS, lora, lora_a_of, tiny_gpt2, tiny_llama, token_batches
 from support.pages import blocks
 from support.tiny import fingerprint_of, state_of, tiny_batches, tiny_model
@@ -588,3 +590,16 @@ def test_the_page_on_watching_runs_as_it_stands():
         names = {"model": lora(tiny_llama()), "loader": batches, "evaluate": evaluate}
         exec(compile(code, "free.md", "exec"), {"watching": watching, "eva_initialize": eva_initialize, **names})
         assert lora_a_of(names["model"])
+
+
+def test_whole_moments_of_several_processes_add_up():
+    """As those of one process that saw all rows, about the shift of each."""
+    config, batches = EvaConfig(statistic="gram", keep_moments=True, max_batches=3), token_batches(6)
+    halves = [collect(lora(tiny_llama()), part, config, progress=False) for part in (batches[:3], batches[3:])]
+    whole = collect(lora(tiny_llama()), batches, replace(config, max_batches=6), progress=False)
+    for entry, expected in zip(merged(halves).inputs, whole.inputs, strict=True):
+        scale = expected.moment.diagonal().sqrt()
+        error = (entry.moment - expected.moment).abs() / torch.outer(scale, scale)
+        assert error.max() <= gamma(expected.num_rows)  # of rows that come in float32
+    less = [halves[0], replace(halves[1], inputs=[replace(entry, moment=None) for entry in halves[1].inputs])]
+    assert all(entry.moment is None for entry in merged(less).inputs)

@@ -3,7 +3,6 @@
 import copy
 import importlib.metadata
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from .outline import ModelOutline, plain_modules
 from .parameters import check_plan
 from .peft_layers import base_weight_of, factors, magnitude_of, parameters_of, parts_of, renew_magnitude, site_of
 from .peft_roots import base_models
-from .peft_start import LOADED_BY, begin, give_back, require_movable
+from .peft_start import LOADED_BY, begin, give_back, holders_of_memory, require_movable
 from .peft_writing import PlanWriter
 from .sharded import fill_
 from .sites import LeftAlone, LoraSite
@@ -180,11 +179,9 @@ class PeftAdapter:
         Raises:
             ValueError: it cannot; the message names the layer and says why.
         """
-        owners = {id(p): p for m in self._root.modules() for p in m._parameters.values() if p is not None}
-        held = Counter(id(p) for m in self._root.modules() for p in m._parameters.values() if p is not None)
-        shared = {owners[key].data_ptr(): count for key, count in held.items() if owners[key].device.type != "meta"}
+        holders = holders_of_memory(self._root)
         for name, layer in self.layers.items():
-            require_movable(name, layer, shared)
+            require_movable(name, layer, holders)
 
     def move(self, method: str, plan: EvaPlan) -> dict[str, float]:
         """Take s B A, as a plan has just made them, from each base weight: all or none. The adapter then loads with

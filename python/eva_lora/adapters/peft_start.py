@@ -4,6 +4,7 @@ What is kept is in the adapter's state dict, so that every way to save the adapt
 initialisation that PEFT does not know, so that PEFT refuses to load such an adapter onto W, where it would be wrong.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +14,17 @@ from eva_kernels._double import double
 
 from .peft_layers import factors
 
-__all__ = ["LOADED_BY", "STARTS", "Start", "begin", "give_back", "require_movable", "samples_of", "start_of"]
+__all__ = [
+    "LOADED_BY",
+    "STARTS",
+    "Start",
+    "begin",
+    "give_back",
+    "holders_of_memory",
+    "require_movable",
+    "samples_of",
+    "start_of",
+]
 
 LOADED_BY = "eva_lora.load_adapter: "  # begins ``init_lora_weights`` of such an adapter; the method follows
 STARTS = "lora_start"  # PEFT saves what is named after its prefix
@@ -80,11 +91,17 @@ def start_of(layer: Any, adapter: str) -> Start | None:
     return starts[adapter] if starts is not None and adapter in starts else None
 
 
-def require_movable(name: str, layer: Any, shared: dict[int, int]) -> None:
+def holders_of_memory(root: nn.Module) -> Counter[int]:
+    """Address of each parameter → how many modules have one there."""
+    held = (p for module in root.modules() for p in module._parameters.values() if p is not None)
+    return Counter(p.data_ptr() for p in held if p.device.type != "meta" and p.numel())
+
+
+def require_movable(name: str, layer: Any, holders: Counter[int]) -> None:
     """Raise unless part of a layer's base weight can be moved into its adapter.
 
     Args:
-        shared: Address of each weight of the model → how many modules have it.
+        holders: Of the model, as :func:`holders_of_memory` says.
 
     Raises:
         ValueError: the weight is quantised, not here, sharded, another module's too, or has been moved already.
@@ -100,7 +117,7 @@ def require_movable(name: str, layer: Any, shared: dict[int, int]) -> None:
         reason = f"it is quantised ({type(base).__name__}, {type(weight).__name__})"
     elif weight.device.type == "meta" or hasattr(base, "_hf_hook"):
         reason = "it is on the meta device or offloaded"
-    elif shared.get(weight.data_ptr(), 0) > 1:
+    elif holders[weight.data_ptr()] > 1:
         reason = "another module has the same weight, which would change with it"
     if reason is not None:
         raise ValueError(f"model: the base weight of {name} cannot give part of itself to the adapter: {reason}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
@@ -82,4 +83,13 @@ def _input(parts: Sequence[InputStatistics]) -> InputStatistics:
         eigenvalues=values[:kept].square(),
         components=directions[:kept].float().contiguous(),
         mean=mean.float(),
+        moment=_moment(parts),
     )
+
+
+def _moment(parts: Sequence[InputStatistics]) -> Tensor | None:  # (d, d) float64
+    """Exact, where every part has its own."""
+    moments = [part.moment * part.num_rows for part in parts if part.moment is not None]
+    if len(moments) < len(parts):
+        return None
+    return torch.stack(moments).sum(0) / max(1, sum(part.num_rows for part in parts))
