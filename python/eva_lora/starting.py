@@ -64,7 +64,7 @@ def initialize(
         dry_run: Only say what would be done, not for "eva": the model stays as it is.
 
     Returns:
-        What was done: for "eva" its report.
+        What was done; for "eva" its report.
 
     Raises:
         TypeError: an argument of another type.

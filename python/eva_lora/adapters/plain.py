@@ -4,7 +4,7 @@ import copy
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ class PlainExport:
     """
 
     folder: Path
-    ranks: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int]
+    errors: dict[str, float]
 
 
 @torch.no_grad()

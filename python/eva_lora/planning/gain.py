@@ -25,7 +25,7 @@ def feature_gain(statistics: EvaStatistics, lora_a: Mapping[str, Tensor]) -> dic
     Args:
         statistics: From :func:`eva_lora.collect` or :meth:`eva_lora.EvaStatistics.load`.
         lora_a: Layer → A, (parts · rank, d), of any floating dtype: a plan's ``lora_a``, or what
-            :func:`eva_lora.reporting.load_directions` reads of an adapter's folder.
+            ``eva_lora.reporting.load_directions`` reads of an adapter's folder.
 
     Returns:
         The gain of every layer that has an A, in the statistics' order. Layers of rank 0, or that saw nothing but
