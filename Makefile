@@ -46,7 +46,7 @@ help:
 	@echo "  make studies          accuracy against width and schedule, drift over 10^8 rows, the criteria, cost per row"
 	@echo "  make instructions     exact instruction counts of the compiled hot paths against the recorded ones"
 	@echo "  make roofline         docs/roofline.md: what the kernels should take on three GPUs, modelled"
-	@echo "  make evidence         fine-tuning from EVA and from others, seed by seed (resumable, ≤ 120 minutes on two cores)"
+	@echo "  make evidence         fine-tuning from EVA and from others, seed by seed (resumable, ≤ 150 minutes on two cores)"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
