@@ -43,7 +43,7 @@ class EvaConfig:
         label_mask_value: The label that marks a row to leave out.
         label_names: Fields of a batch that may hold labels; the first that is there does.
         whiten: Divide each row of A by the square root of its singular value. Paper, appendix on vision.
-        match_gain: Divide each layer's A by its feature gain (:func:`eva_lora.feature_gain`), so that B is fed features
+        match_gain: Divide each layer's A by its feature gain (docs/choosing.md), so that B is fed features
             as large as with PEFT's default A and learning rates found for that apply; "global": all by the median gain.
             Directions and captured variance stay.
         adjust_scaling_factors: Change alpha with the rank so that the LoRA scaling stays what it was.
