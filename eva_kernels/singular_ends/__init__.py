@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..orthonormal import orthonormalize
 from .krylov import leading_vectors
 from .reference import dense_vectors
 
@@ -32,7 +33,7 @@ def leading_singular(
     seed: int = 0,
 ) -> SingularEnd:
     """The ``rank`` largest: a block Krylov space (Musco & Musco 2015, arXiv 1504.05477) of a width and depth that the
-    README beside this file has measured, or a float64 eigendecomposition where that costs no more.
+    README beside this file has measured, or a full decomposition in float64 where that costs no more.
 
     Args:
         matrix: Several of one shape are decomposed together.
@@ -77,6 +78,4 @@ def _checked(matrix: Tensor, rank: int) -> tuple[Tensor, torch.Size]:
 
 def _other_side(matrix: Tensor, right: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Left vectors from right ones, made orthonormal where the matrix has fewer directions than were asked for."""
-    from ..orthonormal import orthonormalize
-
     return orthonormalize(matrix @ right), values
