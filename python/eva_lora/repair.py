@@ -105,7 +105,8 @@ def fit_quantization_error(
         passes: 1: every layer is fitted on the inputs that the quantised model gives it. More: the model is fitted in
             so many parts of as many layers each, from its first layers to its last, each on what it is given once the
             parts before are repaired, which is better where little is left of the model, at 2 bits. All batches are
-            kept (1000 at most where ``max_batches`` says nothing), and run once for each part. Ranks do not move then (``rho=1``).
+            kept (1000 at most where ``max_batches`` says nothing), and run once for each part. Ranks do not move then
+            (``rho=1``).
         hold_back: Every so many batches one is kept from the fit, and errors are measured on those. 0: none is.
         dequantize: ``dequantize(name, layer)`` returns the matrix (out, in) that a base layer computes with, or None
             for what is done anyhow: bitsandbytes, HQQ and torchao are asked, others are shown the identity.
