@@ -18,6 +18,8 @@ from eva_kernels._cards import CARDS, card_named
 from eva_kernels.gram import triton as gram
 from eva_kernels.subspace import triton as subspace
 from eva_kernels.symmetric_eigen import triton as symmetric_eigen
+from tools.kernel_gate.machine_code import TENSOR_INSTRUCTION
+from tools.kernel_gate.variants import all_variants
 
 pytestmark = [
     pytest.mark.slow,  # `make kernels` compiles more; this is for every Triton, and through the launchers
@@ -77,3 +79,13 @@ def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, masked):
     subspace.accumulate_product_(torch.zeros(d, 24), *totals, x, torch.zeros(d, 24), shift, mask)
     symmetric_eigen.symmetric_eigen_triton(torch.eye(24)[None])
     assert compiled == KERNELS
+
+
+def test_the_gate_compiles_with_this_triton(monkeypatch, tmp_path):
+    """Its bars are for machine code of later ones; that a variant compiles and can be read is asked of all."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    variant = next(v for v in all_variants(("sm_80",)) if v.name == "gram" and v.barred)
+    code = variant.compile()
+    assert any(name.startswith(TENSOR_INSTRUCTION["sm_80"]) for name in code.tensor)
+    assert code.loop
+    assert code.registers > 0

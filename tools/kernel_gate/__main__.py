@@ -16,7 +16,7 @@ from eva_kernels.subspace.triton import SubspaceTile
 
 from .bars import TRITON, UpdateLine, failures, fraction, product_clocks, updates
 from .compiling import compile_all
-from .machine_code import ARCHITECTURES, Code
+from .machine_code import ARCHITECTURES, Code, links
 from .model import CHIPS, gram_pass, occupancy
 from .variants import Variant, all_variants, representative
 
@@ -29,9 +29,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("build/kernels.md"))
     arguments = parser.parse_args()
 
-    known = [name for name in arguments.architectures if CARDS[name].triton <= TRITON]
-    if left := sorted(set(arguments.architectures) - set(known)):
+    supported = [name for name in arguments.architectures if CARDS[name].triton <= TRITON]
+    known = [name for name in supported if links(name)]
+    if left := sorted(set(arguments.architectures) - set(supported)):
         print(f"Triton {triton.__version__} has no kernels for {', '.join(left)}: left out", file=sys.stderr)
+    if left := sorted(set(supported) - set(known)):
+        print(
+            f"Triton {triton.__version__} links {', '.join(left)} with ROCm's ld.lld, not here: left out",
+            file=sys.stderr,
+        )
     variants = all_variants(tuple(known))
     variants = variants if arguments.all else representative(variants)
     codes = compile_all(variants, arguments.jobs)

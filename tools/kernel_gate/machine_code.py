@@ -122,11 +122,30 @@ def compile_variant(
     options: dict[str, Any],
 ) -> Code:
     """Compile as the launcher would on that device, with its ``options``; ``aligned`` pointers are multiples of 16."""
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constants, _multiples_of_16([kernel.arg_names.index(n) for n in aligned]))
     target = target_of(architecture)
     compiled = triton.compile(source, target=target, options=options)
     return _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
+
+
+def _multiples_of_16(arguments: list[int]) -> Any:
+    """That these arguments are, as Triton says it."""
+    if descriptor := getattr(triton.backends.compiler, "AttrsDescriptor", None):  # until Triton 3.2
+        properties = {"arg_properties": {"tt.divisibility": sorted(arguments)}, "cls": descriptor.__name__}
+        return descriptor.from_dict(properties)
+    return {(argument,): [["tt.divisibility", 16]] for argument in arguments}
+
+
+def links(architecture: str) -> bool:
+    """Whether this Triton finds what it links an architecture's code with: early ones ask for ROCm's linker."""
+    find = getattr(triton.backends.backends["amd"].compiler, "path_to_rocm_lld", None)
+    if not architecture.startswith("gfx") or find is None:
+        return True
+    try:
+        find()
+    except Exception:  # Triton raises nothing narrower
+        return False
+    return True
 
 
 def target_of(architecture: str) -> GPUTarget:
