@@ -79,12 +79,18 @@ def card_named(name: str, triton: tuple[int, int]) -> Card:
 
 
 @cache
-def card_of(device: torch.device) -> Card:
-    """The architecture of a CUDA or HIP device, looked up once. Imports Triton."""
+def triton_version() -> tuple[int, int]:
+    """Major and minor. Imports Triton."""
     import triton
 
     major, minor = map(int, triton.__version__.split(".")[:2])
-    return card_named(name_of(device), (major, minor))
+    return major, minor
+
+
+@cache
+def card_of(device: torch.device) -> Card:
+    """The architecture of a CUDA or HIP device, looked up once. Imports Triton."""
+    return card_named(name_of(device), triton_version())
 
 
 def has_tiles(device: torch.device) -> bool:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._cards import triton_version
 from .._rows import row_views
 from .._triton import (
     FOREIGN,
@@ -38,7 +39,7 @@ from .sample import Sample
 
 PREPARE_ROWS = 32  # rows of Q one program converts
 SUMS_AT_ONCE = 16  # sums of P that are loaded together
-FLUSH_COLUMNS = 32  # of the widest Y, added to at a time: more of them spill
+FLUSH_COLUMNS = 32  # of the widest Y, added to at a time: more of them spill, and Triton 3.2 aborts on fewer than all
 MIN_COLUMNS, MAX_COLUMNS = 32, 256  # of Q in one pass, padded to a power of two; more do not fit in registers
 COLUMNS_AT_ONCE = 16  # what is read of Q and P is a multiple of this: a line of the L2 cache
 GENERIC_COLUMNS = 64  # the same for rows that are not aligned 16-bit rows: one variant for all bases
@@ -527,7 +528,8 @@ class SubspaceUpdate:
 
 def finish_constants(padded: int) -> dict[str, int]:
     """Of the end of :func:`_lift_kernel`: what is loaded and added at once, since all at once would spill."""
-    return {"AT_ONCE": SUMS_AT_ONCE, "FLUSH": padded if padded < MAX_COLUMNS else FLUSH_COLUMNS}
+    in_parts = padded == MAX_COLUMNS and triton_version() > (3, 2)
+    return {"AT_ONCE": SUMS_AT_ONCE, "FLUSH": FLUSH_COLUMNS if in_parts else padded}
 
 
 def padded_columns(q: int, fold: bool) -> int:

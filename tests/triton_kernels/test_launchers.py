@@ -81,6 +81,15 @@ def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, masked):
     assert compiled == KERNELS
 
 
+def test_bases_of_every_width_compile(compiled):
+    n, d = 600, 320
+    totals = torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    x, shift = torch.zeros(n, d, dtype=torch.bfloat16), torch.zeros(d)
+    for q in (8, 40, 100, 200):  # padded to 32, 64, 128 and 256
+        subspace.accumulate_product_(torch.zeros(d, q), *totals, x, torch.zeros(d, q), shift, None)
+    assert {"_prepare_kernel", "_project_kernel", "_lift_kernel"} <= compiled
+
+
 def test_the_gate_compiles_with_this_triton(monkeypatch, tmp_path):
     """Its bars are for machine code of later ones; that a variant compiles and can be read is asked of all."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
