@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import memory
-from .plots import LABELS, plot, plot_rates
+from .methods import BASELINE, STARTS
+from .plots import plot, plot_rates
 from .results import Results
 from .running import best_rate, target_loss
 from .summary import Interval, summarise
@@ -31,23 +32,28 @@ def table(path: Path) -> str:
     digits = 3 if settings["higher_is_better"] and "accuracy" in settings["metric"] else 1
     digits = digits if settings["higher_is_better"] else 3
     direction = "higher" if settings["higher_is_better"] else "lower"
-    summaries = summarise(settings["methods"], settings["learning_rates"], runs)
+    baseline = settings.get("baseline", BASELINE)
+    summaries = summarise(settings["methods"], settings["learning_rates"], runs, baseline)
+    memory = any(one.kept_bytes != summaries[0].kept_bytes for one in summaries)
     seeds = len(settings["seeds"])
-    target = target_loss(runs)
+    target = target_loss(runs, baseline)
+    minus = f"minus {STARTS[baseline].label}'s"
     lines = [
-        f"| | {settings['metric']} ({direction} is better) | minus default LoRA's | steps to loss {target:.3f} "
-        "| minus default LoRA's | cost, in steps | both | LoRA parameters | ranks | learning rate |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| | {settings['metric']} ({direction} is better) | {minus} | steps to loss {target:.3f} "
+        f"| {minus} | cost, in steps | both | LoRA parameters | ranks | learning rate |"
+        + (" kept for backward, MiB |" if memory else ""),
+        "| --- " * (10 + memory) + "|",
     ]
     for one in summaries:
         steps = _shown(one.steps, 1) + (f" ({one.missed} of {seeds} never)" if one.missed else "")
         ranks = f"{one.ranks[0]} to {one.ranks[1]}" if one.ranks[0] < one.ranks[1] else f"{one.ranks[0]}"
         cost = f"{one.cost:.1f}" + (f" ({one.forwards:.0f} forwards)" if one.forwards else "")
         lines.append(
-            f"| {LABELS[one.method]} | {_shown(one.score, digits)} "
+            f"| {STARTS[one.method].label} | {_shown(one.score, digits)} "
             f"| {_compared(one.gain, digits, higher_is_better=settings['higher_is_better'])} | {steps} "
             f"| {_compared(one.steps_gain, 1, higher_is_better=False)} | {cost} | {one.steps_with_cost:.1f} "
             f"| {one.parameters:,.0f} | {ranks} | {one.learning_rate:g}{' (edge)' if one.at_edge else ''} |"
+            + (f" {one.kept_bytes / 2**20:.0f} |" if memory and one.kept_bytes is not None else "")
         )
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     minutes = sum(run.seconds for run in runs) / 60
@@ -74,10 +80,11 @@ def rates_table(path: Path) -> str:
     ]
     for name in settings["methods"]:
         chosen, cells = best_rate(runs, name), []
+        tried = {run.learning_rate: run.curve[-1][1] for run in runs if run.tuning and run.method == name}
         for rate in rates:
-            (run,) = (run for run in runs if run.tuning and (run.method, run.learning_rate) == (name, rate))
-            cells.append(f"**{run.curve[-1][1]:.3f}**" if rate == chosen else f"{run.curve[-1][1]:.3f}")
-        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
+            loss = f"{tried[rate]:.3f}" if rate in tried else ""
+            cells.append(f"**{loss}**" if rate == chosen else loss)
+        lines.append(f"| {STARTS[name].label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -125,7 +132,8 @@ def write_beside(folder: Path) -> None:
 def draw(results: Path, folder: Path) -> None:
     for path in sorted(results.glob("*.jsonl")):
         settings, _, runs = Results.load(path)
-        plot(settings["methods"], settings["metric"], runs, folder / f"{settings['task']}.svg")
+        baseline = settings.get("baseline", BASELINE)
+        plot(settings["methods"], settings["metric"], runs, folder / f"{settings['task']}.svg", baseline)
         if len(settings["learning_rates"]) > 3:
             plot_rates(settings["methods"], runs, folder / f"{settings['task']}-rates.svg")
 
