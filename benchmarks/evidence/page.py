@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence.page
 
-A page marks the place of a table by ``<!-- runs: TASK -->`` (or ``rates``) and ``<!-- end -->``; what is between is
-replaced.
+A page marks the place of a table by ``<!-- runs: TASK -->`` (or ``rates``, ``memory``, ``verdicts``) and
+``<!-- end -->``; what is between is replaced.
 """
 
 import json
@@ -17,13 +17,14 @@ from .plots import plot, plot_rates
 from .results import Results
 from .running import best_rate, target_loss
 from .summary import Interval, summarise
+from .verdicts import verdicts
 
 __all__ = ["PAGES", "RESULTS", "main", "pages", "table", "updated", "write_beside"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 PAGES = ROOT / "docs"
-BLOCK = re.compile(r"(<!-- (runs|rates|memory): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (runs|rates|memory|verdicts): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def table(path: Path) -> str:
@@ -108,8 +109,9 @@ def updated(text: str, results: Path = RESULTS) -> str:
 
     def made(match: re.Match[str]) -> str:
         opening, kind, name, _, closing = match.groups()
-        path = results / (memory.FILE if kind == "memory" else f"{name}.jsonl")
-        made = {"runs": table, "rates": rates_table, "memory": memory_table}[kind](path)
+        places = {"memory": results / memory.FILE, "verdicts": results}
+        makers = {"runs": table, "rates": rates_table, "memory": memory_table, "verdicts": verdicts}
+        made = makers[kind](places.get(kind, results / f"{name}.jsonl"))
         return f"{opening}\n{made}\n{closing}"
 
     return BLOCK.sub(made, text)
@@ -123,7 +125,8 @@ def write_beside(folder: Path) -> None:
     """``summary.md`` and a picture per task, in the folder of the result files."""
     draw(folder, folder)
     paths = sorted(folder.glob("*.jsonl"))
-    tables = [f"## {path.stem}\n\n{table(path)}\n{rates_table(path)}" for path in paths]
+    tables = ["## Verdicts\n\n" + verdicts(folder)]
+    tables += [f"## {path.stem}\n\n{table(path)}\n{rates_table(path)}" for path in paths]
     if (folder / memory.FILE).exists():
         tables.append(f"## What the language model knows\n\n{memory_table(folder / memory.FILE)}")
     (folder / "summary.md").write_text("\n".join(tables), encoding="utf-8")
