@@ -124,7 +124,7 @@ def kept_for_backward(task: Task, model: nn.Module, batch: Batch) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with its history it would keep the graph alive, and itself with it
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = task.loss(model, batch)  # the graph holds what was kept, so that no storage's place is used twice

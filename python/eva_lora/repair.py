@@ -23,6 +23,7 @@ from .adapters import (
     find_adapter,
     ordinary_tensors,
     require_changeable,
+    tell_left_alone,
     wrapped,
 )
 from .collecting import ForwardFn, RowMaskFn, Visits, collect_with, own
@@ -163,7 +164,7 @@ def fit_quantization_error(
         statistics: EvaStatistics | None = None
         fits: dict[str, LayerFit] | None = None
         if loader_or_statistics is None:
-            pass
+            tell_left_alone(adapter, method, stacklevel=2)
         elif isinstance(loader_or_statistics, EvaStatistics):
             if passes > 1:
                 raise ValueError(f"passes: expected 1 with statistics, which are of one pass, got {passes}")
@@ -293,7 +294,9 @@ def _is_share(value: Any) -> bool:
 def _require_data(method: str, data: Any) -> None:
     if method == "loftq" and data is not None:
         got = type(data).__name__
-        raise ValueError(f'loader_or_statistics: expected None with method="loftq", which asks for no inputs, got {got}')
+        raise ValueError(
+            f'loader_or_statistics: expected None with method="loftq", which asks for no inputs, got {got}'
+        )
     if method != "loftq" and data is None:
         raise ValueError(f"loader_or_statistics: expected batches or EvaStatistics with method={method!r}, got None")
 
