@@ -2,28 +2,87 @@
 
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
 
-from eva_lora import EvaConfig, EvaStatistics, apply, collect, feature_gain, plan
+from eva_lora import (
+    METHODS,
+    EvaConfig,
+    EvaStatistics,
+    apply,
+    collect,
+    feature_gain,
+    fit_quantization_error,
+    initialize,
+    plan,
+)
 from examples.domains.task import Batch, Task
 
-__all__ = ["BASELINE", "EVA", "OTHERS", "SCALED", "Initialised", "Initialiser"]
+__all__ = ["BASELINE", "STARTS", "Initialised", "Initialiser", "Start", "nf4"]
 
-#: Fields of ``EvaConfig``; all of one seed from one pass.
-EVA: dict[str, dict[str, Any]] = {
-    "eva_rho1": {"rho": 1.0},
-    "eva_rho2": {"rho": 2.0},
-    "eva_matched": {"rho": 1.0, "match_gain": True},
-    "eva_global": {"rho": 1.0, "match_gain": "global"},
-}
+
+@dataclass(frozen=True)
+class Start:
+    """How LoRA layers start, on which base, and what of them learns.
+
+    Attributes:
+        label: What pages and pictures call it.
+        colour: Its own in pictures.
+        eva: Fields of ``EvaConfig``; all starts of one seed come from one pass.
+        equal_parameters: EVA spends as many parameters as the configured ranks have, in place of as many ranks.
+        peft: PEFT's ``init_lora_weights``, where ``eva`` is None.
+        scaled: Default A, each layer's times the gain that EVA's has there.
+        orthonormal: Rows of A drawn orthonormal.
+        method: Of :func:`eva_lora.initialize`, or of :func:`eva_lora.fit_quantization_error` on a quantised base.
+        wider: This many times the task's rank.
+        frozen: A does not learn.
+        quantised: On what nf4 makes of the base.
+    """
+
+    label: str
+    colour: str
+    eva: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    equal_parameters: bool = field(default=False, kw_only=True)
+    peft: Any = field(default=True, kw_only=True)
+    scaled: bool = field(default=False, kw_only=True)
+    orthonormal: bool = field(default=False, kw_only=True)
+    method: str = field(default="", kw_only=True)
+    wider: int = field(default=1, kw_only=True)
+    frozen: bool = field(default=False, kw_only=True)
+    quantised: bool = field(default=False, kw_only=True)
+
+
+RHO1, MATCHED = {"rho": 1.0}, {"rho": 1.0, "match_gain": True}
 BASELINE = "lora"
-SCALED = "lora_scaled"  # default A, each layer's times the gain that EVA's has there
-OTHERS: dict[str, Any] = {"lora": True, "pissa": "pissa_niter_16", "olora": "olora"}  # PEFT's init_lora_weights
+STARTS = {
+    "lora": Start("default LoRA", "#555555"),
+    "eva_rho1": Start("EVA, rho 1", "#56a0d3", eva=RHO1),
+    "eva_rho2": Start("EVA, rho 2", "#0b4f8a", eva={"rho": 2.0}),
+    "eva_rho2_parameters": Start("EVA, rho 2, equal parameters", "#2a9d8f", eva={"rho": 2.0}, equal_parameters=True),
+    "eva_matched": Start("EVA, each A over its gain", "#7b3fa0", eva=MATCHED),
+    "eva_global": Start("EVA, all over the median gain", "#c04f9b", eva={"rho": 1.0, "match_gain": "global"}),
+    "lora_scaled": Start("default A times EVA's gain", "#a89a1c", scaled=True),
+    "pissa": Start("PiSSA", "#c96f16", peft="pissa_niter_16"),
+    "olora": Start("OLoRA", "#3c8d40", peft="olora"),
+    "frozen_lora": Start("default A, frozen", "#999999", frozen=True),
+    "frozen_orthonormal": Start("orthonormal A, frozen", "#a89a1c", orthonormal=True, frozen=True),
+    "frozen_eva": Start("EVA, frozen", "#56a0d3", eva=RHO1, frozen=True),
+    "frozen_eva_matched": Start("EVA over its gain, frozen", "#7b3fa0", eva=MATCHED, frozen=True),
+    "frozen_eva_wider": Start("EVA at twice the rank, frozen", "#0b4f8a", eva=RHO1, wider=2, frozen=True),
+    "corda": Start("CorDA", "#8a2d3b", method="corda"),
+    "milora": Start("MiLoRA", "#1f7a8c", method="milora"),
+    "mica": Start("MiCA", "#b5651d", method="mica"),
+    "nf4_lora": Start("nf4, default LoRA", "#999999", quantised=True),
+    "nf4_eva": Start("nf4, EVA", "#56a0d3", eva=RHO1, quantised=True),
+    "nf4_loftq": Start("nf4, LoftQ", "#c96f16", method="loftq", quantised=True),
+    "nf4_repair": Start("nf4, repair", "#3c8d40", method="repair", quantised=True),
+    "nf4_both": Start("nf4, half repair, half EVA", "#7b3fa0", method="eva+repair", quantised=True),
+}
 
 
 @dataclass(frozen=True)
@@ -46,55 +105,81 @@ class Initialised:
 
 
 class Initialiser:
-    """Makes models of one task. One pass of EVA per seed serves all that need one."""
+    """Makes models of one task. One pass of EVA per seed and base serves all that need one."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._passes: dict[int, tuple[EvaStatistics, float]] = {}  # the last seed's
+        self._passes: dict[tuple[int, bool, int], tuple[EvaStatistics, float]] = {}  # the last one
 
-    def __call__(self, method: str, seed: int) -> Initialised:
-        if method in EVA:
-            return self._eva(EvaConfig(**EVA[method]), seed)
-        if method == SCALED:
-            return self._scaled(seed)
-        start = time.perf_counter()
-        model = self._peft(seed, True)
-        plain = time.perf_counter() - start
-        seconds = 0.0
-        if method != BASELINE:
-            start = time.perf_counter()
-            model = self._peft(seed, OTHERS[method])
-            seconds = max(0.0, time.perf_counter() - start - plain)
-        return self._described(model, seconds, 0, {})
+    def __call__(self, name: str, seed: int) -> Initialised:
+        start = STARTS[name]
+        began = time.perf_counter()
+        base = self.task.base(seed)
+        if start.quantised:
+            nf4(base)
+        model = self._layers(base, seed, True, start)
+        plain, began = time.perf_counter() - began, time.perf_counter()
+        passed, forwards, ranks = 0.0, 0, {}
+        if start.eva is not None or start.scaled:
+            statistics, passed = self._pass(model, seed, start)
+            began = time.perf_counter()
+            ranks = self._from_statistics(model, statistics, start)
+            forwards = statistics.num_batches
+        elif start.method:
+            forwards = self._by_method(model, seed, start)
+        elif start.orthonormal:
+            for weight in _weights(model, "lora_A"):
+                nn.init.orthogonal_(weight)
+        elif start.peft is not True:
+            model = self._layers(self.task.base(seed), seed, start.peft, start)
+            passed = -plain
+        seconds = max(0.0, passed + time.perf_counter() - began) if name != BASELINE else 0.0
+        for weight in _weights(model, "lora_A") if start.frozen else ():
+            weight.requires_grad_(False)
+        parameters, found = _trainable(model), list(ranks.values()) or [self.task.rank * start.wider]
+        return Initialised(model, seconds, forwards, parameters, (min(found), max(found), found.count(0)))
 
-    def _peft(self, seed: int, initialisation: Any) -> Any:
+    def _layers(self, base: nn.Module, seed: int, initialisation: Any, start: Start) -> Any:
         torch.manual_seed(seed)
-        return get_peft_model(self.task.base(seed), self.task.lora(init_lora_weights=initialisation))
+        rank = self.task.rank * start.wider
+        return get_peft_model(base, self.task.lora(r=rank, lora_alpha=rank, init_lora_weights=initialisation))
 
-    def _eva(self, config: EvaConfig, seed: int) -> Initialised:
-        model = self._peft(seed, True)
-        statistics, pass_seconds = self._pass(model, seed)
-        start = time.perf_counter()
-        eva_plan = plan(statistics, config)
-        apply(model, eva_plan)
-        seconds = pass_seconds + time.perf_counter() - start
-        return self._described(model, seconds, statistics.num_batches, eva_plan.ranks)
-
-    def _scaled(self, seed: int) -> Initialised:
-        model = self._peft(seed, True)
-        statistics, pass_seconds = self._pass(model, seed)
-        start = time.perf_counter()
-        gains = feature_gain(statistics, plan(statistics, EvaConfig(**EVA["eva_rho1"])).lora_a)
+    @staticmethod
+    def _from_statistics(model: Any, statistics: EvaStatistics, start: Start) -> dict[str, int]:
+        """Ranks, where they moved."""
+        config = EvaConfig(**(start.eva or RHO1))
+        if start.equal_parameters:
+            config = replace(config, budget_parameters=_trainable(model))
+        chosen = plan(statistics, config)
+        if not start.scaled:
+            apply(model, chosen)
+            return chosen.ranks
         with torch.no_grad():
-            for name, gain in gains.items():
+            for name, gain in feature_gain(statistics, chosen.lora_a).items():
                 model.get_base_model().get_submodule(name).lora_A["default"].weight.mul_(gain)
-        return self._described(model, pass_seconds + time.perf_counter() - start, statistics.num_batches, {})
+        return {}
 
-    def _pass(self, model: nn.Module, seed: int) -> tuple[EvaStatistics, float]:
-        """Of that seed, and its seconds; run where it was not yet."""
-        if seed not in self._passes:
-            self._passes = {seed: self._collected(model, self.task.training(seed))}
-        return self._passes[seed]
+    def _by_method(self, model: Any, seed: int, start: Start) -> int:
+        """How many batches it ran."""
+        method, batches = start.method, self.task.training(seed)
+        config = EvaConfig(rho=1.0, max_batches=len(batches))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that some layers had not converged by then
+            if start.quantised:
+                data = None if method == "loftq" else batches
+                whole = self.task.base(seed)
+                fit_quantization_error(model, data, whole, config, method=method, hold_back=0, progress=False)  # type: ignore[arg-type]
+                return len(data or ())
+            if METHODS[method].data == "none":
+                return initialize(model, None, method, config, progress=False).num_batches
+            return initialize(model, batches, method, config, progress=False).num_batches
+
+    def _pass(self, model: nn.Module, seed: int, start: Start) -> tuple[EvaStatistics, float]:
+        """Of that seed and those layers, and its seconds; run where it was not yet."""
+        key = seed, start.quantised, start.wider
+        if key not in self._passes:
+            self._passes = {key: self._collected(model, self.task.training(seed))}
+        return self._passes[key]
 
     @staticmethod
     def _collected(model: nn.Module, batches: list[Batch]) -> tuple[EvaStatistics, float]:
@@ -102,12 +187,24 @@ class Initialiser:
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that some layers had not converged by then
-            most = max(options["rho"] for options in EVA.values())
-            config = EvaConfig(rho=most, max_batches=len(batches))
-            statistics = collect(model, batches, config, progress=False)
+            most = max(one.eva["rho"] for one in STARTS.values() if one.eva)
+            statistics = collect(model, batches, EvaConfig(rho=most, max_batches=len(batches)), progress=False)
         return statistics, time.perf_counter() - start
 
-    def _described(self, model: Any, seconds: float, forwards: int, ranks: dict[str, int]) -> Initialised:
-        parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.requires_grad)
-        found = list(ranks.values()) or [self.task.rank]
-        return Initialised(model, seconds, forwards, parameters, (min(found), max(found), found.count(0)))
+
+def nf4(model: nn.Module) -> None:
+    """Give each linear layer but the head what bitsandbytes' nf4 (blocks of 64) makes of its weight, in its dtype."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            packed, state = quantize_4bit(module.weight.data, blocksize=64, quant_type="nf4")
+            module.weight.data.copy_(dequantize_4bit(packed, state))
+
+
+def _weights(model: nn.Module, kind: str) -> list[nn.Parameter]:
+    return [weight for name, weight in model.named_parameters() if kind in name]
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in _weights(model, "lora_") if weight.requires_grad)

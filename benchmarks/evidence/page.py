@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence.page
 
-A page marks the place of a table by ``<!-- runs: TASK -->`` (or ``rates``) and ``<!-- end -->``; what is between is
-replaced.
+A page marks the place of a table by ``<!-- runs: TASK -->`` (or ``rates``, ``memory``, ``verdicts``) and
+``<!-- end -->``; what is between is replaced.
 """
 
 import json
@@ -12,17 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import memory
-from .plots import LABELS, plot, plot_rates
+from .methods import BASELINE, STARTS
+from .plots import plot, plot_rates
 from .results import Results
 from .running import best_rate, target_loss
 from .summary import Interval, summarise
+from .verdicts import verdicts
 
 __all__ = ["PAGES", "RESULTS", "main", "pages", "table", "updated", "write_beside"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 PAGES = ROOT / "docs"
-BLOCK = re.compile(r"(<!-- (runs|rates|memory): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (runs|rates|memory|verdicts): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def table(path: Path) -> str:
@@ -31,23 +33,28 @@ def table(path: Path) -> str:
     digits = 3 if settings["higher_is_better"] and "accuracy" in settings["metric"] else 1
     digits = digits if settings["higher_is_better"] else 3
     direction = "higher" if settings["higher_is_better"] else "lower"
-    summaries = summarise(settings["methods"], settings["learning_rates"], runs)
+    baseline = settings.get("baseline", BASELINE)
+    summaries = summarise(settings["methods"], settings["learning_rates"], runs, baseline)
+    memory = any(one.kept_bytes != summaries[0].kept_bytes for one in summaries)
     seeds = len(settings["seeds"])
-    target = target_loss(runs)
+    target = target_loss(runs, baseline)
+    minus = f"minus {STARTS[baseline].label}'s"
     lines = [
-        f"| | {settings['metric']} ({direction} is better) | minus default LoRA's | steps to loss {target:.3f} "
-        "| minus default LoRA's | cost, in steps | both | LoRA parameters | ranks | learning rate |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| | {settings['metric']} ({direction} is better) | {minus} | steps to loss {target:.3f} "
+        f"| {minus} | cost, in steps | both | LoRA parameters | ranks | learning rate |"
+        + (" kept for backward, MiB |" if memory else ""),
+        "| --- " * (10 + memory) + "|",
     ]
     for one in summaries:
         steps = _shown(one.steps, 1) + (f" ({one.missed} of {seeds} never)" if one.missed else "")
         ranks = f"{one.ranks[0]} to {one.ranks[1]}" if one.ranks[0] < one.ranks[1] else f"{one.ranks[0]}"
         cost = f"{one.cost:.1f}" + (f" ({one.forwards:.0f} forwards)" if one.forwards else "")
         lines.append(
-            f"| {LABELS[one.method]} | {_shown(one.score, digits)} "
+            f"| {STARTS[one.method].label} | {_shown(one.score, digits)} "
             f"| {_compared(one.gain, digits, higher_is_better=settings['higher_is_better'])} | {steps} "
             f"| {_compared(one.steps_gain, 1, higher_is_better=False)} | {cost} | {one.steps_with_cost:.1f} "
             f"| {one.parameters:,.0f} | {ranks} | {one.learning_rate:g}{' (edge)' if one.at_edge else ''} |"
+            + (f" {one.kept_bytes / 2**20:.0f} |" if memory and one.kept_bytes is not None else "")
         )
     rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     minutes = sum(run.seconds for run in runs) / 60
@@ -74,10 +81,11 @@ def rates_table(path: Path) -> str:
     ]
     for name in settings["methods"]:
         chosen, cells = best_rate(runs, name), []
+        tried = {run.learning_rate: run.curve[-1][1] for run in runs if run.tuning and run.method == name}
         for rate in rates:
-            (run,) = (run for run in runs if run.tuning and (run.method, run.learning_rate) == (name, rate))
-            cells.append(f"**{run.curve[-1][1]:.3f}**" if rate == chosen else f"{run.curve[-1][1]:.3f}")
-        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
+            loss = f"{tried[rate]:.3f}" if rate in tried else ""
+            cells.append(f"**{loss}**" if rate == chosen else loss)
+        lines.append(f"| {STARTS[name].label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -101,8 +109,9 @@ def updated(text: str, results: Path = RESULTS) -> str:
 
     def made(match: re.Match[str]) -> str:
         opening, kind, name, _, closing = match.groups()
-        path = results / (memory.FILE if kind == "memory" else f"{name}.jsonl")
-        made = {"runs": table, "rates": rates_table, "memory": memory_table}[kind](path)
+        places = {"memory": results / memory.FILE, "verdicts": results}
+        makers = {"runs": table, "rates": rates_table, "memory": memory_table, "verdicts": verdicts}
+        made = makers[kind](places.get(kind, results / f"{name}.jsonl"))
         return f"{opening}\n{made}\n{closing}"
 
     return BLOCK.sub(made, text)
@@ -116,7 +125,8 @@ def write_beside(folder: Path) -> None:
     """``summary.md`` and a picture per task, in the folder of the result files."""
     draw(folder, folder)
     paths = sorted(folder.glob("*.jsonl"))
-    tables = [f"## {path.stem}\n\n{table(path)}\n{rates_table(path)}" for path in paths]
+    tables = ["## Verdicts\n\n" + verdicts(folder)]
+    tables += [f"## {path.stem}\n\n{table(path)}\n{rates_table(path)}" for path in paths]
     if (folder / memory.FILE).exists():
         tables.append(f"## What the language model knows\n\n{memory_table(folder / memory.FILE)}")
     (folder / "summary.md").write_text("\n".join(tables), encoding="utf-8")
@@ -125,7 +135,8 @@ def write_beside(folder: Path) -> None:
 def draw(results: Path, folder: Path) -> None:
     for path in sorted(results.glob("*.jsonl")):
         settings, _, runs = Results.load(path)
-        plot(settings["methods"], settings["metric"], runs, folder / f"{settings['task']}.svg")
+        baseline = settings.get("baseline", BASELINE)
+        plot(settings["methods"], settings["metric"], runs, folder / f"{settings['task']}.svg", baseline)
         if len(settings["learning_rates"]) > 3:
             plot_rates(settings["methods"], runs, folder / f"{settings['task']}-rates.svg")
 

@@ -7,26 +7,18 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from .methods import BASELINE, STARTS
 from .results import Run
 from .running import best_rate, target_loss
 from .summary import interval
 
-__all__ = ["LABELS", "plot", "plot_rates"]
+__all__ = ["plot", "plot_rates"]
 
-LABELS = {
-    "eva_rho1": "EVA, rho 1", "eva_rho2": "EVA, rho 2", "eva_matched": "EVA, each A over its gain",
-    "eva_global": "EVA, all over the median gain", "lora": "default LoRA", "lora_scaled": "default A times EVA's gain",
-    "pissa": "PiSSA", "olora": "OLoRA",
-}  # fmt: skip
-COLOURS = {
-    "eva_rho1": "#56a0d3", "eva_rho2": "#0b4f8a", "eva_matched": "#7b3fa0", "eva_global": "#c04f9b", "lora": "#555555",
-    "lora_scaled": "#a89a1c", "pissa": "#c96f16", "olora": "#3c8d40",
-}  # fmt: skip
 # Text stays text and nothing depends on the day, so that a file changes only with its data.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9}
 
 
-def plot(methods: Sequence[str], metric: str, runs: Sequence[Run], path: Path) -> None:
+def plot(methods: Sequence[str], metric: str, runs: Sequence[Run], path: Path, baseline: str = BASELINE) -> None:
     """Left the mean validation loss by step, right every seed's score with the mean and its 95 % interval."""
     finals = {name: [run for run in runs if run.method == name and not run.tuning] for name in methods}
     with matplotlib.rc_context(STYLE):
@@ -35,18 +27,20 @@ def plot(methods: Sequence[str], metric: str, runs: Sequence[Run], path: Path) -
         for name, own in finals.items():
             steps = [step for step, _ in own[0].curve]
             means = [statistics.fmean(run.curve[i][1] for run in own) for i in range(len(steps))]
-            left.plot(steps, means, color=COLOURS[name], label=LABELS[name], linewidth=1.4)
-        left.axhline(target_loss(runs), color="#999999", linewidth=0.8, linestyle=":")
+            left.plot(steps, means, color=STARTS[name].colour, label=STARTS[name].label, linewidth=1.4)
+        left.axhline(target_loss(runs, baseline), color="#999999", linewidth=0.8, linestyle=":")
         left.set(xlabel="training steps", ylabel="validation loss, mean over seeds")
         left.legend(frameon=False)
         for place, (name, own) in enumerate(reversed(finals.items())):
             scores = [run.score for run in own if run.score is not None]
             mean = interval(scores)
-            right.plot(scores, [place] * len(scores), "o", color=COLOURS[name], alpha=0.4, markersize=4)
-            right.errorbar(mean.mean, place, xerr=mean.half, fmt="|", color=COLOURS[name], capsize=3, markersize=12)
+            right.plot(scores, [place] * len(scores), "o", color=STARTS[name].colour, alpha=0.4, markersize=4)
+            right.errorbar(
+                mean.mean, place, xerr=mean.half, fmt="|", color=STARTS[name].colour, capsize=3, markersize=12
+            )
         right.set(
             yticks=range(len(finals)),
-            yticklabels=[LABELS[name] for name in reversed(finals)],
+            yticklabels=[STARTS[name].label for name in reversed(finals)],
             xlabel=metric.partition(" (")[0],
         )
         right.margins(y=0.2)
@@ -65,8 +59,10 @@ def plot_rates(methods: Sequence[str], runs: Sequence[Run], path: Path) -> None:
             rates = [run.learning_rate for run in tuning if run.method == name]
             losses = [min(start, run.curve[-1][1]) for run in tuning if run.method == name]  # NaN is not the lesser
             best = rates.index(best_rate(runs, name))
-            axes.plot(rates, losses, "o-", color=COLOURS[name], label=LABELS[name], linewidth=1.4, markersize=3)
-            axes.plot(rates[best], losses[best], "o", color=COLOURS[name], markersize=8)
+            axes.plot(
+                rates, losses, "o-", color=STARTS[name].colour, label=STARTS[name].label, linewidth=1.4, markersize=3
+            )
+            axes.plot(rates[best], losses[best], "o", color=STARTS[name].colour, markersize=8)
         axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss at the end, one seed")
         axes.legend(frameon=False)
         _save(figure, path)

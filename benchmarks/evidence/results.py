@@ -28,6 +28,7 @@ class Run:
         initialisation_seconds: Of the initialisation.
         step_seconds: Median of a training step, in the same process.
         seconds: Of the whole run, evaluations included.
+        kept_bytes: What autograd keeps of a training step's forward until its backward; None in older files.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Run:
     initialisation_seconds: float
     step_seconds: float
     seconds: float
+    kept_bytes: int | None = None
 
     @property
     def key(self) -> tuple[str, int, float]:

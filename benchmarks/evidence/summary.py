@@ -45,6 +45,7 @@ class MethodSummary:
         forwards: Batches the initialisation ran through the model, mean.
         cost: Time of the initialisation in training steps of the same run, median.
         steps_with_cost: Steps until the target loss, the initialisation's time counted as steps, mean.
+        kept_bytes: What autograd keeps of a step's forward, mean; None where it was not measured.
     """
 
     method: str
@@ -60,6 +61,7 @@ class MethodSummary:
     forwards: float
     cost: float
     steps_with_cost: float
+    kept_bytes: float | None
 
 
 def interval(values: Sequence[float], comparisons: int = 1) -> Interval:
@@ -86,22 +88,24 @@ def steps_to(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
     return None
 
 
-def summarise(methods: Sequence[str], learning_rates: Sequence[float], runs: Sequence[Run]) -> list[MethodSummary]:
+def summarise(
+    methods: Sequence[str], learning_rates: Sequence[float], runs: Sequence[Run], baseline: str = BASELINE
+) -> list[MethodSummary]:
     """One summary per method.
 
     Raises:
         ValueError: a method has not run on the baseline's seeds, all of them.
     """
-    target = target_loss(runs)
+    target = target_loss(runs, baseline)
     finals = {name: {run.seed: run for run in runs if run.method == name and not run.tuning} for name in methods}
-    seeds = sorted(finals[BASELINE])
+    seeds = sorted(finals[baseline])
     summaries = []
     for name in methods:
         if sorted(finals[name]) != seeds:
-            raise ValueError(f"{name} ran on seeds {sorted(finals[name])}, {BASELINE} on {seeds}")
-        mine, theirs = ([finals[one][seed] for seed in seeds] for one in (name, BASELINE))
+            raise ValueError(f"{name} ran on seeds {sorted(finals[name])}, {baseline} on {seeds}")
+        mine, theirs = ([finals[one][seed] for seed in seeds] for one in (name, baseline))
         rate = best_rate(runs, name)
-        difference = partial(_difference, comparisons=len(methods) - 1) if name != BASELINE else lambda *_: None
+        difference = partial(_difference, comparisons=len(methods) - 1) if name != baseline else lambda *_: None
         summaries.append(
             MethodSummary(
                 method=name,
@@ -117,9 +121,15 @@ def summarise(methods: Sequence[str], learning_rates: Sequence[float], runs: Seq
                 forwards=statistics.fmean(run.forwards for run in mine),
                 cost=statistics.median(_cost(run) for run in mine),
                 steps_with_cost=statistics.fmean(_steps(run, target) + _cost(run) for run in mine),
+                kept_bytes=_mean([run.kept_bytes for run in mine]),
             )
         )
     return summaries
+
+
+def _mean(values: Sequence[int | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _score(run: Run) -> float:

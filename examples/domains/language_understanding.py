@@ -26,6 +26,7 @@ class LanguageUnderstanding(Task):
     learning_rates = (3e-4, 1e-3, 3e-3)
     steps, evaluate_every = 40, 5
     documents, tokens = 8, 32
+    samples: int | None = None  # so many documents, again and again; None: each once
 
     @cached_property
     def _tokenizer(self):
@@ -64,8 +65,9 @@ class LanguageUnderstanding(Task):
     def training(self, seed: int) -> list[Batch]:
         # The training split's first 512 in a fixed order are for validation.
         rest = seeded_order(len(reuters_r8("train")), 0)[512:]
-        order = seeded_order(len(rest), seed)[: self.steps * self.documents]
-        return self.batches("train", [rest[i] for i in order])
+        needed = self.steps * self.documents
+        order = seeded_order(len(rest), seed)[: self.samples or needed]
+        return self.batches("train", [rest[order[i % len(order)]] for i in range(needed)])
 
     @cached_property
     def validation(self) -> list[Batch]:

@@ -81,7 +81,7 @@ class Task(ABC):
 
     def lora(self, **options: Any) -> LoraConfig:
         common = {"r": self.rank, "lora_alpha": self.rank, "target_modules": self.targets}
-        return LoraConfig(**common, modules_to_save=list(self.head) or None, **options)
+        return LoraConfig(**{**common, **options}, modules_to_save=list(self.head) or None)
 
 
 def seeded_order(count: int, seed: int) -> list[int]:

@@ -23,6 +23,7 @@ from .adapters import (
     find_adapter,
     ordinary_tensors,
     require_changeable,
+    tell_left_alone,
     wrapped,
 )
 from .collecting import ForwardFn, RowMaskFn, Visits, collect_with, own
@@ -94,7 +95,7 @@ def fit_quantization_error(
             move to the layers where they give back most of the output's energy, E‖W x‖², under the same total; with 1
             every layer keeps its own. None: as in :func:`eva_lora.eva_initialize`.
         method: "repair": all ranks repair. "eva+repair": ``repair_share`` of each layer's rank does, the rest starts as
-            in EVA, with B = 0, in the complement. "loftq": LoftQ, with no data.
+            in EVA, with B = 0, in the complement. "loftq": LoftQ, which takes no data.
         repair_share: See ``method``. How much is best is not known: it is chosen, not derived.
         repair_explained: Instead of ``repair_share``: in each layer just as many directions repair as give back this
             share of the output error that all of its rank would.
@@ -123,6 +124,7 @@ def fit_quantization_error(
         FileNotFoundError: there are no float weights where they were looked for.
     """
     split = _Split(method, repair_share, repair_explained)
+    _require_data(method, loader_or_statistics)
     _require_rounds(method, rounds, requantize)
     _require_passes(method, passes)
     _require_hold_back(hold_back)
@@ -161,11 +163,8 @@ def fit_quantization_error(
 
         statistics: EvaStatistics | None = None
         fits: dict[str, LayerFit] | None = None
-        if method == "loftq" or loader_or_statistics is None:
-            if method != "loftq":
-                raise ValueError(
-                    f"loader_or_statistics: expected batches or EvaStatistics with method={method!r}, got None"
-                )
+        if loader_or_statistics is None:
+            tell_left_alone(adapter, method, stacklevel=2)
         elif isinstance(loader_or_statistics, EvaStatistics):
             if passes > 1:
                 raise ValueError(f"passes: expected 1 with statistics, which are of one pass, got {passes}")
@@ -290,6 +289,16 @@ class _Split:
 
 def _is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
+
+
+def _require_data(method: str, data: Any) -> None:
+    if method == "loftq" and data is not None:
+        got = type(data).__name__
+        raise ValueError(
+            f'loader_or_statistics: expected None with method="loftq", which asks for no inputs, got {got}'
+        )
+    if method != "loftq" and data is None:
+        raise ValueError(f"loader_or_statistics: expected batches or EvaStatistics with method={method!r}, got None")
 
 
 def _require_rounds(method: str, rounds: int, requantize: Requantize | None) -> None:

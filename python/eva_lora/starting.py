@@ -17,6 +17,7 @@ from .adapters import (
     find_adapter,
     ordinary_tensors,
     require_changeable,
+    tell_left_alone,
 )
 from .collecting import ForwardFn, RowMaskFn, Visits, collect_with
 from .config import EvaConfig
@@ -97,6 +98,8 @@ def initialize(
             TrainedLayers.of(adapter).require_none()
         require_whole(model)
         require_changeable(model, ranks_change=chosen.moves_ranks)
+        if loader_or_statistics is None:  # else the pass tells
+            tell_left_alone(adapter, method, stacklevel=2)
 
         def statistics_of(data: "Iterable[Any] | EvaStatistics | None") -> EvaStatistics | None:
             if data is None or isinstance(data, EvaStatistics):

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.evidence.page import PAGES, RESULTS, pages, updated, write_beside
 from benchmarks.evidence.results import Results
-from benchmarks.evidence.running import SEEDS, TUNING_SEED
+from benchmarks.evidence.running import SEEDS, TUNING_SEED, best_rate
 
 DOMAINS = sorted((PAGES / "domains").glob("*.md"))
 
@@ -36,9 +36,15 @@ def test_the_committed_runs_are_complete_and_under_the_rules(path):
     assert not settings["short"]
     assert provenance["commit"]
     assert len(SEEDS) >= 5
-    assert len(settings["learning_rates"]) == (7 if path.stem.startswith("gain_") else 3)
-    tuned = {(run.method, run.learning_rate) for run in runs if run.seed == TUNING_SEED}
-    assert tuned == {(method, rate) for method in settings["methods"] for rate in settings["learning_rates"]}
+    rates = settings["learning_rates"]
+    for method in settings["methods"]:
+        tuned = sorted(run.learning_rate for run in runs if run.seed == TUNING_SEED and run.method == method)
+        if "first_rate" in settings:
+            best = rates.index(best_rate(runs, method))
+            assert {*rates[max(0, best - 1) : best + 2], settings["first_rate"]} <= {*tuned} <= {*rates}
+        else:
+            assert tuned == rates
+            assert len(rates) == (7 if path.stem.startswith("gain_") else 3)
     final = sorted((run.method, run.seed) for run in runs if run.seed != TUNING_SEED)
     assert final == sorted((method, seed) for method in settings["methods"] for seed in SEEDS)
     assert all(run.curve[-1][0] == settings["steps"] for run in runs)

@@ -6,16 +6,18 @@ import statistics
 import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 
 from benchmarks.evidence import methods
 from benchmarks.evidence.methods import Initialiser
 from benchmarks.evidence.results import Results
-from benchmarks.evidence.running import SEEDS, TUNING_SEED, run_task
+from benchmarks.evidence.running import SEEDS, TUNING_SEED, best_rate, kept_for_backward, run_task, search
 from examples.domains.task import Task
 from support.models import LINEARS, tiny_llama, token_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 METHODS = ("eva_rho1", "eva_rho2", "eva_matched", "eva_global", "lora", "lora_scaled", "pissa", "olora")
+FROZEN = ("frozen_lora", "frozen_orthonormal", "frozen_eva", "frozen_eva_matched", "frozen_eva_wider")
 
 
 class Tiny(Task):
@@ -76,6 +78,84 @@ def test_matched_and_scaled_differ_from_their_originals_by_the_gain_of_eva():
         assert float(a["lora_scaled"][n].norm() / a["lora"][n].norm()) == pytest.approx(gain, rel=1e-5)
         middle = statistics.median(gains.values())
         assert float(a["eva_rho1"][n].norm() / a["eva_global"][n].norm()) == pytest.approx(middle, rel=1e-5)
+
+
+def test_frozen_starts_train_b_alone_on_directions_of_their_own():
+    task = Tiny(short=True)
+    initialise = Initialiser(task)
+    made = {name: initialise(name, seed=1).model for name in (*FROZEN, "lora", "eva_rho1", "eva_matched")}
+    a = {name: {n: p for n, p in model.named_parameters() if "lora_A" in n} for name, model in made.items()}
+    for name in FROZEN:
+        assert {n for n, p in made[name].named_parameters() if p.requires_grad} == {
+            n.replace("lora_A", "lora_B") for n in a[name]
+        }
+    for frozen, free in (("frozen_lora", "lora"), ("frozen_eva", "eva_rho1"), ("frozen_eva_matched", "eva_matched")):
+        assert all(torch.equal(weight, a[free][n]) for n, weight in a[frozen].items())
+    for n, weight in a["frozen_orthonormal"].items():
+        torch.testing.assert_close(weight @ weight.mT, torch.eye(task.rank))
+        assert len(a["frozen_eva_wider"][n]) == 2 * task.rank
+
+
+def test_spending_as_many_parameters_stays_within_the_configured_ones_and_nearer_to_them():
+    made = {n: Initialiser(Tiny(short=True))(n, 1) for n in ("lora", "eva_rho2", "eva_rho2_parameters")}
+    parameters = {name: one.parameters for name, one in made.items()}
+    widest = max(sum(m.base_layer.weight.shape) for m in made["lora"].model.modules() if isinstance(m, LoraLayer))
+    assert parameters["lora"] - widest < parameters["eva_rho2_parameters"] <= parameters["lora"]
+
+
+def test_starts_on_a_quantised_base_share_it_and_those_that_fit_begin_nearer_to_the_float_model():
+    pytest.importorskip("bitsandbytes")
+    task = Tiny(short=True)
+    initialise = Initialiser(task)
+    batch = task.validation[0]
+    with torch.no_grad():
+        whole = task.base(0).eval()(**batch).logits
+        off = {}
+        for name in ("nf4_lora", "nf4_eva", "nf4_loftq", "nf4_repair", "nf4_both"):
+            model = initialise(name, 1).model.eval()
+            off[name] = float((model(**batch).logits - whole).norm())
+            with model.disable_adapter():
+                torch.testing.assert_close(float((model(**batch).logits - whole).norm()), off["nf4_lora"])
+    assert off["nf4_eva"] == pytest.approx(off["nf4_lora"], rel=1e-6)
+    assert off["nf4_repair"] < off["nf4_both"] < off["nf4_lora"]
+
+
+def test_the_search_tries_both_neighbours_of_what_it_finds_and_no_more():
+    rates = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+
+    def found(first, losses):
+        tried = []
+        best = search(rates, first, lambda rate: tried.append(rate) or (0.0, losses[rates.index(rate)]))
+        return best, sorted({*tried})
+
+    assert found(3.0, (9, 8, 7, 6, 5, 8)) == (5.0, [2.0, 3.0, 4.0, 5.0, 6.0])
+    assert found(2.0, (9, 1, 7, 6, 5, 0)) == (2.0, [1.0, 2.0, 3.0])
+    assert found(1.0, (1, 2, 3, 4, 5, 6)) == (1.0, [1.0, 2.0])
+
+
+def test_a_searched_study_says_so_in_its_settings_and_runs_its_seeds_at_what_it_found(tmp_path):
+    task = Tiny(short=True)
+    task.learning_rates = (1e-3, 1e-2, 1e-1)
+    results = run_task(task, ("frozen_lora", "lora"), tmp_path, lambda _: None, first=1e-2, baseline="frozen_lora")
+    assert (results.settings["first_rate"], results.settings["baseline"]) == (1e-2, "frozen_lora")
+    for method in ("frozen_lora", "lora"):
+        best = best_rate(results.runs, method)
+        assert {run.learning_rate for run in results.runs if run.method == method and not run.tuning} == {best}
+
+
+def test_what_is_kept_for_the_backward_is_counted_without_weights():
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 4))
+
+        def forward(self, x):
+            return type("Output", (), {"loss": (x @ self.weight).square().sum()})  # keeps x, and the product once
+
+    task, x = Tiny(short=True), torch.ones(3, 8)
+    assert kept_for_backward(task, Square(), {"x": x}) == 4 * (3 * 8 + 3 * 4)
+    frozen = Square().requires_grad_(False)
+    assert kept_for_backward(task, frozen, {"x": x}) == 0
 
 
 def test_one_pass_serves_both_rhos_of_a_seed(monkeypatch):

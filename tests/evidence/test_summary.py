@@ -1,5 +1,6 @@
 """Intervals, steps to a loss, the choice of a learning rate and the target, against SciPy and by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,8 @@ from scipy import stats
 
 from benchmarks.evidence.results import Run
 from benchmarks.evidence.running import best_rate, target_loss
-from benchmarks.evidence.summary import interval, steps_to, summarise
+from benchmarks.evidence.summary import Interval, interval, steps_to, summarise
+from benchmarks.evidence.verdicts import verdict
 
 
 def run(method, seed, curve, *, score=None, rate=1e-3, cost=0.0):
@@ -78,3 +80,18 @@ def test_differences_are_taken_seed_by_seed():
     assert lora.gain is None
     with pytest.raises(ValueError, match=r"eva_rho2 ran on seeds \[1\]"):
         summarise(("eva_rho2", "lora"), (1e-3,), [*tuning, ours[1], *theirs])
+
+
+@pytest.mark.parametrize(("gain", "steps", "said"), [
+    ((0.2, 0.1), (-3.0, 9.0), "**helps**"), ((-0.2, 0.1), (-3.0, 1.0), "**hurts**"),
+    ((0.2, 0.3), (-3.0, 1.0), "**sooner**, ends the same"), ((0.2, 0.3), (3.0, 1.0), "**later**, ends the same"),
+    ((0.2, 0.3), (3.0, 4.0), "no difference"),
+])  # fmt: skip
+def test_a_verdict_goes_by_the_score_where_it_is_beyond_chance_and_by_the_steps_else(gain, steps, said):
+    tuning = [run(name, 0, [(0, 5.0), (3, 4.0), (4, 3.0)]) for name in ("eva_rho2", "lora")]
+    finals = [run(name, seed, [(0, 5.0), (4, 2.0)], score=0.0) for name in ("eva_rho2", "lora") for seed in (1, 2)]
+    one, baseline = summarise(("eva_rho2", "lora"), (1e-3,), [*tuning, *finals])
+    one = dataclasses.replace(one, gain=Interval(*gain), steps_gain=Interval(*steps))
+    assert verdict(one, higher_is_better=True) == said
+    with pytest.raises(ValueError, match="lora is what its study compares with"):
+        verdict(baseline, higher_is_better=True)

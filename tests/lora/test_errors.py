@@ -5,7 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from eva_lora import EvaConfig, EvaPlan, EvaStatistics, apply, collect, eva_initialize, plan
+from eva_lora import (
+    EvaConfig,
+    EvaPlan,
+    EvaStatistics,
+    apply,
+    collect,
+    eva_initialize,
+    fit_quantization_error,
+    initialize,
+    plan,
+)
 from support.models import lora, tiny_llama, token_batches
 
 
@@ -107,12 +117,33 @@ class Kinds(nn.Module):
         return self.out(self.grouped(x.mT).mT)
 
 
-def test_layers_that_eva_does_not_apply_to_are_named_once_with_the_reason():
-    tokens = torch.randint(0, 7, (8, 10))
+def of_several_kinds():
+    torch.manual_seed(0)
     config = peft.LoraConfig(
         r=2, target_modules=["words", "grouped", "out"], target_parameters=["table.weight"], rank_pattern={"words": 4}
     )
-    model = peft.get_peft_model(Kinds(), config)
+    return peft.get_peft_model(Kinds(), config)
+
+
+@pytest.mark.parametrize("start", [
+    lambda model: initialize(model, method="pissa"),
+    lambda model: fit_quantization_error(
+        model, float_weights={"out.weight": model.get_parameter("base_model.model.out.base_layer.weight").clone()},
+        config=EvaConfig(rho=1), method="loftq",
+    ),
+], ids=["pissa", "loftq"])  # fmt: skip
+def test_methods_without_a_pass_name_them_too(start):
+    model = of_several_kinds()
+    with pytest.warns(
+        UserWarning, match=r"^(pissa|loftq) leaves these layers as they are: words: an emb.*; grouped: wi"
+    ):
+        report = start(model)
+    assert list(report.layers) == ["out"]
+
+
+def test_layers_that_eva_does_not_apply_to_are_named_once_with_the_reason():
+    tokens = torch.randint(0, 7, (8, 10))
+    model = of_several_kinds()
     torch.manual_seed(0)
     before = {n: p.clone() for n, p in model.named_parameters() if ".out." not in n}
     with pytest.warns(

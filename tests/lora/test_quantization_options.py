@@ -201,6 +201,8 @@ def test_bitsandbytes_quantises_anew_by_itself(floats):
         ({"passes": 0}, "passes: expected an integer of at least 1"),
         ({"passes": 2}, "passes: expected 1 with method"),
         ({"passes": 2, "method": "repair", "config": EvaConfig()}, "passes: expected 1 where ranks move"),
+        ({"data": []}, "loader_or_statistics: expected None with method"),
+        ({"method": "repair", "data": None}, "loader_or_statistics: expected batches or EvaStatistics with method"),
         ({"requantize": print}, "requantize: expected None, since one round leaves the base as it is"),
         ({"repair_explained": 0.5}, "repair_explained: expected None without method"),
         ({"method": "eva+repair", "repair_explained": 1.0}, "repair_explained: expected a number between 0 and 1"),
@@ -209,8 +211,9 @@ def test_bitsandbytes_quantises_anew_by_itself(floats):
 def test_options_that_do_not_go_together_are_named(floats, options, message):
     model = lora(quantised(floats, group=16))
     arguments = {"config": EvaConfig(rho=1.0), "method": "loftq", **options}
+    data = arguments.pop("data", None if arguments["method"] == "loftq" else token_batches())
     with pytest.raises(ValueError, match=message):
-        fit(model, token_batches(), floats, progress=False, **arguments)
+        fit(model, data, floats, progress=False, **arguments)
 
 
 # --- the split

@@ -3,6 +3,7 @@
 Knows PyTorch modules and LoRA libraries; knows no loader, no statistic and no pass.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
@@ -69,6 +70,7 @@ __all__ = [
     "require_ordinary",
     "require_watchable",
     "same_generators",
+    "tell_left_alone",
     "waits_for_others",
     "whole_weights",
     "wrapped",
@@ -148,3 +150,10 @@ def find_adapter(model: nn.Module, sites: Sequence[LoraSite] | None = None) -> L
         "model: found no LoRA layers. Add them first, for example peft.get_peft_model(model, LoraConfig(...)); for "
         "layers of your own see eva_lora.register_adapter. Known: PEFT's LoRA and the libraries in docs/libraries.md."
     )
+
+
+def tell_left_alone(adapter: LoraAdapter, method: str, stacklevel: int) -> None:
+    """Warn of the adapter's layers that a method does not apply to."""
+    if adapter.left_alone:
+        named = "; ".join(f"{name}: {reason}" for name, reason in adapter.left_alone.items())
+        warnings.warn(f"{method} leaves these layers as they are: {named}", stacklevel=stacklevel + 1)

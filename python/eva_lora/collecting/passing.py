@@ -1,6 +1,5 @@
 """The pass over the data: forward passes of the frozen model, statistics folded in as they run."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..adapters import (
     find_adapter,
     ordinary_tensors,
     require_loaded,
+    tell_left_alone,
     whole_weights,
 )
 from ..config import EvaConfig
@@ -100,9 +100,8 @@ def collect_with(
     ranks: Ranks | None = None,
 ) -> EvaStatistics:
     """:func:`collect` for an adapter and ranks that are known already."""
-    if adapter.left_alone and (ranks is None or ranks.rank == 0):
-        named = "; ".join(f"{name}: {reason}" for name, reason in adapter.left_alone.items())
-        warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=4)
+    if ranks is None or ranks.rank == 0:
+        tell_left_alone(adapter, "EVA", stacklevel=4)
 
     outline = ModelOutline(model)
 

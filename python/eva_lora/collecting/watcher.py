@@ -4,7 +4,6 @@ import inspect
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from ..adapters import (
     ordinary_tensors,
     require_loaded,
     require_watchable,
+    tell_left_alone,
 )
 from ..config import EvaConfig
 from ..distributed import ProcessGroup, Ranks, joined, together
@@ -97,9 +97,8 @@ def watching(
 
     with ordinary_tensors():
         adapter, watch = together(ranks, prepare)
-    if adapter.left_alone and watch.speaks:
-        named = "; ".join(f"{name}: {reason}" for name, reason in adapter.left_alone.items())
-        warnings.warn(f"EVA leaves these layers as they are: {named}", stacklevel=3)
+    if watch.speaks:
+        tell_left_alone(adapter, "EVA", stacklevel=3)
     with ExitStack() as stack:
         stack.callback(release_workspaces)
         if without_adapter:

@@ -5,14 +5,15 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eva_lora import eva_initialize, export_plain, export_uniform, initialize, load_adapter
-from support.models import lora, tiny_llama, token_batches
+from support.models import LINEARS, lora, tiny_llama, token_batches
 
 UNIT = 2.0**-24
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 20}}
@@ -220,18 +221,38 @@ def test_ordinary_adapters_load_as_ever_and_have_nothing_to_give_back(base, tmp_
 # --- PEFT's own
 
 
+def of_peft(base, init, **options):
+    """With PEFT's own start, prepared as PEFT asks for it: one text at a time."""
+    if init not in ("corda", "lora_ga"):
+        return lora(copy.deepcopy(base), init_lora_weights=init, **options)
+    model, texts = copy.deepcopy(base), [{n: x[:1] for n, x in batch.items()} for batch in token_batches(8)]
+    common = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "init_lora_weights": init, **options}
+    if init == "corda":
+        corda = pytest.importorskip("peft.tuners.lora.corda")
+        config = LoraConfig(**common, corda_config=peft.tuners.lora.config.CordaConfig(corda_method="ipm"))
+        corda.preprocess_corda(model, config, torch.no_grad()(lambda: [model(**text) for text in texts]))
+    else:
+        loraga = pytest.importorskip("peft.tuners.lora.loraga")
+        config = LoraConfig(**common, lora_ga_config=peft.LoraGAConfig())
+        loss_of = lambda text: model(**text, labels=text["input_ids"]).loss  # noqa: E731
+        loraga.preprocess_loraga(model, config, lambda: [loss_of(text).backward() for text in texts])
+    return get_peft_model(model, config)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:Using Rank-Stabilized LoRA")
 @pytest.mark.parametrize("options", SCALINGS, ids=["alpha", "rsLoRA and patterns"])
-@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4", "corda", "lora_ga"])
 def test_peft_s_own_become_ordinary_given_where_they_started(base, tmp_path, init, options):
     """For rsLoRA with patterns PEFT's own conversion refuses."""
-    model = lora(copy.deepcopy(base), init_lora_weights=init, **options)
+    model = of_peft(base, init, **options)
     model.save_pretrained(tmp_path / "initial")
     trained(model).save_pretrained(tmp_path / "adapter")
     plain = export_plain(tmp_path / "adapter", tmp_path / "plain", initial=tmp_path / "initial")
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), plain.folder)
     assert (logits(loaded) - logits(model)).abs().max() <= 2.0**-14 * logits(model).abs().max()
-    if init.endswith("niter_4"):
-        with pytest.raises(ValueError, match="draws what it takes from the base anew each time"):
+    if init not in ("pissa", "olora"):
+        reason = "draws what it takes" if init.endswith("niter_4") else f"that the {init} adapter was saved in before"
+        with pytest.raises(ValueError, match=reason):
             export_plain(tmp_path / "adapter", tmp_path / "other", base=copy.deepcopy(base))
     else:
         again = export_plain(model, tmp_path / "other", base=base)
