@@ -43,24 +43,25 @@ class Start(nn.Module):
         a, b: (r, …) and (out, r, …), as A and B are kept.
 
     Attributes:
-        a, b: A₀ and B₀.
-        w: (k,) float32: some entries of W, to know it again.
+        kept_a, kept_b: A₀ and B₀. No adapter should be called like them: PEFT saves none whose path holds another
+            adapter's name.
+        kept_w: (k,) float32: some entries of W, to know it again.
     """
 
-    a: Tensor
-    b: Tensor
-    w: Tensor
+    kept_a: Tensor
+    kept_b: Tensor
+    kept_w: Tensor
 
     def __init__(self, layer: Any, adapter: str, a: Tensor, b: Tensor) -> None:
         super().__init__()
-        self.register_buffer("a", a)
-        self.register_buffer("b", b)
-        self.register_buffer("w", samples_of(layer.get_base_layer().weight))
+        self.register_buffer("kept_a", a)
+        self.register_buffer("kept_b", b)
+        self.register_buffer("kept_w", samples_of(layer.get_base_layer().weight))
         self._layer, self._adapter, self.scaling = (layer,), adapter, float(layer.scaling[adapter])
 
     def delta(self) -> Tensor:  # (out, in) float64
         """s B₀ A₀."""
-        return self.scaling * double(self.b.flatten(1)) @ double(self.a.flatten(1))
+        return self.scaling * double(self.kept_b.flatten(1)) @ double(self.kept_a.flatten(1))
 
     def hook(self, base: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The base layer's output, what it lacks added unless the adapter does that."""
@@ -70,8 +71,8 @@ class Start(nn.Module):
         if acts and (merged or self._adapter in layer.active_adapters):
             return output
         (x, *_) = args
-        down = nn.functional.linear(x.to(self.a.dtype), self.a)
-        return output + (nn.functional.linear(down, self.b) * self.scaling).to(output.dtype)
+        down = nn.functional.linear(x.to(self.kept_a.dtype), self.kept_a)
+        return output + (nn.functional.linear(down, self.kept_b) * self.scaling).to(output.dtype)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: it is what the base was changed by, which :meth:`Starts.compare` has seen to."""
@@ -107,7 +108,7 @@ class Starts(nn.ModuleDict):
         """Before a layer's state is loaded: raise ValueError where A and B are of another start than its base."""
         for adapter, start in self.items():
             kept: dict[str, Any] = {
-                f"{prefix}{STARTS}.{adapter}.{name}": x for name, x in (("a", start.a), ("b", start.b))
+                f"{prefix}{STARTS}.{adapter}.{name}": getattr(start, name) for name in ("kept_a", "kept_b")
             }
             given = {key: state_dict[key] for key in kept if key in state_dict}
             if f"{prefix}lora_A.{adapter}.weight" in state_dict and not given:

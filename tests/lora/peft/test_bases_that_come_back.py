@@ -79,8 +79,8 @@ def test_a_plain_adapter_on_the_untouched_base_computes_the_same(base, tmp_path,
                 assert layer.scaling["default"] == pytest.approx(mine.scaling["default"], rel=1e-15)
                 a, b = mine.lora_A["default"].weight, mine.lora_B["default"].weight
                 start = mine.lora_start["default"]
-                assert torch.equal(layer.lora_A["default"].weight, torch.cat([a, start.a]))
-                assert torch.equal(layer.lora_B["default"].weight, torch.cat([b, -start.b], 1))
+                assert torch.equal(layer.lora_A["default"].weight, torch.cat([a, start.kept_a]))
+                assert torch.equal(layer.lora_B["default"].weight, torch.cat([b, -start.kept_b], 1))
 
 
 def test_truncated_it_says_its_error(base, tmp_path):
@@ -96,7 +96,7 @@ def test_truncated_it_says_its_error(base, tmp_path):
         got = layer.scaling["default"] * b @ a
         assert rank == 3
         # Errors of factors in float32, which BA − B₀A₀ was small beside.
-        rounding = 64 * UNIT * layer.scaling["default"] * (start.b.norm() * start.a.norm()).double()
+        rounding = 64 * UNIT * layer.scaling["default"] * (start.kept_b.norm() * start.kept_a.norm()).double()
         assert plain.errors[name] == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-3)
         assert (delta - got).norm() <= s[3:].norm() * (1 + 1e-3) + rounding
     everything = export_plain(model, tmp_path / "all", rank=64)
@@ -212,6 +212,14 @@ def test_another_adapter_is_not_loaded_over_it(base, tmp_path):
         each.load_adapter(tmp_path, "another")  # beside it is another matter
         each.set_adapter("another")
         assert near(logits(each), logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)))
+
+
+@pytest.mark.parametrize("other", ["a", "b", "w"])
+def test_another_adapter_s_name_does_not_lose_what_is_kept(base, tmp_path, other):
+    model = started(base, r=2, target_modules=["q_proj"])
+    model.add_adapter(other, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))
+    model.save_pretrained(tmp_path)
+    assert near(logits(load_adapter(copy.deepcopy(base), tmp_path)), logits(base))
 
 
 def test_gradients_do_not_reach_what_is_kept(base):
