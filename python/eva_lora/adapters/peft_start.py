@@ -43,24 +43,25 @@ class Start(nn.Module):
         a, b: (r, …) and (out, r, …), as A and B are kept.
 
     Attributes:
-        a, b: A₀ and B₀.
-        w: (k,) float32: some entries of W, to know it again.
+        kept_a, kept_b: A₀ and B₀. No adapter should be called like them: PEFT saves none whose path holds another
+            adapter's name.
+        kept_w: (k,) float32: some entries of W, to know it again.
     """
 
-    a: Tensor
-    b: Tensor
-    w: Tensor
+    kept_a: Tensor
+    kept_b: Tensor
+    kept_w: Tensor
 
     def __init__(self, layer: Any, adapter: str, a: Tensor, b: Tensor) -> None:
         super().__init__()
-        self.register_buffer("a", a)
-        self.register_buffer("b", b)
-        self.register_buffer("w", samples_of(layer.get_base_layer().weight))
+        self.register_buffer("kept_a", a)
+        self.register_buffer("kept_b", b)
+        self.register_buffer("kept_w", samples_of(layer.get_base_layer().weight))
         self._layer, self._adapter, self.scaling = (layer,), adapter, float(layer.scaling[adapter])
 
     def delta(self) -> Tensor:  # (out, in) float64
         """s B₀ A₀."""
-        return self.scaling * double(self.b.flatten(1)) @ double(self.a.flatten(1))
+        return self.scaling * double(self.kept_b.flatten(1)) @ double(self.kept_a.flatten(1))
 
     def hook(self, base: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The base layer's output, what it lacks added unless the adapter does that."""
@@ -70,19 +71,68 @@ class Start(nn.Module):
         if acts and (merged or self._adapter in layer.active_adapters):
             return output
         (x, *_) = args
-        down = nn.functional.linear(x.to(self.a.dtype), self.a)
-        return output + (nn.functional.linear(down, self.b) * self.scaling).to(output.dtype)
+        down = nn.functional.linear(x.to(self.kept_a.dtype), self.kept_a)
+        return output + (nn.functional.linear(down, self.kept_b) * self.scaling).to(output.dtype)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        *_, errors = args
-        given = [state_dict.get(f"{prefix}{name}") for name in ("a", "b")]
-        for name, kept, value in zip("ab", (self.a, self.b), given, strict=True):
-            same = value is None or (value.shape == kept.shape and torch.equal(value.to(kept), kept))
-            if not same:
-                errors.append(
-                    f"{prefix}{name} is not what this model's base was changed by: load the adapter into a fresh base "
-                    "with eva_lora.load_adapter"
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing: it is what the base was changed by, which :meth:`Starts.compare` has seen to."""
+
+
+class Starts(nn.ModuleDict):
+    """Adapter → :class:`Start`, of one layer. The base gets its part back when PEFT takes out an adapter, or the layer.
+
+    Args:
+        layer: PEFT's.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self._layer = (layer,)
+        layer.other_param_names = (*layer.other_param_names, STARTS)  # what PEFT deletes of an adapter
+        layer.unload_and_optionally_merge_module = self.unload
+        layer.register_load_state_dict_pre_hook(self.compare)
+
+    @torch.no_grad()
+    def __delitem__(self, adapter: str) -> None:
+        (layer,) = self._layer
+        start: Any = self[adapter]
+        super().__delitem__(adapter)
+        base = layer.get_base_layer()
+        for key, hook in [*base._forward_hooks.items()]:
+            if getattr(hook, "__self__", None) is start:
+                del base._forward_hooks[key]
+        if adapter not in layer.merged_adapters:
+            _fill(layer, _matrix_of(layer) + start.delta())
+
+    def compare(self, _: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Before a layer's state is loaded: raise ValueError where A and B are of another start than its base."""
+        for adapter, start in self.items():
+            kept: dict[str, Any] = {
+                f"{prefix}{STARTS}.{adapter}.{name}": getattr(start, name) for name in ("kept_a", "kept_b")
+            }
+            given = {key: state_dict[key] for key in kept if key in state_dict}
+            if f"{prefix}lora_A.{adapter}.weight" in state_dict and not given:
+                raise ValueError(
+                    f"{prefix}lora_A.{adapter} comes without what it started from, and this model's base was changed "
+                    "by a start of its own; load an ordinary adapter into a fresh base"
                 )
+            if any(
+                x.shape != kept[key].shape or not torch.equal(x.to(kept[key]), kept[key]) for key, x in given.items()
+            ):
+                raise ValueError(
+                    f"{prefix}{STARTS}.{adapter} is not what this model's base was changed by; load the adapter into a "
+                    "fresh base with eva_lora.load_adapter"
+                )
+
+    def unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        """What PEFT puts in the layer's place: its base, with the adapters that are to be merged."""
+        (layer,) = self._layer
+        if merge:
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for adapter in [*self]:
+            del self[adapter]
+        base: nn.Module = layer.get_base_layer()
+        return base
 
 
 def start_of(layer: Any, adapter: str) -> Start | None:
@@ -137,30 +187,19 @@ def begin(layer: Any, adapter: str, a: Tensor | None = None, b: Tensor | None = 
     base: Any = layer.get_base_layer()
     whole, delta = _matrix_of(layer), start.delta()
     left = (whole - delta).to(base.weight.dtype)
-    transposed = getattr(layer, "fan_in_fan_out", False)
-    base.weight.data.copy_((left.T if transposed else left).reshape(base.weight.shape))
+    _fill(layer, left)
     if not hasattr(layer, STARTS):
-        setattr(layer, STARTS, nn.ModuleDict())
+        setattr(layer, STARTS, Starts(layer))
     getattr(layer, STARTS)[adapter] = start
     base.register_forward_hook(start.hook)
     norm = torch.linalg.vector_norm(whole)
     return float(torch.linalg.vector_norm(double(left) + delta - whole) / norm) if norm > 0 else 0.0
 
 
-@torch.no_grad()
 def give_back(layer: Any, adapter: str) -> None:
     """Give a layer's base weight back what :func:`begin` took, if it did, to a rounding."""
-    start: Any = start_of(layer, adapter)
-    if start is None:
-        return
-    del getattr(layer, STARTS)[adapter]
-    base = layer.get_base_layer()
-    for key, hook in [*base._forward_hooks.items()]:
-        if getattr(hook, "__self__", None) is start:
-            del base._forward_hooks[key]
-    whole = _matrix_of(layer) + start.delta()
-    transposed = getattr(layer, "fan_in_fan_out", False)
-    base.weight.data.copy_((whole.T if transposed else whole).reshape(base.weight.shape))
+    if start_of(layer, adapter) is not None:
+        del getattr(layer, STARTS)[adapter]
 
 
 def samples_of(weight: Tensor) -> Tensor:  # (k,) float32
@@ -172,3 +211,8 @@ def samples_of(weight: Tensor) -> Tensor:  # (k,) float32
 def _matrix_of(layer: Any) -> Tensor:  # (out, in) float64
     weight = double(layer.get_base_layer().weight.detach())
     return (weight.T if getattr(layer, "fan_in_fan_out", False) else weight).flatten(1)
+
+
+def _fill(layer: Any, matrix: Tensor) -> None:  # (out, in)
+    weight = layer.get_base_layer().weight
+    weight.data.copy_((matrix.T if getattr(layer, "fan_in_fan_out", False) else matrix).reshape(weight.shape))

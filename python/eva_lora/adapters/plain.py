@@ -152,7 +152,7 @@ def load_adapter(
     adapter.require_movable()
     starts: dict[str, Factors] = {}
     for name, layer in adapter.layers.items():
-        a, b, w = (weights.get(f"base_model.model.{name}.{STARTS}.{part}") for part in "abw")
+        a, b, w = (weights.get(f"base_model.model.{name}.{STARTS}.kept_{part}") for part in "abw")
         if a is None or b is None or w is None:
             raise ValueError(f"model_or_folder: {folder} does not hold what the adapter of {name} started from")
         here = samples_of(layer.get_base_layer().weight).to(w)
@@ -173,8 +173,9 @@ def _starts(
     """Each layer's A₀ and B₀."""
     init = str(config.init_lora_weights)
     if init.startswith(LOADED_BY):
-        owners = [key.removesuffix(f".{STARTS}.a") for key in weights if key.endswith(f".{STARTS}.a")]
-        return {owner: (weights[f"{owner}.{STARTS}.a"], weights[f"{owner}.{STARTS}.b"]) for owner in owners}
+        owners = [key.removesuffix(f".{STARTS}.kept_a") for key in weights if key.endswith(f".{STARTS}.kept_a")]
+        keys = {owner: [f"{owner}.{STARTS}.kept_{part}" for part in "ab"] for owner in owners}
+        return {owner: (weights[a], weights[b]) for owner, (a, b) in keys.items() if b in weights}
     if initial is not None:
         _, first = read_adapter(Path(initial))
     elif base is not None and init.lower() in DETERMINISTIC:

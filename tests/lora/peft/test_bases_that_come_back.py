@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -47,6 +48,15 @@ def started(base, method="pissa", **options):
     return model
 
 
+def left_of(model):
+    """The base as it is inside of the model, lacking what the adapter took."""
+    left = copy.deepcopy(model.get_base_model())
+    for name, layer in [*left.named_modules()]:
+        if hasattr(layer, "lora_A"):
+            left.set_submodule(name, layer.base_layer)
+    return left
+
+
 def near(one, other):
     """Logits as near as a forward in float32 with other products of the same numbers."""
     return (one - other).abs().max() <= 2.0**-16 * other.abs().max()
@@ -69,8 +79,8 @@ def test_a_plain_adapter_on_the_untouched_base_computes_the_same(base, tmp_path,
                 assert layer.scaling["default"] == pytest.approx(mine.scaling["default"], rel=1e-15)
                 a, b = mine.lora_A["default"].weight, mine.lora_B["default"].weight
                 start = mine.lora_start["default"]
-                assert torch.equal(layer.lora_A["default"].weight, torch.cat([a, start.a]))
-                assert torch.equal(layer.lora_B["default"].weight, torch.cat([b, -start.b], 1))
+                assert torch.equal(layer.lora_A["default"].weight, torch.cat([a, start.kept_a]))
+                assert torch.equal(layer.lora_B["default"].weight, torch.cat([b, -start.kept_b], 1))
 
 
 def test_truncated_it_says_its_error(base, tmp_path):
@@ -86,7 +96,7 @@ def test_truncated_it_says_its_error(base, tmp_path):
         got = layer.scaling["default"] * b @ a
         assert rank == 3
         # Errors of factors in float32, which BA − B₀A₀ was small beside.
-        rounding = 64 * UNIT * layer.scaling["default"] * (start.b.norm() * start.a.norm()).double()
+        rounding = 64 * UNIT * layer.scaling["default"] * (start.kept_b.norm() * start.kept_a.norm()).double()
         assert plain.errors[name] == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-3)
         assert (delta - got).norm() <= s[3:].norm() * (1 + 1e-3) + rounding
     everything = export_plain(model, tmp_path / "all", rank=64)
@@ -159,6 +169,59 @@ def test_switched_off_the_base_is_back(base, dtype):
     assert (logits(merged).float() - mine).abs().max() <= allowed
 
 
+def deleted(model):
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))  # the name is free
+    model.set_adapter("default")
+    return model
+
+
+WAYS_OUT = {
+    "unload": lambda model: model.unload(),
+    "merging another": lambda model: model.merge_and_unload(adapter_names=["other"]),
+    "deleting": deleted,
+    "deleting, unloading": lambda model: deleted(model).merge_and_unload(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_where_the_adapter_is_taken_out_the_weights_are_the_base_s_again(base, way):
+    model = trained(started(base))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))  # of which B is zero
+    left = WAYS_OUT[way](pickle.loads(pickle.dumps(model)))
+    shortened = (
+        (n.replace(".base_layer", "").removeprefix("base_model.model."), x) for n, x in left.named_parameters()
+    )
+    weights = dict(shortened)
+    for name, expected in base.named_parameters():
+        # Two roundings of entries that are no larger than ‖W‖₂: of what is left of W, and of the sum.
+        allowed = 2 * UNIT * (1 + UNIT) * torch.linalg.matrix_norm(expected, 2) if expected.ndim == 2 else 0.0
+        assert (weights[name] - expected).abs().max() <= allowed
+    assert not any(module._forward_hooks for module in left.modules())
+    assert near(logits(left), logits(base))
+
+
+def test_another_adapter_is_not_loaded_over_it(base, tmp_path):
+    trained(lora(copy.deepcopy(base))).save_pretrained(tmp_path)
+    model = started(base)
+    expected = logits(model)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match=r"layers\.0.*lora_A\.default comes without what it started from"):
+            each.load_adapter(tmp_path, "default")
+        assert torch.equal(logits(each), expected)
+        each.load_adapter(tmp_path, "another")  # beside it is another matter
+        each.set_adapter("another")
+        assert near(logits(each), logits(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)))
+
+
+@pytest.mark.parametrize("other", ["a", "b", "w"])
+def test_another_adapter_s_name_does_not_lose_what_is_kept(base, tmp_path, other):
+    model = started(base, r=2, target_modules=["q_proj"])
+    model.add_adapter(other, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))
+    model.save_pretrained(tmp_path)
+    assert near(logits(load_adapter(copy.deepcopy(base), tmp_path)), logits(base))
+
+
 def test_gradients_do_not_reach_what_is_kept(base):
     model = trained(started(base))
     for name, buffer in model.named_buffers():
@@ -181,13 +244,13 @@ def test_unconverted_it_does_not_load_onto_the_base_in_silence(base, tmp_path):
         export_uniform(tmp_path, tmp_path / "uniform")
     model = lora(copy.deepcopy(base))
     with pytest.raises(ValueError, match="was taken from; load the base anew"):
-        load_adapter(started(base).unload(), tmp_path)  # what is left of a base is no base
+        load_adapter(left_of(started(base)), tmp_path)  # what is left of a base is no base
     with pytest.raises(ValueError, match="expected a base without LoRA layers"):
         load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="was taken from; load the base anew"):
         load_adapter(tiny_llama(seed=5), tmp_path)
     other = started(tiny_llama(seed=5))
-    with pytest.raises(RuntimeError, match="is not what this model's base was changed by"):
+    with pytest.raises(ValueError, match="is not what this model's base was changed by"):
         other.load_adapter(tmp_path, "default")
 
 
