@@ -21,6 +21,7 @@ from eva_lora.adapters import find_adapter
 from eva_lora.collecting import Asked, GradientPasses, gradient_batches
 from support.bounds import gamma
 from support.models import LINEARS, lora, tiny_llama, token_batches
+from support.pages import blocks
 from support.tiny import state_of
 
 GRADIENT_METHODS = [name for name, method in METHODS.items() if method.data == "gradients"]
@@ -359,6 +360,16 @@ def test_what_starts_from_gradients_saves_and_loads(base, method, tmp_path):
         again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(again(**batches[0]).logits, wanted, rtol=0, atol=1e-5)
+
+
+def test_the_page_s_code_does_what_it_says(base):
+    names = {"model": None, "loader": labelled(2)}
+    code = [block.code for block in blocks("docs/gradients.md") if block.language == "python"]
+    assert len(code) == 2
+    for block in code:
+        names["model"] = lora(copy.deepcopy(base))
+        exec(compile(block, "gradients.md", "exec"), names)
+        assert names["report"].losses[1] < names["report"].losses[0]
 
 
 # --- refusals

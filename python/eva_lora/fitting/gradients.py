@@ -178,5 +178,7 @@ def fit_drawn(
         a = a.to(product)
         solved = torch.linalg.solve(double(a) @ double(a).mT, double(product).mT).mT  # G Aᵀ (A Aᵀ)⁻¹
         length = method.gamma * (shapes[name][1] / ranks[name]) ** 0.5
-        fits[name] = GradientFit(a, (-length * solved).to(product), torch.zeros(ranks[name], dtype=torch.float64))
+        fits[name] = GradientFit(
+            a, (-length * solved).to(product), torch.zeros(ranks[name], dtype=torch.float64, device="cpu")
+        )
     return fits
