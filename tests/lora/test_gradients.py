@@ -18,6 +18,7 @@ from eva_lora import (
     load_adapter,
 )
 from eva_lora.adapters import find_adapter
+from eva_lora.cli.demo import load_smollm2, packed_text
 from eva_lora.collecting import Asked, GradientPasses, gradient_batches
 from support.bounds import gamma
 from support.models import LINEARS, lora, tiny_llama, token_batches
@@ -232,6 +233,30 @@ def test_bases_that_have_no_gradient_tell_what_that_of_what_they_compute_with_is
         assert report.losses[1] < report.losses[0]
 
 
+def test_bitsandbytes_bases_too():
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Tanh(), nn.Linear(96, 64, bias=False))
+    base = copy.deepcopy(floats)
+    for index in (0, 2):
+        out, width = floats[index].weight.shape
+        layer = bnb.nn.Linear4bit(width, out, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        layer.load_state_dict(floats[index].state_dict())
+        base[index] = layer.to("cpu")
+        weight = base[index].weight
+        floats[index].weight.data = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    x = torch.randn(40, 64)
+
+    def loss_fn(model, batch):
+        return (model(batch) - 1).square().mean()
+
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"]))
+    require_same(whole(model, [x], loss_fn=loss_fn), gradients_of(floats, [x], ["0", "2"], loss_fn))
+    for method in ("lora-one", "gora"):
+        before, after = initialize(copy.deepcopy(model), [x], method, loss_fn=loss_fn).losses
+        assert after < before
+
+
 # --- what each method starts from
 
 
@@ -370,6 +395,25 @@ def test_the_page_s_code_does_what_it_says(base):
         names["model"] = lora(copy.deepcopy(base))
         exec(compile(block, "gradients.md", "exec"), names)
         assert names["report"].losses[1] < names["report"].losses[0]
+
+
+@pytest.mark.slow
+def test_every_layer_of_a_language_model_starts_from_its_gradient_s_leading_directions():
+    base, tokenizer = load_smollm2(echo=lambda message: None)
+    texts = packed_text(tokenizer, sequences=4, tokens=128)
+    batches = [texts[i * len(texts) // 4] for i in range(4)]
+    exact = gradients_of(base, batches)
+    model = lora(base, r=8)
+    initialize(model, batches, "lora-one")
+    assert len(exact) == 210
+    for name in [*exact][::5]:
+        g = exact[name]
+        a, b, _, _ = factors_of(model, name)
+        u, s, v = svd(g)
+        for mine, best, side in ((b, u[:, :8], g.T), (a.T, v[:8].T, g)):
+            assert cosine(mine, best) >= 0.99, name
+            q = torch.linalg.qr(mine).Q
+            assert (side @ q).square().sum() >= (1 - 1e-3) * s[:8].square().sum(), name
 
 
 # --- refusals
