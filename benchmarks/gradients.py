@@ -1,13 +1,13 @@
 """What sketches of gradients miss and cost on SmolLM2-135M's own language-model loss: the tables of docs/gradients.md.
 
     python benchmarks/gradients.py schemes [--every N] [--rank R] [--output FILE]
-    python benchmarks/gradients.py starts [--rank R]
-    python benchmarks/gradients.py cost [--rank R]
+    python benchmarks/gradients.py starts [--rank R] [--batches N] [--methods lora-ga ...]
+    python benchmarks/gradients.py cost [--rank R] [--batches N]
 
-``schemes`` takes the exact gradients of four batches, sums of float32 products of one backward pass each, decomposes
-them in float64, and lets each scheme see products of them with its columns alone. Of each scheme: what it keeps of the
-gradients' size, the smallest cosine between its leading R singular vectors and the exact ones on either side, and what
-of their energy is lost; the worst of all layers.
+``schemes`` takes the exact gradients of four batches of 4 × 128 tokens, each from one backward pass in float32,
+decomposes them in float64, and lets each scheme see products of them with its columns alone. Of each scheme: what it
+keeps of the gradients' size, the smallest cosine between its leading R singular vectors and the exact ones on either
+side, and what of their energy is lost; the worst of all layers.
 
 ``starts`` starts an adapter by each method and says what that has done to the loss; of LoRA-GA also the cosine between
 the first step of plain gradient descent on A and B and the gradient that full fine-tuning would follow, beside the best
@@ -136,14 +136,14 @@ def adapted(model: nn.Module, layers: list[str], rank: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
 
 
-def starts(rank: int) -> str:
-    model, batches, layers = load()
+def starts(rank: int, count: int, methods: list[str]) -> str:
+    model, batches, layers = load(count)
     gradients = exact_gradients(model, batches, layers)
     lines = [
         "| method | loss before | after a step | seconds | of the step's cosine with G: worst below the best | mean |"
     ]
     lines.append("| --- | --- | --- | --- | --- | --- |")
-    for method in [name for name, row in METHODS.items() if isinstance(row, GradientMethod)]:
+    for method in methods:
         mine = adapted(copy.deepcopy(model), layers, rank)
         report: Any = initialize(mine, batches, method)
         missing = []
@@ -160,9 +160,9 @@ def starts(rank: int) -> str:
     return "\n".join(lines)
 
 
-def measure(side: str, rank: int, checkpointing: bool) -> dict[str, Any]:
+def measure(side: str, rank: int, count: int, checkpointing: bool) -> dict[str, Any]:
     """One side, in this process."""
-    model, batches, layers = load()
+    model, batches, layers = load(count)
     mine = adapted(model, layers, rank)
     if checkpointing:
         mine.gradient_checkpointing_enable({"use_reentrant": False})
@@ -186,9 +186,10 @@ def measure(side: str, rank: int, checkpointing: bool) -> dict[str, Any]:
     with passes.frozen():
         if side == "without":
             embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-        mine(**batches[0])  # what is done once
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-        before, tick = memory("VmRSS"), time.process_time()
+        before = memory("VmRSS")
+        mine(**batches[0])  # what is done once
+        tick = time.process_time()
         if side == "without":
             for _ in range(5):
                 start = time.process_time()
@@ -202,7 +203,7 @@ def measure(side: str, rank: int, checkpointing: bool) -> dict[str, Any]:
     return {"seconds": whole, "passes": seconds, "peak": peak, "gradients": 4 * sum(m * n for m, n in shapes.values())}
 
 
-def cost(rank: int) -> str:
+def cost(rank: int, count: int) -> str:
     lines = [
         "| | passes, seconds each | all, with the algebra | memory | the same, of G |",
         "| --- | --- | --- | --- | --- |",
@@ -210,7 +211,17 @@ def cost(rank: int) -> str:
     for checkpointing in (False, True):
         found = {}
         for side in ("without", "sketches"):
-            command = [sys.executable, __file__, "measure", "--side", side, "--rank", str(rank)]
+            command = [
+                sys.executable,
+                __file__,
+                "measure",
+                "--side",
+                side,
+                "--rank",
+                str(rank),
+                "--batches",
+                str(count),
+            ]
             command += ["--checkpointing"] if checkpointing else []
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[side] = one = json.loads(done.stdout.splitlines()[-1])
@@ -238,6 +249,9 @@ def main() -> None:
     parser.add_argument("part", choices=["schemes", "starts", "cost", "measure"])
     parser.add_argument("--every", type=int, default=1, help="of the layers, compare one in so many")
     parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--batches", type=int, default=BATCHES)
+    known = [name for name, row in METHODS.items() if isinstance(row, GradientMethod)]
+    parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=["without", "sketches"], help="of measure")
     parser.add_argument("--checkpointing", action="store_true", help="of measure")
@@ -245,10 +259,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.part == "measure":
-        print(json.dumps(measure(options.side, options.rank, options.checkpointing)))
+        print(json.dumps(measure(options.side, options.rank, options.batches, options.checkpointing)))
         return
-    if options.part != "schemes":
-        print(f"\n{starts(options.rank) if options.part == 'starts' else cost(options.rank)}")
+    if options.part == "starts":
+        print(f"\n{starts(options.rank, options.batches, options.methods)}")
+        return
+    if options.part == "cost":
+        print(f"\n{cost(options.rank, options.batches)}")
         return
     rows = schemes(options.every, options.rank)
     print(table(rows))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import BaseWeight
+from .adapters import BaseWeight, LoraSite
 from .collecting import GradientPasses, LossFn, Visits, gradient_batches
 from .config import EvaConfig
 from .distributed import ProcessGroup, joined, together
@@ -76,20 +76,37 @@ def descend(
         fits = fit(method, run, shapes, given, scalings, config)
         before = losses[0]
         after = passes.loss(_steps(fits, before))
-    if not after < before:
+    if not after < before and (ranks is None or ranks.rank == 0):
         warnings.warn(
             f"method={method.name!r}: a step along what the layers start from does not lower the loss of these "
             f"batches: {before:.4g} before, {after:.4g} after it",
             stacklevel=3,
         )
-    sites = {site.name: site for site in adapter.sites}
+    return Descent(_planned(method, adapter.sites, shapes, given, fits, config), len(batches), (before, after))
+
+
+def _planned(
+    method: GradientMethod,
+    sites: Iterable[LoraSite],
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    fits: Mapping[str, GradientFit],
+    config: EvaConfig,
+) -> EvaPlan:
     planned = {
-        name: PlannedSite(name, given[name], site.rank, site.in_features, tuple(fits[name].shares.tolist()), 0)
-        for name, site in sites.items()
+        site.name: PlannedSite(
+            site.name, ranks[site.name], site.rank, site.in_features, tuple(fits[site.name].shares.tolist()), 0
+        )
+        for site in sites
     }
-    lora_a, lora_b = {n: f.lora_a.cpu() for n, f in fits.items()}, {n: f.lora_b.cpu() for n, f in fits.items()}
-    plan = EvaPlan(planned, lora_a, config, sum(site.rank for site in adapter.sites), (), lora_b)
-    return Descent(plan, len(batches), (before, after))
+    notes: tuple[str, ...] = ()
+    if method.moves_ranks:
+        spent = sum(site.rank * sum(shapes[name]) for name, site in planned.items())
+        there = sum(site.configured_rank * sum(shapes[name]) for name, site in planned.items())
+        notes = (f"ranks go by importance: A and B have {spent:,} parameters, {there:,} were configured",)
+    lora_a = {name: fit.lora_a.cpu() for name, fit in fits.items()}
+    lora_b = {name: fit.lora_b.cpu() for name, fit in fits.items()}
+    return EvaPlan(planned, lora_a, config, sum(ranks.values()), notes, lora_b)
 
 
 def _steps(fits: Mapping[str, GradientFit], loss: float) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def initialize(
         beta: For "sc-lora": how much those count, in [0, 1]. What is best is not known: it is chosen, not derived.
         loss_fn: For methods that start from gradients: (model, batch) → the loss, a tensor of one number. None: what
             the model returns as ``loss``.
-        forward_fn, row_mask_fn, sites, progress, overwrite: As in :func:`eva_initialize`.
+        forward_fn, row_mask_fn, sites, progress, overwrite: As in :func:`eva_initialize`. Methods that start from
+            gradients take none of the first two, and show no progress.
         dry_run: Only say what would be done, not for "eva": the model stays as it is.
 
     Returns:
@@ -120,7 +121,8 @@ def initialize(
             }
             return StartReport(
                 method=method, layers=layers, budget=found.plan.budget, base=row.base, num_batches=found.num_batches,
-                num_rows=0, seconds=time.perf_counter() - started, config=chosen.to_dict(), losses=found.losses,
+                num_rows=0, seconds=time.perf_counter() - started, notes=found.plan.notes, config=chosen.to_dict(),
+                losses=found.losses,
             )  # fmt: skip
 
         def statistics_of(data: "Iterable[Any] | EvaStatistics | None") -> EvaStatistics | None:
