@@ -328,16 +328,21 @@ def wide_enough(config: EvaConfig, largest: int) -> EvaConfig:
     Raises:
         ValueError: it would divide A by something, which a fit has no room for.
     """
+    require_undivided(config)
+    enough = default_columns(round(largest * config.rho), config.convergence) >= COLUMNS_PER_RANK * largest
+    if config.oversampling is not None or enough:
+        return config
+    return replace(config, oversampling=COLUMNS_PER_RANK / config.rho)
+
+
+def require_undivided(config: EvaConfig) -> None:
+    """Raise ValueError where A would be divided by something that B knows nothing of."""
     for name in ("whiten", "match_gain"):
         if getattr(config, name):
             raise ValueError(
                 f"{name}: expected False where A and B are fitted to a weight, whose product it would change; "
                 f"got {getattr(config, name)!r}"
             )
-    enough = default_columns(round(largest * config.rho), config.convergence) >= COLUMNS_PER_RANK * largest
-    if config.oversampling is not None or enough:
-        return config
-    return replace(config, oversampling=COLUMNS_PER_RANK / config.rho)
 
 
 def base_weights_of(adapter: LoraAdapter) -> tuple[dict[str, BaseWeight], dict[str, str]]:

@@ -19,13 +19,14 @@ from .adapters import (
     require_changeable,
     tell_left_alone,
 )
-from .collecting import ForwardFn, RowMaskFn, Visits, collect_with
+from .collecting import ForwardFn, LossFn, RowMaskFn, Visits, collect_with
 from .config import EvaConfig
+from .descending import descend
 from .distributed import joined
-from .fitting import METHODS, Method, MethodFit, Moment, fit_method, known_directions
+from .fitting import METHODS, GradientMethod, Method, MethodFit, Moment, fit_method, known_directions
 from .initializing import eva_initialize
 from .planning import Allocation, EvaPlan, EvaStatistics, InputStatistics, PlannedSite, SiteStatistics
-from .repair import described, require_whole, wide_enough
+from .repair import described, require_undivided, require_whole, wide_enough
 from .reporting import EvaReport, LayerStart, StartReport
 
 __all__ = ["config_for", "initialize"]
@@ -39,6 +40,7 @@ def initialize(
     *,
     keep: "Iterable[Any] | EvaStatistics | None" = None,
     beta: float = 0.5,
+    loss_fn: LossFn | None = None,
     forward_fn: ForwardFn | None = None,
     row_mask_fn: RowMaskFn | None = None,
     sites: Sequence[LoraSite] | None = None,
@@ -46,7 +48,8 @@ def initialize(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> "EvaReport | StartReport":
-    """Start a model's LoRA layers by one of the methods of docs/methods.md, from one statistic of their inputs.
+    """Start a model's LoRA layers by one of the methods of docs/methods.md, from one statistic of their inputs or from
+    the gradients of a loss (docs/gradients.md).
 
     Methods that move part of the base weight into A and B leave W − s B₀ A₀ there, in W's dtype. ``disable_adapter``
     still computes with W, to a rounding; the saved adapter holds A₀ and B₀, and loads with
@@ -56,12 +59,17 @@ def initialize(
         model: A model with LoRA layers, as in :func:`eva_initialize`. Call this before the optimizer is made.
         loader_or_statistics: Batches, or statistics that :func:`eva_lora.collect` has made of this model; None for
             methods that need no data. "corda-kpm", "astra" and "lora-null" need statistics with ``keep_moments``.
+            Methods that start from gradients need batches with labels, and keep ``max_batches`` of them, 32 where that
+            is None.
         method: "eva" (:func:`eva_initialize`), or a name in ``eva_lora.METHODS``.
         config: As in :func:`eva_initialize`. Of its ranks' options ``rho`` moves ranks between layers for methods that
             score directions ("pissa", "corda"); None: every layer keeps its own, but for "eva".
         keep: For "sc-lora": batches or statistics of what is to be kept.
         beta: For "sc-lora": how much those count, in [0, 1]. What is best is not known: it is chosen, not derived.
-        forward_fn, row_mask_fn, sites, progress, overwrite: As in :func:`eva_initialize`.
+        loss_fn: For methods that start from gradients: (model, batch) → the loss, a tensor of one number. None: what
+            the model returns as ``loss``.
+        forward_fn, row_mask_fn, sites, progress, overwrite: As in :func:`eva_initialize`. Methods that start from
+            gradients take none of the first two, and show no progress.
         dry_run: Only say what would be done, not for "eva": the model stays as it is.
 
     Returns:
@@ -72,6 +80,8 @@ def initialize(
         ValueError: an unknown method, data that it does not take or lacks, a layer that it cannot start; and as
             :func:`eva_lora.collect` and :func:`eva_lora.apply`. The model is then as it was.
     """
+    if loss_fn is not None and not isinstance(METHODS.get(method), GradientMethod):
+        raise ValueError(f"loss_fn: expected None with method={method!r}, which takes no gradients")
     if method == "eva":
         _refuse_second_set(method, keep)
         if dry_run:
@@ -87,6 +97,8 @@ def initialize(
         _refuse_second_set(method, keep)
     _require_data("loader_or_statistics", row, loader_or_statistics, needed=row.data != "none")
     _require_data("keep", row, keep, needed=row.data == "two sets")
+    if isinstance(row, GradientMethod):
+        _require_gradients_only(row, loader_or_statistics, loss_fn, forward_fn, row_mask_fn)
     if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number between 0 and 1, got {beta!r}")
     started = time.perf_counter()
@@ -97,9 +109,24 @@ def initialize(
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
         require_whole(model)
-        require_changeable(model, ranks_change=chosen.moves_ranks)
-        if loader_or_statistics is None:  # else the pass tells
+        moves_ranks = chosen.moves_ranks or (isinstance(row, GradientMethod) and row.moves_ranks)
+        require_changeable(model, ranks_change=moves_ranks)
+        if loader_or_statistics is None or isinstance(row, GradientMethod):  # else the pass tells
             tell_left_alone(adapter, method, stacklevel=2)
+        if isinstance(row, GradientMethod):
+            _members(adapter, bases)
+            assert loader_or_statistics is not None
+            found = descend(row, adapter, model, bases, loader_or_statistics, chosen, loss_fn)  # type: ignore[arg-type]
+            rounding = {} if dry_run else _write(adapter, found.plan, row)
+            layers = {
+                site.name: LayerStart(site.rank, site.configured_rank, None, rounding=rounding.get(site.name))
+                for site in found.plan.sites.values()
+            }
+            return StartReport(
+                method=method, layers=layers, budget=found.plan.budget, base=row.base, num_batches=found.num_batches,
+                num_rows=0, seconds=time.perf_counter() - started, notes=found.plan.notes, config=chosen.to_dict(),
+                losses=found.losses,
+            )  # fmt: skip
 
         def statistics_of(data: "Iterable[Any] | EvaStatistics | None") -> EvaStatistics | None:
             if data is None or isinstance(data, EvaStatistics):
@@ -144,11 +171,26 @@ def _require_data(name: str, method: Method, data: Any, *, needed: bool) -> None
         return
     if isinstance(data, (str, bytes)) or not (isinstance(data, EvaStatistics) or hasattr(data, "__iter__")):
         raise TypeError(f"{name}: expected an iterable of batches or EvaStatistics, got {type(data).__name__}")
-    if not isinstance(data, EvaStatistics) and joined(None) is not None:
+    if not isinstance(data, EvaStatistics) and joined(None) is not None and not isinstance(method, GradientMethod):
         raise ValueError(
             f"{name}: expected EvaStatistics where several ranks run; make them with eva_lora.collect on all ranks and "
             "pass them on each"
         )
+
+
+def _require_gradients_only(
+    method: GradientMethod, data: Any, loss_fn: Any, forward_fn: ForwardFn | None, row_mask_fn: RowMaskFn | None
+) -> None:
+    """Raise unless gradients can be taken of what is given."""
+    if isinstance(data, EvaStatistics):
+        raise ValueError(
+            f"loader_or_statistics: expected batches with method={method.name!r}, statistics hold no gradients"
+        )
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a callable or None, got {type(loss_fn).__name__}")
+    for name, given in (("forward_fn", forward_fn), ("row_mask_fn", row_mask_fn)):
+        if given is not None:
+            raise ValueError(f"{name}: expected None with method={method.name!r}, whose loss says what counts: loss_fn")
 
 
 def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
@@ -165,7 +207,8 @@ def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
     if without:
         name, why = next(iter(without.items()))
         raise ValueError(f"model: method={method.name!r} cannot start {len(without)} layers; {name}: {why}")
-    asked.require_movable()
+    if method.base == "less" or not isinstance(method, GradientMethod):
+        asked.require_movable()
     return dict(bases)
 
 
@@ -184,8 +227,14 @@ def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaC
         raise ValueError(
             f"budget_parameters: expected None with method={method.name!r}, whose directions have no scores"
         )
-    if chosen.moves_ranks and not chosen.adjust_scaling_factors:
+    moves = chosen.moves_ranks or (isinstance(method, GradientMethod) and method.moves_ranks)
+    if moves and not chosen.adjust_scaling_factors:
         raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} where ranks may change")
+    if isinstance(method, GradientMethod):
+        require_undivided(chosen)
+        if chosen.max_rows is not None:
+            raise ValueError(f"max_rows: expected None with method={method.name!r}, whose passes end after max_batches")
+        return chosen
     chosen = wide_enough(chosen, max(site.rank for site in adapter.sites))
     return replace(chosen, keep_moments=True) if method.data == "all" else chosen
 

@@ -7,6 +7,7 @@ statistic → :mod:`.run` (refresh, after the forward) → :mod:`.convergence` (
 
 from .batches import ForwardFn
 from .estimating import Estimate, estimate, matmul_rate
+from .gradients import Asked, GradientPasses, LossFn, gradient_batches
 from .masks import RowMaskFn
 from .own_forwards import collect_calls
 from .passing import collect, collect_with
@@ -14,9 +15,12 @@ from .visiting import Change, Visits, own
 from .watcher import Watch, watching
 
 __all__ = [
+    "Asked",
     "Change",
     "Estimate",
     "ForwardFn",
+    "GradientPasses",
+    "LossFn",
     "RowMaskFn",
     "Visits",
     "Watch",
@@ -24,6 +28,7 @@ __all__ = [
     "collect_calls",
     "collect_with",
     "estimate",
+    "gradient_batches",
     "matmul_rate",
     "own",
     "watching",

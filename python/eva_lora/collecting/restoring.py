@@ -19,8 +19,11 @@ _NOTHING = nullcontext()
 
 
 @contextmanager
-def borrowed(outline: ModelOutline) -> Iterator[None]:
+def borrowed(outline: ModelOutline, *, backward: bool = False) -> Iterator[None]:
     """Within it the model is in eval mode, without gradients and without gradient checkpointing.
+
+    With ``backward`` there are gradients, and modules that checkpoint activations stay as they are: many do so in
+    training mode alone.
 
     Afterwards, also after an exception or Ctrl-C, these are what they were, whatever the loader or a ``forward_fn``
     did to them: every module's training flag, gradient checkpointing flag and (unless the model is compiled or
@@ -36,13 +39,15 @@ def borrowed(outline: ModelOutline) -> Iterator[None]:
         if wrapped(outline) is None:  # wrappers hang hooks of their own on modules, some of them in the first forward
             stack.callback(_hooks(outline.modules))
         for module in outline.modules:
+            if backward and vars(module).get("gradient_checkpointing") is True:
+                continue
             if module.training:
                 module.training = False  # not eval(), which some libraries override to merge weights
             # In eval mode the last would pack padded batches into nested tensors, which have no common shape.
             for name in ("gradient_checkpointing", "use_nested_tensor"):
                 if vars(module).get(name) is True:
                     vars(module)[name] = False
-        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(backward)
         yield
 
 

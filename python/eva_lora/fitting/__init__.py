@@ -6,14 +6,17 @@ Knows weights, the layers they are in and statistics of these layers' inputs; do
 
 from .base_samples import difference, quantization_of, samples_of
 from .float_weights import FloatWeights, LayerWeights
+from .gradients import GradientFit, fit_drawn, fit_leading, importances, ranks_by_importance
 from .in_sequence import fit_in_sequence
 from .layer_fit import LayerFit, completed, fit_layer, no_preference
 from .measuring import ModelErrors, added_by, layer_errors, model_errors
-from .methods import METHODS, Method, MethodFit, Moment, fit_method, known_directions
+from .methods import METHODS, GradientMethod, Method, MethodFit, Moment, fit_method, known_directions
 
 __all__ = [
     "METHODS",
     "FloatWeights",
+    "GradientFit",
+    "GradientMethod",
     "LayerFit",
     "LayerWeights",
     "Method",
@@ -23,13 +26,17 @@ __all__ = [
     "added_by",
     "completed",
     "difference",
+    "fit_drawn",
     "fit_in_sequence",
     "fit_layer",
+    "fit_leading",
     "fit_method",
+    "importances",
     "known_directions",
     "layer_errors",
     "model_errors",
     "no_preference",
     "quantization_of",
+    "ranks_by_importance",
     "samples_of",
 ]

@@ -15,7 +15,7 @@ from eva_kernels._double import double
 from eva_kernels.low_rank_fit import SecondMoment
 from eva_kernels.singular_ends import SingularEnd, leading_singular, trailing_singular
 
-__all__ = ["METHODS", "Method", "MethodFit", "Moment", "fit_method", "known_directions"]
+__all__ = ["METHODS", "GradientMethod", "Method", "MethodFit", "Moment", "fit_method", "known_directions"]
 
 NO_ENERGY = 1e-300
 ENDS: dict[str, Callable[[Tensor, int], SingularEnd]] = {"top": leading_singular, "bottom": trailing_singular}
@@ -30,22 +30,23 @@ class Method:
     Attributes:
         name: As the user writes it.
         data: What it asks of the inputs: nothing; their second moment, as far as a pass that follows leading directions
-            knows it; all of it, each direction; or the second moments of two sets.
+            knows it; all of it, each direction; the second moments of two sets; or the gradients of a loss on them.
         power: p of R.
         end: Of the spectrum, that is taken.
         exponent: a. None: B = U and A = 0, and B stays as it is in training.
         base: What the base weight becomes: "less" s B A, or "kept".
-        matrix: M: the weight, or the part of it that answers to the r directions which inputs have least of.
+        matrix: M: the weight, the part of it that answers to the r directions which inputs have least of, or the
+            gradient of the loss by it.
         paper: Where it is from.
     """
 
     name: str
-    data: Literal["none", "leading", "all", "two sets"]
+    data: Literal["none", "leading", "all", "two sets", "gradients"]
     power: int
     end: Literal["top", "bottom"]
     exponent: float | None
     base: Literal["less", "kept"]
-    matrix: Literal["weight", "silent part"] = "weight"
+    matrix: Literal["weight", "silent part", "gradient"] = "weight"
     paper: str = ""
 
     @property
@@ -54,8 +55,33 @@ class Method:
         return self.end == "top" and self.data in ("none", "leading")
 
 
+@dataclass(frozen=True)
+class GradientMethod(Method):
+    """A row whose M is G, the gradient of the loss by the weight.
+
+    With G = U S Vᵀ and D = S over the largest of S: B = c U D^a and A = c D^a Vᵀ; −B where the start itself is a step.
+
+    Attributes:
+        taken: Which singular vectors A and B take, in ranks: (0, 1) is the first r for A and the next r for B. None: A
+            is drawn and B A is what of −G A's rows hold, scaled.
+        gamma: The paper's γ, of which c or that scale is made.
+    """
+
+    taken: tuple[int, int] | None = (0, 0)
+    gamma: float = 1.0
+
+    @property
+    def moves_ranks(self) -> bool:
+        """Whether it gives ranks itself."""
+        return self.taken is None
+
+    def scale(self, out_features: int) -> float:
+        """c: of what is subtracted from W again m^¼ / √γ, else 1 / √γ."""
+        return float((out_features**0.25 if self.base == "less" else 1.0) / self.gamma**0.5)
+
+
 #: Name → row of the table of docs/methods.md.
-METHODS = {
+METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("pissa", "none", 0, "top", 0.5, "less", paper="arXiv 2404.02948"),
@@ -66,6 +92,18 @@ METHODS = {
         Method("astra", "all", 1, "bottom", 0.0, "less", paper="arXiv 2602.19111"),
         Method("sc-lora", "two sets", 1, "top", 0.0, "less", paper="arXiv 2505.23724"),
         Method("lora-null", "all", 0, "top", 0.5, "less", "silent part", paper="arXiv 2503.02659"),
+        GradientMethod(
+            "lora-ga", "gradients", 0, "top", 0.0, "less", "gradient", "arXiv 2407.05000", taken=(0, 1), gamma=16.0
+        ),
+        GradientMethod(
+            "lora-ga-a2r", "gradients", 0, "top", 0.0, "less", "gradient", "arXiv 2407.05000", taken=(1, 0), gamma=16.0
+        ),
+        GradientMethod(
+            "lora-one", "gradients", 0, "top", 0.5, "kept", "gradient", "arXiv 2502.01235", taken=(0, 0), gamma=128.0
+        ),
+        GradientMethod(
+            "gora", "gradients", 0, "top", 0.0, "kept", "gradient", "arXiv 2502.12171", taken=None, gamma=0.05
+        ),
     )
 }
 

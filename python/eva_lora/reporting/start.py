@@ -20,7 +20,8 @@ class LayerStart:
     Attributes:
         rank: The rank it has now.
         configured_rank: The rank it was configured with.
-        weight_share: ‖Uᵀ M‖² / ‖W‖²: of the weight, what the directions hold that A and B start from.
+        weight_share: ‖Uᵀ M‖² / ‖W‖²: of the weight, what the directions hold that A and B start from. None where they
+            are a gradient's.
         output_share: E‖Uᵀ M x‖² / E‖W x‖²: the same of the layer's outputs, on the inputs that were given.
         kept_share: The same on the inputs that are to be kept. None where there were none.
         rounding: ‖W − (base) − s B A‖ / ‖W‖, what the base's dtype rounds off of it. None where the base stays as it
@@ -29,7 +30,7 @@ class LayerStart:
 
     rank: int
     configured_rank: int
-    weight_share: float
+    weight_share: float | None
     output_share: float | None = None
     kept_share: float | None = None
     rounding: float | None = None
@@ -48,6 +49,9 @@ class StartReport:
         seconds: Wall time.
         notes: What was not as asked.
         config: The options of the pass and of the ranks.
+        losses: The mean loss of the base on the batches that gradients were taken of, and after a step along what the
+            layers start from: that start itself where the base stays as it is, else one that would lower the loss by a
+            hundredth if it went on as it begins. None where no gradients are.
         versions: Of what the result depends on.
     """
 
@@ -60,6 +64,7 @@ class StartReport:
     seconds: float
     notes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    losses: tuple[float, float] | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
     @classmethod
@@ -78,7 +83,7 @@ class StartReport:
             stored = json.loads(path.read_text(encoding="utf-8"))
             version = stored.pop("format_version")
             layers = {name: storage.checked(LayerStart, layer) for name, layer in stored.pop("layers").items()}
-            report = storage.checked(cls, stored, layers=layers)
+            report = storage.checked(cls, {"losses": None, **stored}, layers=layers)  # absent in older files
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is no complete report of a start: {error}") from error
         if version != FORMAT_VERSION:
@@ -100,8 +105,11 @@ class StartReport:
         rows = [
             ("layers", f"{len(self.layers)}, method {self.method}"),
             ("ranks", f"{sum(self.ranks.values())} of a budget of {self.budget}"),
-            ("data", f"{self.num_rows:,} rows in {self.num_batches} batches" if self.num_rows else "none is looked at"),
+            ("data", self._data()),
         ]
+        if self.losses is not None:
+            before, after = self.losses
+            rows.append(("loss", f"{before:.4g}, {after:.4g} after a step along what the layers start from"))
         for name, label, of in (
             ("weight_share", "of weights", "‖Uᵀ M‖² / ‖W‖²"),
             ("output_share", "of outputs", "E‖Uᵀ M x‖² / E‖W x‖²"),
@@ -114,6 +122,11 @@ class StartReport:
         if rounding is not None:
             base = f"is W less s B A now; its dtype rounds off {rounding:.1e} of ‖W‖"
         return [*rows, ("base", base), ("time", f"{self.seconds:.1f} s")]
+
+    def _data(self) -> str:
+        if self.losses is not None:
+            return f"gradients of {self.num_batches} batches"
+        return f"{self.num_rows:,} rows in {self.num_batches} batches" if self.num_rows else "none is looked at"
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.facts())

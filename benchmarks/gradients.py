@@ -1,0 +1,278 @@
+"""What sketches of gradients miss and cost on SmolLM2-135M's own language-model loss: the tables of docs/gradients.md.
+
+    python benchmarks/gradients.py schemes [--every N] [--rank R] [--output FILE]
+    python benchmarks/gradients.py starts [--rank R] [--batches N] [--methods lora-ga ...]
+    python benchmarks/gradients.py cost [--rank R] [--batches N]
+
+``schemes`` takes the exact gradients of four batches of 4 × 128 tokens, each from one backward pass in float32,
+decomposes them in float64, and lets each scheme see products of them with its columns alone. Of each scheme: what it
+keeps of the gradients' size, the smallest cosine between its leading R singular vectors and the exact ones on either
+side, and what of their energy is lost; the worst of all layers.
+
+``starts`` starts an adapter by each method and says what that has done to the loss; of LoRA-GA also the cosine between
+the first step of plain gradient descent on A and B and the gradient that full fine-tuning would follow, beside the best
+that so many directions of the exact gradient could have.
+
+``cost`` runs the five passes of LoRA-GA and as many plain forwards and backwards of the same batches, each in a process
+of its own, on one thread: seconds of the processor's time, and the highest memory above that of model and batches
+(VmHWM, set back before). With gradient checkpointing and without.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from eva_kernels.gradient_sketch import leading_part, random_basis, range_basis
+from eva_lora import METHODS, initialize
+from eva_lora.adapters import find_adapter
+from eva_lora.cli.demo import load_smollm2, packed_text
+from eva_lora.collecting import Asked, GradientPasses
+from eva_lora.config import EvaConfig
+from eva_lora.fitting import GradientMethod, fit_leading
+from eva_lora.planning import versions
+from methods import memory
+
+RANK = 8
+BATCHES = 4
+#: Passes, and columns for each rank.
+SCHEMES = [
+    *((1, 16), (2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 5), (4, 6), (4, 8)),
+    *((5, 3), (5, 4), (5, 5), (5, 6), (6, 3), (6, 4)),
+]
+
+Pair = tuple[Tensor, Tensor]  # U (m, k) and V (n, k)
+
+
+def load(count: int = BATCHES, sequences: int = 4) -> tuple[nn.Module, list[dict[str, Tensor]], list[str]]:
+    """SmolLM2, batches with labels, and its linear layers but for the output head."""
+    model, tokenizer = load_smollm2(echo=lambda message: None)
+    texts = list(packed_text(tokenizer, sequences=sequences, tokens=128))
+    batches = [
+        dict(texts[i * len(texts) // count], labels=texts[i * len(texts) // count]["input_ids"]) for i in range(count)
+    ]
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    return model.eval(), batches, layers
+
+
+def exact_gradients(model: nn.Module, batches: list[dict[str, Tensor]], layers: list[str]) -> dict[str, Tensor]:
+    """Layer → the gradient of the mean loss over the batches, (out, in) float32."""
+    model.requires_grad_(False)
+    weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in layers}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in batches:
+        (model(**batch).loss / len(batches)).backward()
+    found = {name: weight.grad for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.requires_grad_(False)
+        weight.grad = None
+    return found
+
+
+def iterated(gradient: Tensor, passes: int, columns: int) -> Pair:
+    """A pass's products go into the next one's basis; the first multiplies G with noise."""
+    basis, product, left = random_basis(gradient.shape[1], columns), gradient, False
+    for index in range(passes):
+        product = (gradient.T if left else gradient) @ basis.to(gradient.dtype)
+        if index < passes - 1:
+            basis, left = range_basis(product), not left
+    found = leading_part(basis, product, columns)
+    return (found.right, found.left) if left else (found.left, found.right)
+
+
+def in_one_pass(gradient: Tensor, columns: int) -> Pair:
+    """G Ω and Gᵀ Ψ of noise Ω, and of twice as many columns Ψ (generalised Nyström)."""
+    omega, psi = (
+        random_basis(n, c, seed=c).to(gradient)
+        for n, c in zip(gradient.shape[::-1], (columns, 2 * columns), strict=True)
+    )
+    q = torch.linalg.qr(gradient @ omega).Q
+    core = torch.linalg.lstsq(psi.T @ q, (gradient.T @ psi).T).solution
+    u, _, vt = torch.linalg.svd(core, full_matrices=False)
+    return q @ u, vt.T
+
+
+def kept_of(gradient: Tensor, columns: int) -> int:
+    """Bytes: a basis in bfloat16 of one side, and a product in float32 of the other, the dearer way round."""
+    m, n = gradient.shape
+    return columns * max(4 * m + 2 * n, 2 * m + 4 * n)
+
+
+def schemes(every: int, rank: int) -> list[dict[str, Any]]:
+    model, batches, layers = load()
+    gradients = exact_gradients(model, batches, layers)
+    whole = sum(g.nbytes for g in gradients.values())
+    rows: list[dict[str, Any]] = []
+    for passes, times in SCHEMES:
+        kept = sum(kept_of(g, min(times * rank, *g.shape)) for g in gradients.values())
+        rows.append({"passes": passes, "columns": times, "kept": kept / whole, "cosines": [], "lost": []})
+    for name in layers[::every]:
+        g = gradients[name].double()
+        u, s, vt = torch.linalg.svd(g, full_matrices=False)
+        best = s[:rank].square().sum()
+        for row in rows:
+            columns = min(row["columns"] * rank, *g.shape)
+            pair = in_one_pass(g, columns // 2) if row["passes"] == 1 else iterated(g, row["passes"], columns)
+            mine, its = (x[:, :rank] for x in pair)
+            sides = ((u[:, :rank], mine, mine.T @ g), (vt[:rank].T, its, g @ its))
+            row["cosines"].append(min(float(torch.linalg.svdvals(exact.T @ found)[-1]) for exact, found, _ in sides))
+            row["lost"].append(max(float(1 - image.square().sum() / best) for *_, image in sides))
+        print(name, flush=True)
+    return rows
+
+
+def adapted(model: nn.Module, layers: list[str], rank: int) -> Any:
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
+
+
+def starts(rank: int, count: int, methods: list[str]) -> str:
+    model, batches, layers = load(count)
+    gradients = exact_gradients(model, batches, layers)
+    lines = [
+        "| method | loss before | after a step | seconds | of the step's cosine with G: worst below the best | mean |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for method in methods:
+        mine = adapted(copy.deepcopy(model), layers, rank)
+        report: Any = initialize(mine, batches, method)
+        missing = []
+        for name in layers if method.startswith("lora-ga") else ():
+            layer, g = mine.get_base_model().get_submodule(name), gradients[name].double()
+            a, b = layer.lora_A["default"].weight.detach().double(), layer.lora_B["default"].weight.detach().double()
+            step, values = b @ (b.T @ g) + (g @ a.T) @ a, torch.linalg.svdvals(g)
+            best = (values[: 2 * rank].square().sum() / values.square().sum()).sqrt()
+            missing.append(float(best - (step * g).sum() / step.norm() / g.norm()))
+        found = f"{max(missing):.4f} | {sum(missing) / len(missing):.4f}" if missing else "|"
+        before, after = report.losses
+        lines.append(f"| {method} | {before:.3f} | {after:.3f} | {report.seconds:.0f} | {found} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def measure(side: str, rank: int, count: int, checkpointing: bool) -> dict[str, Any]:
+    """One side, in this process."""
+    model, batches, layers = load(count)
+    mine = adapted(model, layers, rank)
+    if checkpointing:
+        mine.gradient_checkpointing_enable({"use_reentrant": False})
+        mine.train()
+    adapter: Any = find_adapter(mine)
+    passes = GradientPasses(adapter, mine, batches)
+    shapes = {n: tuple(model.get_submodule(n).base_layer.weight.shape) for n in layers}
+    seconds: list[float] = []
+
+    def plain() -> None:
+        for batch in batches:
+            mine(**batch).loss.backward()
+
+    def run(asked: Mapping[str, Asked]) -> dict[str, Tensor]:
+        tick = time.process_time()
+        products = passes.run(asked).products
+        seconds.append(time.process_time() - tick)
+        return products
+
+    embedding = mine.get_base_model().get_input_embeddings()
+    with passes.frozen():
+        if side == "without":
+            embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        before = memory("VmRSS")
+        mine(**batches[0])  # what is done once
+        tick = time.process_time()
+        if side == "without":
+            for _ in range(5):
+                start = time.process_time()
+                plain()
+                seconds.append(time.process_time() - start)
+        else:
+            method: Any = METHODS["lora-ga"]
+            fit_leading(method, run, shapes, dict.fromkeys(layers, rank), adapter.scalings(), EvaConfig(rho=1.0))
+        whole = time.process_time() - tick
+    peak = memory("VmHWM") - before
+    return {"seconds": whole, "passes": seconds, "peak": peak, "gradients": 4 * sum(m * n for m, n in shapes.values())}
+
+
+def cost(rank: int, count: int) -> str:
+    lines = [
+        "| | passes, seconds each | all, with the algebra | memory | the same, of G |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for checkpointing in (False, True):
+        found = {}
+        for side in ("without", "sketches"):
+            command = [
+                sys.executable,
+                __file__,
+                "measure",
+                "--side",
+                side,
+                "--rank",
+                str(rank),
+                "--batches",
+                str(count),
+            ]
+            command += ["--checkpointing"] if checkpointing else []
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[side] = one = json.loads(done.stdout.splitlines()[-1])
+            more = one["peak"] - found["without"]["peak"]
+            share = f"{more / one['gradients']:.3f} more" if side == "sketches" else ""
+            each = ", ".join(f"{s:.1f}" for s in one["passes"])
+            name = f"{side}{', checkpointing' * checkpointing}"
+            lines.append(f"| {name} | {each} | {one['seconds']:.1f} s | {one['peak'] / 2**20:.0f} MiB | {share} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| passes | columns | kept of G | smallest cosine, worst | median | energy lost, worst |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        cosines, kept, lost = torch.tensor(row["cosines"]), f"1/{1 / row['kept']:.1f}", f"{max(row['lost']):.1e}"
+        found = f"{cosines.min():.4f} | {cosines.median():.4f} | {lost}"
+        lines.append(f"| {row['passes']} | {row['columns']} r | {kept} | {found} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["schemes", "starts", "cost", "measure"])
+    parser.add_argument("--every", type=int, default=1, help="of the layers, compare one in so many")
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--batches", type=int, default=BATCHES)
+    known = [name for name, row in METHODS.items() if isinstance(row, GradientMethod)]
+    parser.add_argument("--methods", nargs="+", default=known, choices=known)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--side", choices=["without", "sketches"], help="of measure")
+    parser.add_argument("--checkpointing", action="store_true", help="of measure")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if options.part == "measure":
+        print(json.dumps(measure(options.side, options.rank, options.batches, options.checkpointing)))
+        return
+    if options.part == "starts":
+        print(f"\n{starts(options.rank, options.batches, options.methods)}")
+        return
+    if options.part == "cost":
+        print(f"\n{cost(options.rank, options.batches)}")
+        return
+    rows = schemes(options.every, options.rank)
+    print(table(rows))
+    if options.output:
+        found = {"rank": options.rank, "every": options.every, "rows": rows, "versions": versions()}
+        options.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

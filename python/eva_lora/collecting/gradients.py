@@ -1,0 +1,259 @@
+"""Products of layers' weight gradients with few columns, from forwards and backwards that form no gradient."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from eva_kernels.gradient_sketch import outer_add_, projected
+
+from ..adapters import LoraAdapter, LoraSite, ModelOutline, noted_generators, require_loaded
+from ..config import EvaConfig
+from ..distributed import Ranks, together
+from .batches import default_forward, to_device
+from .forwards import input_device
+from .reader import END, BatchReader
+from .restoring import borrowed, without_autocast
+from .visiting import Change, Visits, own
+
+__all__ = ["Asked", "GradientPasses", "LossFn", "Told", "gradient_batches"]
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class Asked(NamedTuple):
+    """What is asked of one layer's gradient G (out, in): one of these.
+
+    Attributes:
+        right: (in, q). G right is told.
+        left: (out, q). Gᵀ left is told. The layer's inputs are kept until its outputs' gradients come.
+        whole: G itself is told.
+    """
+
+    right: Tensor | None = None
+    left: Tensor | None = None
+    whole: bool = False
+
+
+class Told(NamedTuple):
+    """The answers of one pass.
+
+    Attributes:
+        products: Layer → (out, q), (in, q) or (out, in), on its device, float32 (of float64 inputs float64): of the
+            gradient of the mean loss.
+        loss: The mean over all batches.
+    """
+
+    products: dict[str, Tensor]
+    loss: float
+
+
+def gradient_batches(loader: Iterable[Any], most: int) -> list[Any]:
+    """The first batches of one round through a loader, kept: every pass has to see the same.
+
+    Raises:
+        TypeError, ValueError: as :func:`eva_lora.collect` of a loader.
+    """
+    reader = BatchReader(loader)
+    found: list[Any] = []
+    while len(found) < most and (batch := reader.take()) is not END:
+        found.append(own(batch))
+    return found
+
+
+class GradientPasses:
+    """Passes over the same batches: a forward, the loss and a backward of each, of the frozen model.
+
+    No parameter requires a gradient and none gets one. A layer's outputs carry a function that hands their gradient on,
+    and adds what it is asked for of it and of what was kept of the layer's inputs. What gradient checkpointing computes
+    again carries another one, which no gradient reaches.
+
+    Args:
+        adapter, model: As in a pass of EVA; the adapter is switched off.
+        loss_fn: (model, batch) → the loss, one number. None: what the model itself returns as ``loss``.
+        ranks: Processes whose products are added up, each with batches of its own.
+    """
+
+    def __init__(
+        self,
+        adapter: LoraAdapter,
+        model: nn.Module,
+        batches: Sequence[Any],
+        loss_fn: LossFn | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._adapter, self._model, self._batches, self._ranks = adapter, model, batches, ranks
+        self._loss_fn = loss_fn or _own_loss
+        self._outline = ModelOutline(model)
+        require_loaded(self._outline)
+        self._device = input_device(self._outline)
+        self._restart: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within it passes can be run. Modes, ``requires_grad`` and generators are given back however it ends.
+
+        Modules are in eval mode, but those that checkpoint activations, which many do in training alone. All passes
+        draw the same random numbers.
+        """
+        flags = [(p, p.requires_grad) for p in self._outline.parameters]
+        with borrowed(self._outline, backward=True), self._adapter.disabled():
+            self._restart = noted_generators({p.device for p, _ in flags})
+            try:
+                for parameter, _ in flags:
+                    parameter.requires_grad_(False)
+                yield
+            finally:
+                for parameter, requires_grad in flags:
+                    parameter.requires_grad_(requires_grad)
+
+    def run(self, asked: Mapping[str, Asked]) -> Told:
+        """One pass.
+
+        Raises:
+            TypeError: the loss is no tensor of one number.
+            ValueError: the model returns no loss; a loss, or a product, is NaN or Inf; no gradient reaches a layer.
+        """
+        products, losses = together(self._ranks, lambda: self._run_own(asked))
+        loss, count = self._mean(losses)
+        for name, product in products.items():
+            if self._ranks is not None:
+                self._ranks.all_reduce_([product])
+            if not bool(torch.isfinite(product.sum())):
+                raise ValueError(f"model: the gradient of layer {name} holds NaN or Inf")
+            product /= count
+        return Told(products, loss)
+
+    def loss(self, changes: Mapping[str, Change] | None = None) -> float:
+        """The mean loss over the batches, without a backward; with something added to the outputs of layers named."""
+        visits = Visits(self._adapter, self._model, EvaConfig())
+
+        def run() -> list[float]:
+            self._restart()
+            with torch.no_grad(), visits.changed(changes or {}):
+                return [float(self._loss(number, batch)) for number, batch in enumerate(self._batches, 1)]
+
+        return self._mean(together(self._ranks, run))[0]
+
+    def _mean(self, losses: list[float]) -> tuple[float, int]:
+        """Of all processes' batches the mean loss, and how many there are."""
+        sums = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device="cpu")
+        if self._ranks is not None:
+            self._ranks.all_reduce_([sums])
+        return float(sums[0] / sums[1]), int(sums[1])
+
+    def _run_own(self, asked: Mapping[str, Asked]) -> tuple[dict[str, Tensor], list[float]]:
+        self._restart()
+        sites = [site for site in self._adapter.sites if site.name in asked]
+        layers = {site.name: _Layer(site, asked[site.name]) for site in sites}
+        handles = [site.module.register_forward_hook(layers[site.name].hook, with_kwargs=True) for site in sites]
+        losses = []
+        try:
+            for number, batch in enumerate(self._batches, 1):
+                loss = self._loss(number, batch)
+                losses.append(float(loss.detach()))
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"loss_fn: the loss of batch {number} depends on no LoRA layer: it was computed without "
+                        "gradients, or from no output of theirs"
+                    )
+                torch.autograd.backward(loss)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, layer in layers.items():
+            if layer.product is None:
+                raise ValueError(
+                    f"model: no gradient has reached layer {name}: the loss does not depend on it, or it is in a part "
+                    "that is checkpointed with use_reentrant=True and whose inputs need none (call "
+                    "model.enable_input_require_grads())"
+                )
+        products = {name: layer.product for name, layer in layers.items() if layer.product is not None}
+        return products, losses
+
+    def _loss(self, number: int, batch: Any) -> Tensor:
+        loss: Any = self._loss_fn(self._model, to_device(own(batch), self._device))
+        if loss is None:
+            raise ValueError(
+                f"loss_fn: expected a callable, since the model returns no loss for batch {number}; or batches with "
+                "the labels that it takes"
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:
+            got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn: expected the loss, a floating-point tensor of one number, got {got}")
+        if not bool(torch.isfinite(loss.detach()).all()):
+            raise ValueError(f"loss_fn: the loss of batch {number} is {float(loss.detach())}")
+        return loss.reshape(())
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Any:
+    outputs = default_forward(model, batch)
+    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+
+
+class _Layer:
+    """What is asked of one layer, and what has come so far."""
+
+    def __init__(self, site: LoraSite, asked: Asked) -> None:
+        self.product: Tensor | None = None
+        self._site, self._asked = site, asked
+        # Its gradient is nobody's: the model's first layers would else be no part of a graph.
+        self._anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():  # a checkpointed part, which comes again
+            return None
+        (given,) = self._site.inputs(args, kwargs)
+        x, right = given.tensor.detach(), self._asked.right
+        if right is not None:
+            with torch.no_grad(), without_autocast(x.device):
+                x = projected(x, self._on(x, right), dtype=_kept_in(x))
+        made: Tensor = _Handing.apply(output, self._anchor, x, self)  # type: ignore[no-untyped-call]
+        return made
+
+    def add(self, gradient: Tensor, kept: Tensor) -> None:
+        """Rows δ, and what was kept of the rows x."""
+        left, whole = self._asked.left, self._asked.whole
+        dtype = _kept_in(gradient)
+        with torch.no_grad(), without_autocast(gradient.device):
+            rows, weights = gradient, kept
+            if left is not None:
+                rows, weights = kept, projected(gradient, self._on(gradient, left), dtype=dtype)
+            elif whole:
+                weights = kept.reshape(-1, kept.shape[-1])
+            if self.product is None:
+                shape = rows.shape[-1], weights.shape[-1]
+                self.product = torch.zeros(shape, dtype=dtype, device=gradient.device)
+            outer_add_(self.product, rows, weights)
+
+    @staticmethod
+    def _on(x: Tensor, basis: Tensor) -> Tensor:
+        return basis.to(x.device)
+
+
+class _Handing(torch.autograd.Function):
+    """A layer's outputs as they are, whose gradient is shown to the layer as it passes.
+
+    What was kept is a saved tensor, so that checkpointing lets go of it and computes it again. The outputs are copied:
+    models may change them in place, which a view from here would refuse.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, kept: Tensor, layer: _Layer) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.layer = layer
+        return output.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (kept,) = ctx.saved_tensors
+        ctx.layer.add(gradient, kept)
+        return gradient if ctx.needs_input_grad[0] else None, None, None, None
+
+
+def _kept_in(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

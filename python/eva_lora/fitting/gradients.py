@@ -1,0 +1,184 @@
+"""What methods that start from gradients ask of them, pass after pass, and the A and B that come of it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil, lcm
+
+import torch
+from torch import Tensor
+
+from eva_kernels._double import double
+from eva_kernels.gradient_sketch import LowRank, leading_part, random_basis, range_basis
+
+from ..adapters import LoraSite
+from ..collecting import Asked
+from ..config import EvaConfig
+from .methods import GradientMethod
+
+__all__ = ["GradientFit", "fit_drawn", "fit_leading", "importances", "ranks_by_importance"]
+
+# The README of eva_kernels/gradient_sketch has the table that these two are from.
+PASSES = 5
+COLUMNS_PER_RANK = 5.0
+SHARES = 8  # where gradients themselves are asked for, this part of all their bytes is held at once
+LEAST, MOST = 0.5, 4.0  # of the rank it has, what importance gives a layer (GoRA)
+
+Shapes = Mapping[str, tuple[int, int]]  # layer -> (out, in)
+Run = Callable[[Mapping[str, Asked]], dict[str, Tensor]]  # one pass: what is asked of layers' G -> the products
+
+
+@dataclass(frozen=True)
+class GradientFit:
+    """What one layer starts from.
+
+    Attributes:
+        lora_a: (r, in) float32.
+        lora_b: (out, r) float32: B times the layer's scaling.
+        shares: (r,) float64: of the energy that the sketch knows of G, what each direction has. Zeros where A is drawn.
+        step: (k, in) and (out, k), the factors of a step down; None where what it starts from is that step.
+        slope: Of a step's length, by which it lowers the loss to first order.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    shares: Tensor
+    step: tuple[Tensor, Tensor] | None = None
+    slope: float = 0.0
+
+
+def fit_leading(
+    method: GradientMethod,
+    run: Run,
+    shapes: Shapes,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    config: EvaConfig,
+) -> dict[str, GradientFit]:
+    """Layers that start from leading singular vectors of their G, after ``PASSES`` passes.
+
+    Raises:
+        ValueError: a G has fewer directions than the method takes.
+    """
+    assert method.taken is not None
+    blocks = max(method.taken) + 1
+    directions = {name: blocks * rank for name, rank in ranks.items()}
+    times = COLUMNS_PER_RANK if config.oversampling is None else config.oversampling
+    columns = {n: min(max(ceil(times * rank), directions[n]), *shapes[n]) for n, rank in ranks.items()}
+    asked = _noise({name: (shapes[name][1], columns[name]) for name in ranks}, config.seed)
+    for index in range(PASSES):
+        products = run(asked)
+        if index < PASSES - 1:
+            turned = index % 2 == 0  # G right was told: Gᵀ left is asked for
+            for name in [*products]:
+                basis = range_basis(products.pop(name))
+                asked[name] = Asked(left=basis) if turned else Asked(right=basis)
+    fits = {}
+    for name in ranks:
+        last, product = asked.pop(name).right, products.pop(name)
+        assert last is not None
+        part = leading_part(last.to(product.device), product, directions[name])
+        if not float(part.values[-1]) > columns[name] * torch.finfo(torch.float32).eps * float(part.values[0]):
+            raise ValueError(
+                f"loader_or_statistics: method={method.name!r} takes {directions[name]} directions of the gradient of "
+                f"{name}, which has fewer on these batches: more of them, or a lower rank"
+            )
+        known = float(double(product).square().sum())
+        fits[name] = _leading(method, part, ranks[name], scalings[name], known)
+    return fits
+
+
+def _noise(sizes: Mapping[str, tuple[int, int]], seed: int) -> dict[str, Asked]:
+    """One basis for all layers of a width."""
+    made: dict[tuple[int, int], Asked] = {}
+    return {name: made.setdefault(size, Asked(right=random_basis(*size, seed=seed))) for name, size in sizes.items()}
+
+
+def _leading(method: GradientMethod, part: LowRank, rank: int, scaling: float, known: float) -> GradientFit:
+    assert method.taken is not None
+    of_a, of_b = (slice(block * rank, (block + 1) * rank) for block in method.taken)
+    scale = method.scale(len(part.left))
+    weights = (part.values / part.values[0]).pow(method.exponent or 0.0).to(part.left) * scale
+    down = method.base == "kept"
+    lora_a, lora_b = weights[of_a, None] * part.right[:, of_a].mT, part.left[:, of_b] * weights[of_b]
+    step = None if down else (part.right.mT, -part.left * part.values.to(part.left))
+    return GradientFit(
+        lora_a, lora_b * (-scaling if down else scaling), part.values[of_a].square() / known, step,
+        float(part.values.square().sum()),
+    )  # fmt: skip
+
+
+def importances(run: Run, shapes: Shapes, read: Callable[[str], Tensor]) -> dict[str, float]:
+    """Layer → mean |W ∘ G|, exact: gradients are held for an eighth of the layers' bytes at a time, a pass for each."""
+    found = {}
+    for group in _groups(shapes):
+        products = run(dict.fromkeys(group, Asked(whole=True)))
+        for name in group:
+            gradient = products.pop(name)
+            found[name] = float((read(name).to(gradient) * gradient).abs().mean())
+    return found
+
+
+def _groups(shapes: Shapes) -> Iterator[list[str]]:
+    """Layers one after the other, as many as fit; the largest fits."""
+    sizes = {name: out * width for name, (out, width) in shapes.items()}
+    most, held = max(sum(sizes.values()) // SHARES, *sizes.values()), 0
+    group: list[str] = []
+    for name, size in sizes.items():
+        if held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+def ranks_by_importance(
+    importance: Mapping[str, float], shapes: Shapes, sites: Iterable[LoraSite], config: EvaConfig
+) -> dict[str, int]:
+    """GoRA's ranks: of all parameters of A and B each layer gets its share of the importance, rounded to a rank, no
+    less than half of the rank it has and no more than four times that."""
+    sites = list(sites)
+    cost = {name: sum(shape) for name, shape in shapes.items()}
+    budget = sum(site.rank * cost[site.name] for site in sites)
+    total = sum(importance.values())
+    if not total > 0:
+        raise ValueError("loader_or_statistics: the gradients of all layers are zero on these batches")
+    ranks = {}
+    for site in sites:
+        unit = lcm(site.rank_multiple, config.rank_multiple)
+        low = ceil(max(LEAST * site.rank, config.min_rank, 1) / unit)
+        high = int(min(MOST * site.rank, *shapes[site.name], config.max_rank or MOST * site.rank) // unit)
+        wanted = importance[site.name] / total * budget / cost[site.name]
+        ranks[site.name] = unit * max(min(round(wanted / unit), high), low)
+    return ranks
+
+
+def fit_drawn(
+    method: GradientMethod,
+    run: Run,
+    shapes: Shapes,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    config: EvaConfig,
+) -> dict[str, GradientFit]:
+    """Layers whose A is drawn, as PEFT draws it, and whose B A is what A's rows hold of −G, in one pass: exact.
+
+    It is as long as a step of plain gradient descent at the rate γ would be on average.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = {}
+    for name, rank in ranks.items():
+        width = shapes[name][1]
+        noise = torch.rand(rank, width, generator=generator, dtype=torch.float32, device="cpu")
+        drawn[name] = (2 * noise - 1) / width**0.5
+    products = run({name: Asked(right=a.mT) for name, a in drawn.items()})
+    fits = {}
+    for name, a in drawn.items():
+        product = products.pop(name)  # G Aᵀ
+        a = a.to(product)
+        solved = torch.linalg.solve(double(a) @ double(a).mT, double(product).mT).mT  # G Aᵀ (A Aᵀ)⁻¹
+        length = method.gamma * (shapes[name][1] / ranks[name]) ** 0.5
+        fits[name] = GradientFit(
+            a, (-length * solved).to(product), torch.zeros(ranks[name], dtype=torch.float64, device="cpu")
+        )
+    return fits
