@@ -128,6 +128,15 @@ def test_in_float64_they_are_exact():
     assert {product.dtype for product in found.values()} == {torch.float64}
 
 
+def test_reentrant_checkpointing_that_cuts_the_graph_off_is_named(base):
+    model = lora(copy.deepcopy(base))
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    model.get_base_model().disable_input_require_grads()
+    model.train()
+    with pytest.raises(ValueError, match=r"depends on no LoRA layer: .*model\.enable_input_require_grads\(\)"):
+        initialize(model, labelled(1), "lora-one")
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_under_gradient_checkpointing_a_batch_counts_once(base, reentrant):
     batches = labelled(2)

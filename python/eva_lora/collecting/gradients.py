@@ -21,6 +21,11 @@ from .visiting import Change, Visits, own
 
 __all__ = ["Asked", "GradientPasses", "LossFn", "Told", "gradient_batches"]
 
+CUT_OFF = (
+    "checkpointing with use_reentrant=True cuts the graph off, as nothing before it needs a gradient: call "
+    "model.enable_input_require_grads()"
+)
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -158,7 +163,7 @@ class GradientPasses:
                 if not loss.requires_grad:
                     raise ValueError(
                         f"loss_fn: the loss of batch {number} depends on no LoRA layer: it was computed without "
-                        "gradients, or from no output of theirs"
+                        f"gradients, from no output of theirs, or {CUT_OFF}"
                     )
                 torch.autograd.backward(loss)
         finally:
@@ -167,9 +172,7 @@ class GradientPasses:
         for name, layer in layers.items():
             if layer.product is None:
                 raise ValueError(
-                    f"model: no gradient has reached layer {name}: the loss does not depend on it, or it is in a part "
-                    "that is checkpointed with use_reentrant=True and whose inputs need none (call "
-                    "model.enable_input_require_grads())"
+                    f"model: no gradient has reached layer {name}: the loss does not depend on it, or {CUT_OFF}"
                 )
         products = {name: layer.product for name, layer in layers.items() if layer.product is not None}
         return products, losses
