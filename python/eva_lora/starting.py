@@ -142,7 +142,7 @@ def _require_data(name: str, method: Method, data: Any, *, needed: bool) -> None
         raise ValueError(f"{name}: expected None with method={method.name!r}, which looks at weights alone")
     if data is None:
         return
-    if isinstance(data, (str, bytes)) or not (isinstance(data, EvaStatistics) or hasattr(data, "__iter__")):
+    if isinstance(data, (str, bytes, Mapping)) or not (isinstance(data, EvaStatistics) or hasattr(data, "__iter__")):
         raise TypeError(f"{name}: expected an iterable of batches or EvaStatistics, got {type(data).__name__}")
     if not isinstance(data, EvaStatistics) and joined(None) is not None:
         raise ValueError(
@@ -265,12 +265,11 @@ def _fit(
     fits = {}
     for site, candidates in zip(members, Allocation(members, config).candidates.tolist(), strict=True):
         weight = bases[site.name].read()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
         rank = min(candidates, *weight.shape)
         moment, kept = (known.of(site.name) for known in moments)
-        fit = fit_method(method, weight, rank, moment, kept, beta)
-        if not bool(torch.isfinite(fit.right).all()):
-            raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
-        fits[site.name] = fit
+        fits[site.name] = fit_method(method, weight, rank, moment, kept, beta)
     return fits
 
 

@@ -348,6 +348,7 @@ def test_layers_that_cannot_be_started_are_named_and_nothing_is_changed(base):
             tied(target_modules=["middle"], use_dora=True),
             "middle cannot give part of itself to the adapter: its adapter is DoRA",
         ),
+        (tied(target_modules=["middle"], lora_bias=True), "its LoraConfig sets lora_bias"),
         (tied(target_modules=["middle"], r=9), "middle has rank 9, its weight has 8 directions"),
         (lora(copy.deepcopy(base), init_lora_weights="pissa"), "has already changed the base weights"),
     ):
@@ -365,6 +366,28 @@ def test_a_base_gives_part_of_itself_once(base):
     model.set_adapter("second")
     with pytest.raises(ValueError, match="part of it is with the adapter 'default' already"):
         initialize(model, method="pissa")
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora", "mica", "corda", "sc-lora"])
+def test_a_layer_of_zeros_starts_with_finite_factors(base, method):
+    silent = copy.deepcopy(base).eval()
+    nn.init.zeros_(silent.model.layers[0].self_attn.q_proj.weight)
+    model, report = started(silent, method)
+    assert report.layers["model.layers.0.self_attn.q_proj"].weight_share == 0
+    a, b, weight, _ = factors_of(model, "model.layers.0.self_attn.q_proj")
+    assert torch.equal(b @ a, weight)  # which are all zero
+    assert b.isfinite().all()
+    assert b.abs().sum() > 0  # or no gradient would reach A
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora", "mica", "corda"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(base, method, value):
+    model = lora(copy.deepcopy(base))
+    data = statistics_of(model, token_batches()) if method == "corda" else None
+    model.get_base_model().model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+    with pytest.raises(ValueError, match=r"the weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf"):
+        initialize(model, data, method)
 
 
 def test_what_fails_half_way_leaves_the_model_as_it_was(base, monkeypatch):

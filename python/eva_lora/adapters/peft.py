@@ -179,6 +179,11 @@ class PeftAdapter:
         Raises:
             ValueError: it cannot; the message names the layer and says why.
         """
+        if getattr(self.config, "lora_bias", False):
+            raise ValueError(
+                "model: its LoraConfig sets lora_bias, with which PEFT saves no start but its default; make the "
+                "adapter without"
+            )
         holders = holders_of_memory(self._root)
         for name, layer in self.layers.items():
             require_movable(name, layer, holders)
