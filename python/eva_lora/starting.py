@@ -184,6 +184,15 @@ def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaC
         raise ValueError(
             f"budget_parameters: expected None with method={method.name!r}, whose directions have no scores"
         )
+    ranks = sorted({site.rank for site in adapter.sites})
+    least, most, multiple = chosen.min_rank, chosen.max_rank, chosen.rank_multiple
+    if not method.scores and (
+        least > ranks[0] or (most is not None and most < ranks[-1]) or any(rank % multiple for rank in ranks)
+    ):
+        raise ValueError(
+            f"min_rank, max_rank, rank_multiple: expected such as the layers' ranks {ranks} are within, since "
+            f"method={method.name!r} leaves ranks as they are; got {least}, {most}, {multiple}"
+        )
     if chosen.moves_ranks and not chosen.adjust_scaling_factors:
         raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} where ranks may change")
     chosen = wide_enough(chosen, max(site.rank for site in adapter.sites))

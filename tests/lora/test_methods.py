@@ -311,6 +311,11 @@ def test_arguments_out_of_range_are_named(base):
         ({"method": "olora"}, r"method: expected one of \('eva', 'pissa', .*got 'olora'"),
         ({"method": "pissa", "beta": 2}, "beta: expected a number between 0 and 1, got 2"),
         ({"method": "milora", "config": EvaConfig()}, "rho: expected 1 with method='milora'"),
+        *(
+            ({"method": "milora", "config": EvaConfig(rho=1.0, **bound)}, "min_rank, max_rank, rank_multiple: expected")
+            for bound in ({"min_rank": 5}, {"max_rank": 3}, {"rank_multiple": 3})
+        ),
+        ({"method": "pissa", "config": EvaConfig(budget_parameters=47)}, "expected enough for one rank of .* least 48"),
         (
             {"method": "pissa", "config": EvaConfig(adjust_scaling_factors=False)},
             "adjust_scaling_factors: expected True",
