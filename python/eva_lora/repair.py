@@ -241,7 +241,7 @@ class _HeldBack:
     """A loader's batches, once, but for every ``every``-th, from the second on: these are put aside."""
 
     def __init__(self, loader: Iterable[Any], every: int, held: list[Any]) -> None:
-        if isinstance(loader, (str, bytes)) or not hasattr(loader, "__iter__"):
+        if isinstance(loader, (str, bytes, Mapping)) or not hasattr(loader, "__iter__"):
             raise TypeError(
                 f"loader_or_statistics: expected an iterable of batches or EvaStatistics, got {type(loader).__name__}"
             )

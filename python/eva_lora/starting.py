@@ -169,7 +169,7 @@ def _require_data(name: str, method: Method, data: Any, *, needed: bool) -> None
         raise ValueError(f"{name}: expected None with method={method.name!r}, which looks at weights alone")
     if data is None:
         return
-    if isinstance(data, (str, bytes)) or not (isinstance(data, EvaStatistics) or hasattr(data, "__iter__")):
+    if isinstance(data, (str, bytes, Mapping)) or not (isinstance(data, EvaStatistics) or hasattr(data, "__iter__")):
         raise TypeError(f"{name}: expected an iterable of batches or EvaStatistics, got {type(data).__name__}")
     if not isinstance(data, EvaStatistics) and joined(None) is not None and not isinstance(method, GradientMethod):
         raise ValueError(
@@ -203,7 +203,7 @@ def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
             f"model: method={method.name!r} starts the LoRA layers of one PEFT model, a {type(adapter).__name__} does "
             "not say how to"
         )
-    bases, without = asked.base_weights()
+    bases, without = asked.base_weights(convolutions=True)
     if without:
         name, why = next(iter(without.items()))
         raise ValueError(f"model: method={method.name!r} cannot start {len(without)} layers; {name}: {why}")
@@ -227,8 +227,17 @@ def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaC
         raise ValueError(
             f"budget_parameters: expected None with method={method.name!r}, whose directions have no scores"
         )
-    moves = chosen.moves_ranks or (isinstance(method, GradientMethod) and method.moves_ranks)
-    if moves and not chosen.adjust_scaling_factors:
+    by_importance = isinstance(method, GradientMethod) and method.moves_ranks
+    ranks = sorted({site.rank for site in adapter.sites})
+    least, most, multiple = chosen.min_rank, chosen.max_rank, chosen.rank_multiple
+    if not (method.scores or by_importance) and (
+        least > ranks[0] or (most is not None and most < ranks[-1]) or any(rank % multiple for rank in ranks)
+    ):
+        raise ValueError(
+            f"min_rank, max_rank, rank_multiple: expected such as the layers' ranks {ranks} are within, since "
+            f"method={method.name!r} leaves ranks as they are; got {least}, {most}, {multiple}"
+        )
+    if (chosen.moves_ranks or by_importance) and not chosen.adjust_scaling_factors:
         raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} where ranks may change")
     if isinstance(method, GradientMethod):
         require_undivided(chosen)
@@ -314,12 +323,11 @@ def _fit(
     fits = {}
     for site, candidates in zip(members, Allocation(members, config).candidates.tolist(), strict=True):
         weight = bases[site.name].read()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
         rank = min(candidates, *weight.shape)
         moment, kept = (known.of(site.name) for known in moments)
-        fit = fit_method(method, weight, rank, moment, kept, beta)
-        if not bool(torch.isfinite(fit.right).all()):
-            raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
-        fits[site.name] = fit
+        fits[site.name] = fit_method(method, weight, rank, moment, kept, beta)
     return fits
 
 

@@ -77,9 +77,15 @@ def test_an_empty_loader_is_refused_before_any_forward(empty):
         eva_initialize(guarded(lora(tiny_llama())), empty)
 
 
-def test_a_loader_must_be_iterable():
-    with pytest.raises(TypeError, match=r"^loader: expected an iterable of batches, got int"):
-        eva_initialize(guarded(lora(tiny_llama())), 3)
+@pytest.mark.parametrize("loader", [3, "train.jsonl", b"train", token_batches(1)[0]], ids=lambda x: type(x).__name__)
+def test_a_loader_must_be_iterable_and_neither_a_path_nor_one_batch(loader):
+    model, got = guarded(lora(tiny_llama())), f"got {type(loader).__name__}"
+    with pytest.raises(TypeError, match=f"^loader: expected an iterable of batches, {got}"):
+        eva_initialize(model, loader)
+    with pytest.raises(TypeError, match=f"^loader_or_statistics: expected an iterable of batches or .*, {got}"):
+        initialize(model, loader, "corda")
+    with pytest.raises(TypeError, match=f"^loader_or_statistics: expected an iterable of batches or .*, {got}"):
+        fit_quantization_error(model, loader, tiny_llama())
 
 
 def test_a_model_without_lora_layers_is_refused_before_any_forward():

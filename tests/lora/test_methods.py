@@ -5,13 +5,23 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import eva_lora
-from eva_lora import METHODS, EvaConfig, EvaStatistics, StartReport, collect, eva_initialize, initialize
+from eva_lora import (
+    METHODS,
+    EvaConfig,
+    EvaStatistics,
+    StartReport,
+    collect,
+    eva_initialize,
+    export_plain,
+    initialize,
+    load_adapter,
+)
 from support.bounds import gamma
 from support.models import (
     LINEARS,
@@ -303,6 +313,11 @@ def test_arguments_out_of_range_are_named(base):
         ({"method": "olora"}, r"method: expected one of \('eva', 'pissa', .*got 'olora'"),
         ({"method": "pissa", "beta": 2}, "beta: expected a number between 0 and 1, got 2"),
         ({"method": "milora", "config": EvaConfig()}, "rho: expected 1 with method='milora'"),
+        *(
+            ({"method": "milora", "config": EvaConfig(rho=1.0, **bound)}, "min_rank, max_rank, rank_multiple: expected")
+            for bound in ({"min_rank": 5}, {"max_rank": 3}, {"rank_multiple": 3})
+        ),
+        ({"method": "pissa", "config": EvaConfig(budget_parameters=47)}, "expected enough for one rank of .* least 48"),
         (
             {"method": "pissa", "config": EvaConfig(adjust_scaling_factors=False)},
             "adjust_scaling_factors: expected True",
@@ -333,7 +348,9 @@ class Tied(nn.Module):
         self.head = nn.Linear(8, 12, bias=False)
         self.head.weight = self.embedding.weight
         self.middle = nn.Linear(8, 8)
-        self.conv = nn.Conv1d(8, 8, 3)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular")
+        self.grouped = nn.Conv1d(8, 8, 3, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2)
 
     def forward(self, x):
         return self.head(self.middle(self.embedding(x)))
@@ -345,11 +362,14 @@ def test_layers_that_cannot_be_started_are_named_and_nothing_is_changed(base):
 
     for model, message in (
         (tied(target_modules=["head"]), "head cannot give part of itself to the adapter: another module has the same"),
-        (tied(target_modules=["conv"]), "cannot start 1 layers; conv: it is a convolution"),
+        (tied(target_modules=["conv"]), "cannot start 1 layers; conv: its A reads other patches than the layer"),
+        (tied(target_modules=["grouped"]), "EVA applies to none of its LoRA layers: .*groups=2"),
+        (tied(target_modules=["attention"]), "cannot start 1 layers; attention: it is a MultiheadAttention"),
         (
             tied(target_modules=["middle"], use_dora=True),
             "middle cannot give part of itself to the adapter: its adapter is DoRA",
         ),
+        (tied(target_modules=["middle"], lora_bias=True), "its LoraConfig sets lora_bias"),
         (tied(target_modules=["middle"], r=9), "middle has rank 9, its weight has 8 directions"),
         (lora(copy.deepcopy(base), init_lora_weights="pissa"), "has already changed the base weights"),
     ):
@@ -367,6 +387,80 @@ def test_a_base_gives_part_of_itself_once(base):
     model.set_adapter("second")
     with pytest.raises(ValueError, match="part of it is with the adapter 'default' already"):
         initialize(model, method="pissa")
+
+
+class Convolutions(nn.Module):
+    """Of one and of two dimensions, their patches overlapping, padded and spread."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.plane = nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 0))
+        self.line = nn.Conv1d(18, 9, 3, padding="same", dilation=1)
+
+    def forward(self, x):  # (n, 3, 6, 6)
+        y = torch.tanh(self.plane(x))  # (n, 6, 3, 5)
+        return self.line(y.flatten(1, 2))
+
+    def patches(self, x):
+        """Rows of both, by ``unfold``: (rows, channels · kernel) float64."""
+        plane = nn.functional.unfold(x, (3, 2), padding=(1, 0), stride=(2, 1))
+        y = torch.tanh(self.plane(x)).flatten(1, 2)[:, :, None]
+        line = nn.functional.unfold(y, (1, 3), padding=(0, 1))
+        return {"plane": plane.mT.flatten(0, 1).double(), "line": line.mT.flatten(0, 1).double()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_convolution_s_inputs_are_its_patches(method, tmp_path):
+    base = Convolutions().requires_grad_(False)
+    x, other = torch.randn(2, 64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, lora_alpha=6, target_modules=["plane", "line"]))
+    data = None if METHODS[method].data == "none" else statistics_of(model, [x], keep_moments=True)
+    keep = statistics_of(model, [other], keep_moments=True) if method == "sc-lora" else None
+    initialize(model, data, method, keep=keep, beta=BETA)
+    expected = base(x)
+    allowed = 2.0**-18 * expected.abs().max()
+    assert (model(x) - expected).abs().max() <= allowed
+    for name, rows in base.patches(x).items():
+        w, kept = base.get_submodule(name).weight.double().flatten(1), base.patches(other)[name]
+        moments = [m.T @ m / len(m) for m in (rows, kept)]
+        b0, a0, gap, of = FORMULAS[method](w, moments[0], 3, 2.0, kept=moments[1])
+        a, b, *_ = factors_of(model, name)
+        if gap > GAP * of:
+            assert (b.flatten(1) @ a.flatten(1) - b0 @ a0).norm() <= 1e-3 * (b0.norm() * a0.norm())
+            assert cosine(b.flatten(1), b0) >= 0.999
+    if METHODS[method].base == "kept":
+        return
+    nn.init.ones_(model.get_submodule("base_model.model.line.lora_B.default").weight)  # trained
+    with model.disable_adapter():
+        assert (model(x) - expected).abs().max() <= allowed
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "adapter")(x), model(x))
+    plain = PeftModel.from_pretrained(copy.deepcopy(base), export_plain(model, tmp_path / "plain").folder)
+    assert (plain(x) - model(x)).abs().max() <= 2.0**-18 * model(x).abs().max()
+    assert (model.unload()(x) - expected).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora", "mica", "corda", "sc-lora"])
+def test_a_layer_of_zeros_starts_with_finite_factors(base, method):
+    silent = copy.deepcopy(base).eval()
+    nn.init.zeros_(silent.model.layers[0].self_attn.q_proj.weight)
+    model, report = started(silent, method)
+    assert report.layers["model.layers.0.self_attn.q_proj"].weight_share == 0
+    a, b, weight, _ = factors_of(model, "model.layers.0.self_attn.q_proj")
+    assert torch.equal(b @ a, weight)  # which are all zero
+    assert b.isfinite().all()
+    assert b.abs().sum() > 0  # or no gradient would reach A
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora", "mica", "corda"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(base, method, value):
+    model = lora(copy.deepcopy(base))
+    data = statistics_of(model, token_batches()) if method == "corda" else None
+    model.get_base_model().model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+    with pytest.raises(ValueError, match=r"the weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf"):
+        initialize(model, data, method)
 
 
 def test_what_fails_half_way_leaves_the_model_as_it_was(base, monkeypatch):

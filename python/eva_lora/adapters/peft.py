@@ -179,6 +179,11 @@ class PeftAdapter:
         Raises:
             ValueError: it cannot; the message names the layer and says why.
         """
+        if getattr(self.config, "lora_bias", False):
+            raise ValueError(
+                "model: its LoraConfig sets lora_bias, with which PEFT saves no start but its default; make the "
+                "adapter without"
+            )
         holders = holders_of_memory(self._root)
         for name, layer in self.layers.items():
             require_movable(name, layer, holders)
@@ -219,13 +224,15 @@ class PeftAdapter:
                 config.init_lora_weights, config.eva_config = "mica", None
         self._configs[self.name] = config
 
-    def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
-        """Layer → its base weight, and layer → why it has none."""
+    def base_weights(self, *, convolutions: bool = False) -> tuple[dict[str, BaseWeight], dict[str, str]]:
+        """Layer → its base weight, and layer → why it has none; that of a convolution is for its patches."""
         found, without = {}, {}
         dtype = next((p.dtype for p in self._root.parameters() if p.is_floating_point()), torch.float32)
         for site in self.sites:
             try:
-                found[site.name] = base_weight_of(site, self.layers[site.name], self.name, dtype)
+                found[site.name] = base_weight_of(
+                    site, self.layers[site.name], self.name, dtype, convolutions=convolutions
+                )
             except LeftAlone as reason:
                 without[site.name] = str(reason)
         return found, without
@@ -342,12 +349,12 @@ class PeftAdapters:
         for adapter in self._adapters.values():
             adapter.freeze_second()
 
-    def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
+    def base_weights(self, *, convolutions: bool = False) -> tuple[dict[str, BaseWeight], dict[str, str]]:
         """As of each adapter."""
         found: dict[str, BaseWeight] = {}
         without: dict[str, str] = {}
         for path, adapter in self._adapters.items():
-            weights, reasons = adapter.base_weights()
+            weights, reasons = adapter.base_weights(convolutions=convolutions)
             found |= {f"{path}.{name}": replace(weight, name=f"{path}.{name}") for name, weight in weights.items()}
             without |= {f"{path}.{name}": reason for name, reason in reasons.items()}
         return found, without

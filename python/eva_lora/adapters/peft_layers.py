@@ -170,8 +170,13 @@ def _parameter_site(name: str, layer: Any, adapter: str) -> LoraSite:
     return ExpertsSite(name, layer, width, rank, parts=layer.num_experts, parameter=parameter)
 
 
-def base_weight_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype) -> BaseWeight:
+def base_weight_of(
+    site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype, *, convolutions: bool = False
+) -> BaseWeight:
     """The base weight that a site's B A is added to; inputs of linear layers are of ``dtype``.
+
+    Args:
+        convolutions: Whether one of a convolution will do, which is multiplied with patches of the module's inputs.
 
     Raises:
         LeftAlone: what B A is added to is not one matrix that is multiplied with the site's rows.
@@ -186,8 +191,10 @@ def base_weight_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype)
     if variant is not None and magnitude_of(layer, adapter) is None:
         raise LeftAlone(f"its adapter is a {type(variant).__name__}, not W + s B A")
     b = layer.lora_B[adapter].weight
-    if b.ndim > 2:
+    if isinstance(site, ConvSite) and not convolutions:
         raise LeftAlone("it is a convolution, whose B A is not multiplied with its inputs but with patches of them")
+    if isinstance(site, ConvSite) and Patches.of(base) != site.patches:
+        raise LeftAlone("its A reads other patches than the layer, whose padding_mode or dilation it does not have")
     weight = getattr(base, "weight", None)
     if type(weight) is nn.Parameter and weight.is_floating_point():
         dtype = weight.dtype  # models may keep some layers in another

@@ -71,8 +71,13 @@ class Start(nn.Module):
         if acts and (merged or self._adapter in layer.active_adapters):
             return output
         (x, *_) = args
-        down = nn.functional.linear(x.to(self.kept_a.dtype), self.kept_a)
-        return output + (nn.functional.linear(down, self.kept_b) * self.scaling).to(output.dtype)
+        x, a, b = x.to(self.kept_a.dtype), self.kept_a, self.kept_b
+        if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            convolved = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[b.ndim - 3]
+            added = convolved(base._conv_forward(x, a, None), b)
+        else:
+            added = nn.functional.linear(nn.functional.linear(x, a), b)
+        return output + (added * self.scaling).to(output.dtype)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: it is what the base was changed by, which :meth:`Starts.compare` has seen to."""

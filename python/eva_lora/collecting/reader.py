@@ -43,7 +43,7 @@ class BatchReader:
         may_be_none: Whether None may stand for a batch, as for a ``forward_fn`` that makes its own.
 
     Raises:
-        TypeError: ``loader`` is not iterable.
+        TypeError: ``loader`` is not iterable, or is a text or one batch.
         ValueError: it yields nothing, or does not yield what it did before ``position``; from the methods, too:
             it yields None.
     """
@@ -64,7 +64,7 @@ class BatchReader:
         if positioned:
             loader.load_state_dict(position.loader_state)  # type: ignore[union-attr,attr-defined]
         try:
-            self._current = iter(loader)
+            self._current = iter(None if isinstance(loader, (str, bytes, Mapping)) else loader)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(f"loader: expected an iterable of batches, got {type(loader).__name__}") from None
         self._ahead: list[Any] = []

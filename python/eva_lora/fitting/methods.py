@@ -134,8 +134,8 @@ class MethodFit:
         left, right, a = self.left[:, :rank], self.right[:rank], method.exponent
         if not a:
             return torch.zeros_like(right) if a is None else right.clone(), left * scaling
-        floor = self.values.max() * torch.finfo(torch.float32).eps  # B A is the same whatever the scale is
-        scale = (self.values[:rank].clamp_min(float(floor)) * scaling).pow(a).to(left)
+        floor = float(self.values.max()) * torch.finfo(torch.float32).eps or 1.0  # B A is the same whatever it is
+        scale = (self.values[:rank].clamp_min(floor) * scaling).pow(a).to(left)
         return right / scale[:, None], left * scale
 
 

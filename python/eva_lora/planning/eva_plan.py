@@ -293,6 +293,12 @@ class Allocation:
             min_rank=config.least_rank(site.removable for site in self._sites), max_rank=config.max_rank,
             rank_multiple=config.rank_multiple,
         )  # fmt: skip
+        if not made.spent + fixed:
+            cheapest = min(site.parameters for site in self._sites)
+            raise ValueError(
+                f"budget_parameters: expected enough for one rank of one layer, which has at least {cheapest}, got "
+                f"{budget}"
+            )
         best = f"no ranks within it have scores that sum to {made.gap:.2g} more" if made.gap else "no ranks do better"
         self.notes.append(f"{made.spent + fixed:,} of {budget:,} parameters are spent; {best}")
         return dict(zip([site.name for site in self._sites], made.ranks.tolist(), strict=True))
