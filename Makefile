@@ -28,7 +28,7 @@ help:
 	@echo "Before a release"
 	@echo "  make test-all         slow suites too, and all of what follows but test-gpu, kernels and sanitize"
 	@echo "  make test-arithmetic  the numeric tests under other code paths of MKL, ATen, oneDNN and our own"
-	@echo "  make test-libraries   torchtune and litgpt, in an environment of their own"
+	@echo "  make test-libraries   torchtune, litgpt, SetFit, axolotl, Unsloth, LLaMA-Factory and ms-swift, in environments of their own"
 	@echo "  make test-oldest      what runs on users' machines, with the oldest versions that pyproject.toml claims"
 	@echo "  make test-newest      the same with the newest versions of everything"
 	@echo "  make wheel-check      build, repair and test wheel and sdist without torch"
@@ -73,15 +73,26 @@ $(VENV)/.data: examples/domains/data.py | $(VENV)/.dev
 test: $(VENV)/.data
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-$(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
-	$(BIN)/python -m venv $(VENV)/libraries
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
-		> $$($(VENV)/libraries/bin/python -c "import site; print(site.getsitepackages()[0])")/tests.pth
-	$(VENV)/libraries/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $< && touch $@
+# Libraries that pin others than the rest of the tests use: environments that look into $(VENV) for all else.
+define beside
+$(BIN)/python -m venv $(@D)
+$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	> $$($(@D)/bin/python -c "import site; print(site.getsitepackages()[0])")/tests.pth
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $< && touch $@
+endef
 
-test-libraries: $(VENV)/libraries/.done
+$(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
+	$(beside)
+
+$(VENV)/recipes/%/.done: tests/recipes/%.txt | $(VENV)/.dev
+	$(beside)
+
+test-libraries: $(VENV)/libraries/.done $(VENV)/recipes/axolotl-unsloth/.done $(VENV)/recipes/llamafactory-swift/.done
 	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
 		-k "torchtune or litgpt"
+	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/frontend/test_sentence_trainers.py
+	PYTHONPATH=python $(VENV)/recipes/axolotl-unsloth/bin/python -m pytest tests/recipes -k "axolotl or unsloth"
+	PYTHONPATH=python $(VENV)/recipes/llamafactory-swift/bin/python -m pytest tests/recipes -k "llamafactory or swift"
 
 test-arithmetic: $(VENV)/.dev
 	$(BIN)/python -m tools.arithmetic

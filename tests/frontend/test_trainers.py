@@ -8,12 +8,13 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from eva_lora import EvaConfig, collect, eva_initialize, plan, watching
 from eva_lora.integrations.transformers import EvaCallback, eva_initialize_trainer
 from support.models import LINEARS, lora, lora_a_of, tiny_llama
 from support.pages import blocks
+from support.texts import causal, tokenizer, words
 from support.tiny import fingerprint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
@@ -101,7 +102,7 @@ def test_a_trainer_that_has_an_optimizer_or_makes_its_model_later_is_refused(tmp
     for trainer, message in ((trained, "it has an optimizer already"), (later, "made anew in train")):
         with pytest.raises(ValueError, match=message):
             eva_initialize_trainer(trainer, CONFIG)
-    with pytest.raises(TypeError, match=r"trainer: expected a transformers\.Trainer, got Llama"):
+    with pytest.raises(TypeError, match=r"trainer: expected a transformers\.Trainer, got transformers.*Llama"):
         eva_initialize_trainer(tiny_llama())
 
 
@@ -156,19 +157,6 @@ def test_a_callback_has_train_begin_with_eva_once(tmp_path):
 # TRL
 
 
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(94))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-def words(seed, count):
-    return " ".join(f"w{i}" for i in random.Random(seed).choices(range(94), k=count))
-
-
 def texts():
     return Dataset.from_list([{"text": words(i, 6 + i % 5)} for i in range(12)])
 
@@ -198,12 +186,6 @@ def classifier():
     config = copy.deepcopy(tiny_llama().config)
     config.num_labels, config.pad_token_id = 1, 0
     return LlamaForSequenceClassification(config)
-
-
-def causal():
-    model = tiny_llama()
-    model.config.pad_token_id = 0
-    return model
 
 
 TRL = {  # name of trainer -> its config's name, data, model, further options

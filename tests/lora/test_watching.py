@@ -1,5 +1,6 @@
 """Forwards of somebody else's that are watched: the statistics are a pass's, and nothing else is any different."""
 
+import contextlib
 import gc
 import weakref
 from contextlib import nullcontext
@@ -411,6 +412,53 @@ def test_nothing_is_kept_but_the_statistics():
     assert len(set(sizes)) == 1
     del watch
     assert alive() == before
+
+
+def bytes_left(run):
+    """What a run leaves allocated by PyTorch, over what there was: all of it, not only what Python can name."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+        gc.collect()
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize(
+    ("ends", "without_adapter"),
+    [("statistics()", False), ("without a word", False), ("an exception", False), ("statistics()", True)],
+)
+def test_after_the_block_as_much_memory_is_held_as_by_a_run_without_it(ends, without_adapter):
+    model, kept = lora(tiny_llama(), target_modules=ATTENTION[:2]).train(), []
+    batches = padded(labels=True)[:2]
+
+    def run(around):
+        with contextlib.suppress(KeyError), around as watch:
+            for batch in batches:
+                with torch.set_grad_enabled(not without_adapter):
+                    loss = model(**batch).loss
+                if not without_adapter:
+                    loss.backward()
+                del loss
+            if ends == "an exception":
+                raise KeyError
+        if ends == "statistics()" and watch is not None:
+            kept.append(watch.statistics())
+
+    def watched_run():
+        run(watching(model, SUBSPACE, without_adapter=without_adapter))
+
+    model(**batches[0]).loss.backward()  # gradients are there from now on
+    run(watching(model))  # and what is made once in a process
+    kept.clear()
+    alone = bytes_left(lambda: run(nullcontext()))
+    beside = bytes_left(watched_run)
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in kept for t in tensors_of(s)}
+    assert beside - alone == sum(own.values())
+    assert bool(own) == (ends == "statistics()")
+
+
+def tensors_of(statistics):
+    return [value for entry in statistics.inputs for value in vars(entry).values() if isinstance(value, torch.Tensor)]
 
 
 # An adapter that acts

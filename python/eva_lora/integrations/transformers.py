@@ -55,7 +55,11 @@ def eva_initialize_trainer(
             plan; and as :func:`eva_lora.eva_initialize`.
     """
     if not isinstance(trainer, Trainer):
-        raise TypeError(f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}")
+        kind = f"{type(trainer).__module__}.{type(trainer).__qualname__}"
+        raise TypeError(
+            f"trainer: expected a transformers.Trainer, got {kind}; where that makes one itself, as SetFit's does, "
+            "pass EvaCallback() among its callbacks"
+        )
     if trainer.optimizer is not None:
         raise ValueError(
             "trainer: it has an optimizer already, which would go on training the parameters that EVA replaces; call "
