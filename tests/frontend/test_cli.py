@@ -486,6 +486,7 @@ def test_init_repairs_a_base_that_it_quantises(files, tmp_path, options):
     assert done.exit_code == 0, done.output
     assert "method repair" in done.output
     report = RepairReport.load(tmp_path / "out" / "report")
+    assert invoke("report", tmp_path / "out").output.strip() == str(report)
     assert report.quantization["bnb_4bit_quant_type"] == "nf4"
     assert all(layer.fitted[1] < layer.fitted[0] for layer in report.layers.values() if layer.rank)
     config = PeftConfig.from_pretrained(tmp_path / "out" / "adapter")
@@ -547,6 +548,17 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
     done = invoke("compare", tmp_path / "corda", "--method", "astra")
     assert done.exit_code == 1
     assert "need statistics with keep_moments=True" in done.output
+    done = invoke("compare", tmp_path / "pissa", "--method", "corda")
+    assert done.exit_code == 1
+    assert "there is no file" in done.output
+    assert "statistics.safetensors" in done.output
+    for path in (tmp_path / "corda", tmp_path / "corda" / "report" / "start.json"):
+        done = invoke("report", path, "--output", tmp_path / "copy")
+        assert done.output.strip() == str(report)
+        assert StartReport.load(tmp_path / "copy") == report
+        done = invoke("report", path, "--output", tmp_path / "copy", "--plots", "svg")
+        assert done.exit_code == 2
+        assert "--plots: only reports of EVA" in done.output
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ from .running import Command, json_option, print_facts, print_json, print_table
 @click.option("--schema", is_flag=True, help="Print the JSON schema of report.json.")
 @json_option
 def report(path: Path | None, output: Path | None, plots: tuple[str, ...], schema: bool, as_json: bool) -> None:
-    """Show a saved report: PATH is a report.json, its folder, or a folder that init wrote."""
+    """Show a saved report: PATH is a report.json, its folder, or a folder that init wrote.
+
+    Reports of other methods (start.json) and of repairs (repair.json) are shown, too.
+    """
     if schema:
         click.echo(files("eva_lora.reporting").joinpath("report.schema.json").read_text(encoding="utf-8"), nl=False)
         return
@@ -27,14 +30,27 @@ def report(path: Path | None, output: Path | None, plots: tuple[str, ...], schem
         raise click.UsageError("--plots needs --output")
     from .. import EvaReport
 
-    inner = path / "report"
-    loaded = EvaReport.load(inner if (inner / "report.json").is_file() else path)
+    loaded = _saved(path)
+    if plots and not isinstance(loaded, EvaReport):
+        raise click.UsageError("--plots: only reports of EVA have a choice of them")
     if output is not None:
-        loaded.save(output, plots=plots)
+        loaded.save(output, **({"plots": plots} if plots else {}))
     if as_json:
         print_json(loaded.to_dict())
         return
     click.echo(str(loaded))
+
+
+def _saved(path: Path) -> Any:
+    """The report that a path names, of whichever kind."""
+    from .. import EvaReport, RepairReport, StartReport
+
+    kinds: dict[str, Any] = {"report.json": EvaReport, "start.json": StartReport, "repair.json": RepairReport}
+    for folder in (path / "report", path):
+        for name, kind in kinds.items():
+            if (folder / name).is_file():
+                return kind.load(folder)
+    return kinds.get(path.name, EvaReport).load(path)
 
 
 @click.command(cls=Command, name="compare")
@@ -81,10 +97,9 @@ def _compare_methods(run: Path, methods: tuple[str, ...], as_json: bool) -> None
     from .. import EvaStatistics, initialize
     from .pretrained import Pretrained
 
-    statistics, kept = (
-        EvaStatistics.load(file) if file.is_file() else None
-        for file in (run / "statistics.safetensors", run / "statistics-to-keep.safetensors")
-    )
+    kinds = {TABLE[method].data for method in methods}
+    statistics = EvaStatistics.load(run / "statistics.safetensors") if kinds != {"none"} else None
+    kept = EvaStatistics.load(run / "statistics-to-keep.safetensors") if "two sets" in kinds else None
     model = Pretrained(str(run / "lora")).load()
     found: list[Any] = []
     for method in methods:
