@@ -1,7 +1,10 @@
 """Forwards of somebody else's that are watched: the statistics are a pass's, and nothing else is any different."""
 
 import contextlib
+import copy
 import gc
+import pickle
+import threading
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -459,6 +462,42 @@ def test_after_the_block_as_much_memory_is_held_as_by_a_run_without_it(ends, wit
 
 def tensors_of(statistics):
     return [value for entry in statistics.inputs for value in vars(entry).values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_is_copied_within_the_block_is_a_model_like_any_other(copied):
+    """As TRL copies a model for its reference. Calls of the copy are not the model's."""
+    expected = passed(tiny_model(), tiny_batches())
+    model = tiny_model()
+    with watching(model) as watch:
+        for batch in tiny_batches():
+            model(**batch)
+            copied(model)(**batch)
+    assert fingerprint_of(watch.statistics()) == fingerprint_of(expected)
+
+
+def test_a_model_that_was_not_called_is_said_to_have_been_not_called():
+    with watching(tiny_model()) as watch:
+        copy.deepcopy(tiny_model())(**tiny_batches()[0])
+    with pytest.raises(ValueError, match=r"^watch: the model was not called within the block"):
+        watch.statistics()
+
+
+def test_calls_of_threads_at_once_are_refused():
+    model = tiny_model()
+    inside = model.base_model.model.blocks[0]["q"]
+    inside.register_forward_pre_hook(lambda *_: None if begun else begin())
+    begun = []
+
+    def begin():  # another call, from the middle of the first one
+        begun.append(threading.Thread(target=lambda: model(**tiny_batches()[0])))
+        begun[0].start()
+        begun[0].join()
+
+    with watching(model) as watch:
+        model(**tiny_batches()[0])
+    with pytest.raises(RuntimeError, match=r"^watch: several threads called the model at once"):
+        watch.statistics()
 
 
 # An adapter that acts

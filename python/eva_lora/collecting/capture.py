@@ -301,12 +301,36 @@ class Capture:
         self.inputs.append(own)
 
 
+class StayingHook:
+    """A hook that stays with the model it was hung on: on one that is copied or pickled meanwhile, it does nothing."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+
+    def __call__(self, *call: Any) -> None:
+        self._hook(*call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return no_hook
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _made_no_hook, ()
+
+
+def no_hook(*call: Any) -> None:
+    """What is left of a :class:`StayingHook` elsewhere."""
+
+
+def _made_no_hook() -> Callable[..., None]:
+    return no_hook
+
+
 def _entering(within: Callable[[], AbstractContextManager[object]], hook: Callable[..., None]) -> Callable[..., None]:
     def entering(*call: Any) -> None:
         with within():
             hook(*call)
 
-    return entering
+    return StayingHook(entering)
 
 
 def _pieces(

@@ -3,6 +3,7 @@
 import inspect
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from ..config import EvaConfig
 from ..distributed import ProcessGroup, Ranks, joined, together
 from ..planning import EvaStatistics, merged
 from .batches import named_fields
+from .capture import StayingHook
 from .closing import statistics_of
 from .forwards import Forwards
 from .masks import RowMaskFn
@@ -135,6 +137,8 @@ class Watch:
         self._mask = RowMask(None, None)
         self._handled: BaseException | None = None  # an exception that was being handled before the call
         self._began = 0.0
+        self._thread = 0  # that has begun the call
+        self._overlapped = False
         self._known_idle: list[tuple[int, int]] = []  # tensors of the adapter that were zero, and their edits by then
         self._result: EvaStatistics | None = None
 
@@ -172,7 +176,7 @@ class Watch:
         In a process group all ranks have to ask, and get the same: each one's leading directions together.
 
         Raises:
-            RuntimeError: a call broke off halfway, so that layers have seen different rows.
+            RuntimeError: a call broke off halfway, so that layers have seen different rows; threads called at once.
             ValueError: as :func:`eva_lora.collect`, where calls brought too little; layers were not reached.
         """
         with ordinary_tensors():
@@ -190,6 +194,10 @@ class Watch:
                 f"watch: call {run.num_batches + 1} of the model broke off after some of its layers had been called, "
                 "so that they have seen different rows; watch anew"
             )
+        if self._overlapped:
+            raise RuntimeError("watch: several threads called the model at once, whose rows cannot be told apart")
+        if run.num_batches == 0:
+            raise ValueError("watch: the model was not called within the block; calls of a copy are not its own")
         run.stop_reason = run.stop_reason or "end of the data"
         with torch.no_grad(), without_autocast(self._forwards.device):
             run.finish()
@@ -200,8 +208,8 @@ class Watch:
         """Within it the model is watched."""
         with self._run.capture.hooks(_apart), ExitStack() as stack:
             for module in self._doors:
-                begins = module.register_forward_pre_hook(self._begins, with_kwargs=True)
-                ends = module.register_forward_hook(self._ends, always_call=True)
+                begins = module.register_forward_pre_hook(StayingHook(self._begins), with_kwargs=True)
+                ends = module.register_forward_hook(StayingHook(self._ends), always_call=True)
                 stack.callback(begins.remove)
                 stack.callback(ends.remove)
             try:
@@ -211,8 +219,10 @@ class Watch:
                     self._break_off()
 
     def _begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._open is module:  # an interrupt has left it without a word
+        if self._open is module and threading.get_ident() == self._thread:  # an interrupt has left it without a word
             self._break_off()
+        if self._open is not None and threading.get_ident() != self._thread:
+            self._overlapped = True
         if self._open is not None or self._run.stop_reason:
             return
         if torch._C._current_graph_task_id() != -1:  # a backward pass computes again what was seen in the forward
@@ -227,7 +237,7 @@ class Watch:
                 counted, shape = mask.decoder.num_rows, mask.decoder.shape
                 self._run.capture.rows_in_batch = math.prod(shape or (0,)) if counted is None else counted
         self._open, self._mask, self._handled = module, mask, sys.exc_info()[1]
-        self._began = time.perf_counter()
+        self._began, self._thread = time.perf_counter(), threading.get_ident()
 
     def _ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is not self._open:
