@@ -483,3 +483,11 @@ def test_a_layer_that_no_gradient_reaches_is_named(base):
     model = get_peft_model(TwoHeads(), LoraConfig(r=1, target_modules=["one", "two"]))
     with pytest.raises(ValueError, match="model: no gradient has reached layer two"):
         initialize(model, [torch.ones(3, 4)], "lora-one", loss_fn=lambda m, x: m(x).square().mean())
+
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_convolutions_are_refused_by_name(method):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).requires_grad_(False)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "2"]))
+    with pytest.raises(ValueError, match="cannot start 1 layers; 0: it is a convolution"):
+        initialize(model, [torch.randn(2, 3, 4, 4)], method, loss_fn=lambda m, x: m(x).square().mean())

@@ -410,7 +410,7 @@ class Convolutions(nn.Module):
         return {"plane": plane.mT.flatten(0, 1).double(), "line": line.mT.flatten(0, 1).double()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FROM_INPUTS)
 def test_a_convolution_s_inputs_are_its_patches(method, tmp_path):
     base = Convolutions().requires_grad_(False)
     x, other = torch.randn(2, 64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
