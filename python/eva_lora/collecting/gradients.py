@@ -170,7 +170,7 @@ class GradientPasses:
             for handle in handles:
                 handle.remove()
         for name, layer in layers.items():
-            if not layer.reached:
+            if layer.product is None:
                 raise ValueError(
                     f"model: no gradient has reached layer {name}: the loss does not depend on it, or {CUT_OFF}"
                 )
@@ -202,18 +202,15 @@ class _Layer:
 
     def __init__(self, site: LoraSite, asked: Asked) -> None:
         self.product: Tensor | None = None
-        self.reached = False  # by a gradient
         self._site, self._asked = site, asked
         # Its gradient is nobody's: the model's first layers would else be no part of a graph.
         self._anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        (given,) = self._site.inputs(args, kwargs)
-        x, right = given.tensor.detach(), self._asked.right
-        if self.product is None:  # now: what stays would lie between activations if it were made in the backward
-            self.product = torch.zeros(self._shape(x, output), dtype=_kept_in(output), device=output.device)
         if not torch.is_grad_enabled():  # a checkpointed part, which comes again
             return None
+        (given,) = self._site.inputs(args, kwargs)
+        x, right = given.tensor.detach(), self._asked.right
         if right is not None:
             with torch.no_grad(), without_autocast(x.device):
                 x = projected(x, self._on(x, right), dtype=_kept_in(x))
@@ -230,15 +227,10 @@ class _Layer:
                 rows, weights = kept, projected(gradient, self._on(gradient, left), dtype=dtype)
             elif whole:
                 weights = kept.reshape(-1, kept.shape[-1])
-            assert self.product is not None
+            if self.product is None:
+                shape = rows.shape[-1], weights.shape[-1]
+                self.product = torch.zeros(shape, dtype=dtype, device=gradient.device)
             outer_add_(self.product, rows, weights)
-            self.reached = True
-
-    def _shape(self, x: Tensor, output: Tensor) -> tuple[int, int]:
-        right, left, _ = self._asked
-        if left is not None:
-            return x.shape[-1], left.shape[1]
-        return output.shape[-1], x.shape[-1] if right is None else right.shape[1]
 
     @staticmethod
     def _on(x: Tensor, basis: Tensor) -> Tensor:
