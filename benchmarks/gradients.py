@@ -1,7 +1,7 @@
 """What sketches of gradients miss and cost on SmolLM2-135M's own language-model loss: the tables of docs/gradients.md.
 
     python benchmarks/gradients.py schemes [--every N] [--rank R] [--output FILE]
-    python benchmarks/gradients.py starts [--rank R] [--batches N] [--methods lora-ga ...]
+    python benchmarks/gradients.py starts [--every N] [--rank R] [--batches N] [--methods lora-ga ...]
     python benchmarks/gradients.py cost [--rank R] [--batches N]
 
 ``schemes`` takes the exact gradients of four batches of 4 × 128 tokens, each from one backward pass in float32,
@@ -136,7 +136,7 @@ def adapted(model: nn.Module, layers: list[str], rank: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
 
 
-def starts(rank: int, count: int, methods: list[str]) -> str:
+def starts(rank: int, count: int, methods: list[str], every: int) -> str:
     model, batches, layers = load(count)
     gradients = exact_gradients(model, batches, layers)
     lines = [
@@ -147,7 +147,7 @@ def starts(rank: int, count: int, methods: list[str]) -> str:
         mine = adapted(copy.deepcopy(model), layers, rank)
         report: Any = initialize(mine, batches, method)
         missing = []
-        for name in layers if method.startswith("lora-ga") else ():
+        for name in layers[::every] if method.startswith("lora-ga") else ():
             layer, g = mine.get_base_model().get_submodule(name), gradients[name].double()
             a, b = layer.lora_A["default"].weight.detach().double(), layer.lora_B["default"].weight.detach().double()
             step, values = b @ (b.T @ g) + (g @ a.T) @ a, torch.linalg.svdvals(g)
@@ -262,7 +262,7 @@ def main() -> None:
         print(json.dumps(measure(options.side, options.rank, options.batches, options.checkpointing)))
         return
     if options.part == "starts":
-        print(f"\n{starts(options.rank, options.batches, options.methods)}")
+        print(f"\n{starts(options.rank, options.batches, options.methods, options.every)}")
         return
     if options.part == "cost":
         print(f"\n{cost(options.rank, options.batches)}")
