@@ -25,10 +25,10 @@ SOURCES = [
     "csrc/bindings.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/parallel.cpp",
-    "csrc/cpu/sketch.cpp",
-    "csrc/cpu/subspace.cpp",
-    "csrc/cpu/symmetric_eigen.cpp",
-    "csrc/cpu/refresh.cpp",
+    "csrc/cpu/forms.cpp",
+    "csrc/cpu/form_avx2.cpp",
+    "csrc/cpu/form_avx512.cpp",
+    "csrc/cpu/form_avx512bf16.cpp",
     "csrc/cpu/bindings.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/compare_bases.cu", "csrc/cuda/bindings.cpp"]

@@ -13,10 +13,11 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu/subspace.h"
+#include "cpu/forms.h"
 #include "tracker.h"
 
 namespace {
@@ -72,8 +73,12 @@ std::function<void()> step(int64_t sites, int64_t columns, eva::Criterion criter
   return update;
 }
 
-std::function<void()> product(int64_t n, int64_t d, int64_t q, bool is_float32) {
-  if (!eva::has_bf16_subspace()) std::exit(kUnsupported);
+std::function<void()> product(const char* form, int64_t n, int64_t d, int64_t q, bool is_float32) {
+  try {
+    eva::choose_form(form);
+  } catch (const std::invalid_argument&) {
+    std::exit(kUnsupported);
+  }
   struct Data {
     std::vector<float> x, shift, basis, product;
     std::vector<uint16_t> narrow;
@@ -98,7 +103,7 @@ std::function<void()> product(int64_t n, int64_t d, int64_t q, bool is_float32) 
   task.shift = data->shift.data(), task.basis = data->basis.data(), task.sign = 1;
   task.product = data->product.data(), task.column_sum = data->column_sum.data();
   task.square_sum = &data->square_sum;
-  return [=] { eva::subspace_accumulate(data->task, 1); };
+  return [=] { eva::code().subspace(data->task, 1); };
 }
 
 const std::map<std::string, std::function<std::function<void()>()>> kPaths = {
@@ -108,8 +113,12 @@ const std::map<std::string, std::function<std::function<void()>()>> kPaths = {
     {"step component, 300 x 256", [] { return step(300, 256, eva::Criterion::kComponent); }},
     {"step subspace, 300 x 256", [] { return step(300, 256, eva::Criterion::kSubspace); }},
     {"step captured, 300 x 256", [] { return step(300, 256, eva::Criterion::kCaptured); }},
-    {"product bfloat16, 64 x 128 x 96", [] { return product(64, 128, 96, false); }},
-    {"product float32, 64 x 128 x 96", [] { return product(64, 128, 96, true); }},
+    {"product bfloat16, avx512bf16, 64 x 128 x 96", [] { return product("avx512bf16", 64, 128, 96, false); }},
+    {"product float32, avx512bf16, 64 x 128 x 96", [] { return product("avx512bf16", 64, 128, 96, true); }},
+    {"product bfloat16, avx512, 64 x 128 x 96", [] { return product("avx512", 64, 128, 96, false); }},
+    {"product float32, avx512, 64 x 128 x 96", [] { return product("avx512", 64, 128, 96, true); }},
+    {"product bfloat16, avx2, 64 x 128 x 96", [] { return product("avx2", 64, 128, 96, false); }},
+    {"product float32, avx2, 64 x 128 x 96", [] { return product("avx2", 64, 128, 96, true); }},
 };
 
 }  // namespace

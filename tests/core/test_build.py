@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eva_kernels._build import build_info
+from eva_kernels._build import CPU_FORMS, CPU_ISA, build_info, use_core
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,10 +99,11 @@ def test_nvcc_compiles_for_all_architectures_without_warnings_or_spills(tmp_path
 def test_build_info_is_complete_and_consistent() -> None:
     info = build_info()
     assert set(info) == {
-        *("core", "compiler", "cplusplus", "cuda", "nvcc", "architectures", "cuda_runtime", "cuda_driver"),
-        "remedies",
+        *("core", "cpu_form", "cpu_forms", "compiler", "cplusplus", "cuda", "nvcc", "architectures", "cuda_runtime"),
+        *("cuda_driver", "remedies"),
     }
     assert (info["core"] == "built") == (info["cplusplus"] is not None)
+    assert info["cpu_form"] == (info["cpu_forms"][0] if info["cpu_forms"] else None) or "EVA_CPU_ISA" in os.environ
     assert info["cuda"].startswith("built") == bool(info["architectures"])
     assert bool(info["remedies"]) == (info["core"] != "built" or "device(s)" not in info["cuda"])
     shown = subprocess.run([sys.executable, "-m", "eva_kernels._build"], text=True, capture_output=True, check=True)
@@ -153,11 +154,49 @@ allocate_ranks([[0.5]], [1], 1, impl="core")
     assert "impl='core': expected the compiled module, but it is switched off by EVA_CPU_ISA=none" in process.stderr
 
 
-def test_an_unknown_cpu_isa_is_an_error_and_auto_is_what_there_is_without() -> None:
+def test_each_form_of_this_machine_can_be_chosen_and_no_other() -> None:
+    here = build_info()["cpu_forms"]
+    assert here == [form for form in CPU_FORMS if form in here]
+    for asked in CPU_FORMS:
+        process = with_cpu_isa(asked, "-m", "eva_kernels._build")
+        if asked in here:
+            assert f"{'cpu_form:':14} {asked}" in process.stdout.splitlines(), process.stderr
+        else:
+            assert f"expected one of {('auto', *here, 'none')}, got {asked!r}: " in process.stderr
+    assert f"{'cpu_form:':14} {here[0] if here else '-'}" in with_cpu_isa("auto", "-m", "eva_kernels._build").stdout
+
+
+def test_an_unknown_cpu_isa_is_an_error() -> None:
     process = with_cpu_isa("avx1024", "-m", "eva_kernels._build")
     assert process.returncode != 0
-    assert "ValueError: EVA_CPU_ISA: expected one of ('auto', 'none'), got 'avx1024'" in process.stderr
-    assert f"core:          {build_info()['core']}" in with_cpu_isa("auto", "-m", "eva_kernels._build").stdout
+    assert f"ValueError: EVA_CPU_ISA: expected one of {CPU_ISA}, got 'avx1024'" in process.stderr
+
+
+@pytest.mark.skipif(build_info()["core"] != "built", reason="_core is not built")
+def test_a_form_is_taken_only_where_processor_and_system_have_all_of_it() -> None:
+    """Without any one of the bits that a form asks for, none that asks for it is taken."""
+    core = use_core("core")
+    words = ("leaf_1_ecx", "leaf_7_ebx", "leaf_7_edx", "leaf_7_1_eax", "system")
+    needs = {  # by form, what it asks for beside what the one before does: (word, bit)
+        "avx2": [(0, 12), (0, 27), (0, 28), (0, 29), (1, 5), (4, 1), (4, 2)],
+        "avx512": [(1, 16), (1, 17), (1, 30), (1, 31), (4, 5), (4, 6), (4, 7)],
+        "avx512bf16": [(3, 5)],
+    }
+    assert [*needs] == [*CPU_FORMS][::-1]
+    bits: list[tuple[int, int]] = []
+    before = ""
+    for form, added in needs.items():
+        bits += added
+        for missing in [None, *added]:
+            given = dict.fromkeys(words, 0)
+            for word, bit in bits:
+                given[words[word]] |= ((word, bit) != missing) << bit
+            found = core.greatest_cpu_form(**given)
+            assert found == (form if missing is None else before), (form, missing)
+        before = form
+    everything = dict.fromkeys(words, 2**32 - 1)
+    assert core.greatest_cpu_form(**everything) == CPU_FORMS[0]
+    assert core.greatest_cpu_form(**dict.fromkeys(words, 0)) == ""
 
 
 def test_neither_torch_nor_triton_is_imported() -> None:

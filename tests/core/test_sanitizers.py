@@ -16,7 +16,7 @@ SANITIZERS = {
 }
 THREAD_SANITIZER_FOUND_A_RACE = 66  # its exit status
 KERNEL = "tests/core/compare_bases_host.cpp"
-REFRESH = ("refresh_host.cpp", "refresh.cpp", "symmetric_eigen.cpp", "memory.cpp", "parallel.cpp")
+FORMS = ("forms.cpp", "form_avx2.cpp", "form_avx512.cpp", "form_avx512bf16.cpp", "memory.cpp", "parallel.cpp")
 TRACKERS = ("tests/core/trackers_host.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp")
 
 
@@ -42,10 +42,9 @@ def test_trackers_are_clean_in_several_threads(compile_program: Callable[..., Pa
     subprocess.run([compile_program(*TRACKERS, flags=flags)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
-def test_refreshes_are_clean_at_odd_sizes(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
-    program, *sources = REFRESH
-    own = compile_program(
-        f"tests/core/{program}", *(f"csrc/cpu/{source}" for source in sources), flags=(*flags, "-ldl")
-    )
+def test_every_form_is_clean_at_odd_sizes(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    sources = [f"csrc/cpu/{source}" for source in FORMS]
+    own = compile_program("tests/core/forms_host.cpp", *sources, flags=(*flags, "-ldl"))
     subprocess.run([own], check=True)

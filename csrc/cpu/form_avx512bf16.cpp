@@ -1,6 +1,11 @@
-#include "subspace.h"
+// The code for processors with AVX-512 BF16: products of rows by dot products of bfloat16, the rest as with AVX-512.
+#include "forms.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && (__GNUC__ >= 11 || defined(__clang__))
+#ifdef EVA_X86
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // said of GCC's own intrinsics, wrongly
+#endif
 
 #include <immintrin.h>
 
@@ -10,28 +15,19 @@
 #include <vector>
 
 #include "memory.h"
-#include "parallel.h"
+#include "subspace_blocks.h"
 
 #define EVA_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 namespace eva {
-namespace {
+namespace avx512 {
+extern const Code kCode;
+}
+namespace avx512bf16 {
 
 constexpr int64_t kLanes = 16;             // float32 in a register
 constexpr int64_t kTall = 4, kWide = 6;    // rows and registers of a tile of accumulators: 24 of the 32 registers
-constexpr int64_t kSliceRows = 64;         // rows that are multiplied while what they are converted to is at hand
-constexpr int64_t kBlockFeatures = 768;    // features whose parts of Q and Y stay in the L2 cache
-constexpr int64_t kChunkSize = 320 << 10;  // elements of a block of so many rows that they stay there too
-constexpr int64_t kChunkRows = 256;        // nor more rows than this are held converted
-constexpr int64_t kProjectedSize = 2 << 20;  // elements of all blocks' P for a chunk: memory that a call leaves behind
-constexpr int64_t kThreadRows = 64;        // fewer rows than this, or features for each, are not worth a second thread
-constexpr int64_t kThreadFeatures = 64;
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-__mmask16 first_lanes(int64_t count) { return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1); }
+inline __mmask16 first_lanes(int64_t count) { return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1); }
 
 EVA_BF16 inline __m512 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
 
@@ -100,15 +96,21 @@ template <bool Add>
 constexpr void (*kTiles[])(const Operands&) = {nullptr,      tile<1, Add>, tile<2, Add>, tile<3, Add>,
                                                tile<4, Add>, tile<5, Add>, tile<6, Add>};
 
-struct Rows {
-  int64_t begin, end;
-  int64_t padded() const { return round_up(end - begin, kTall); }
-};
-
 // A block of features, and what is done with it for one chunk of rows after the other. Widths are padded with zeros:
 // features to a register, components likewise.
 class Block {
  public:
+  using Projected = uint32_t;                       // pairs of rows
+  static constexpr int64_t kLanes = avx512bf16::kLanes;
+  static constexpr int64_t kRowMultiple = kTall;    // rows are padded to
+  static constexpr int64_t kSliceRows = 64;         // rows multiplied while what they are converted to is at hand
+  static constexpr int64_t kBlockFeatures = 768;    // features whose parts of Q and Y stay in the L2 cache
+  static constexpr int64_t kChunkSize = 320 << 10;  // elements of a block of so many rows that they stay there too
+  static constexpr int64_t kChunkRows = 256;        // nor more rows than this are held converted
+
+  // Elements of P for so many rows.
+  static int64_t projected_size(int64_t rows, int64_t q) { return rows / 2 * round_up(q, kLanes); }
+
   Block(const SubspaceTask& task, int64_t begin, int64_t end, int64_t chunk_rows)
       : task_(task), begin_(begin), width_(end - begin), d_(round_up(width_, kLanes)), q_(round_up(task.q, kLanes)),
         basis_(d_ / 2 * q_), shift_(d_), rows_(kSliceRows * d_ / 2), columns_(chunk_rows / 2 * d_),
@@ -137,7 +139,7 @@ class Block {
       else
         convert(static_cast<const uint16_t*>(task_.x), slice, columns);
       for (int64_t c = 0; c < q_; c += kWide * kLanes)
-        for (int64_t r = 0; r < slice.padded(); r += kTall)
+        for (int64_t r = 0; r < slice.padded(kTall); r += kTall)
           kTiles<false>[registers(c)]({&rows_[r * d_ / 2], d_ / 2, 1, &basis_[c], q_, d_ / 2,
                                        &projected_[(start - chunk.begin + r) * q_ + c], q_, kTall, 0xffff, 1});
     }
@@ -163,7 +165,7 @@ class Block {
       const int wide = registers(c);
       const __mmask16 lanes = first_lanes(task_.q - c - (wide - 1) * kLanes);
       for (int64_t j = 0; j < width_; j += kTall)
-        kTiles<true>[wide]({&columns_[j], 1, d_, projected + c, q_, chunk.padded() / 2,
+        kTiles<true>[wide]({&columns_[j], 1, d_, projected + c, q_, chunk.padded(kTall) / 2,
                             task_.product + (begin_ + j) * task_.q + c, task_.q, width_ - j, lanes, task_.sign});
     }
   }
@@ -185,7 +187,7 @@ class Block {
     float* sum = slice_sum_.get();
     std::fill_n(sum, d, 0.0f);
     __m512 squares[] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t r = 0; r < slice.padded(); r += 2) {
+    for (int64_t r = 0; r < slice.padded(kTall); r += 2) {
       const X* from[2];
       __mmask16 counts[2];
       for (int64_t i = 0; i < 2; ++i) {
@@ -226,60 +228,14 @@ class Block {
   double square_sum_ = 0;
 };
 
-}  // namespace
+extern const Code kCode;
+const Code kCode = [] {
+  Code code = avx512::kCode;
+  code.subspace = &accumulate_in_blocks<Block>;
+  return code;
+}();
 
-bool has_bf16_subspace() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-
-// Threads share the features, not the rows: each then adds to its own part of Y, and to it alone.
-void subspace_accumulate(const SubspaceTask& task, int max_threads) {
-  if (task.n == 0 || task.d == 0) return;
-  const int64_t features = task.n < kThreadRows ? 0 : task.d / kThreadFeatures;
-  const int64_t threads = std::clamp<int64_t>(features, 1, std::max(max_threads, 1));
-  const int64_t width = round_up(divide_up(task.d, threads * divide_up(task.d, threads * kBlockFeatures)), kLanes);
-  const int64_t shares = divide_up(task.d, width);
-  const int64_t least_chunks = std::max({divide_up(task.n * width, kChunkSize), divide_up(task.n, kChunkRows),
-                                         divide_up(task.n * task.q * shares, kProjectedSize)});
-  const int64_t chunk_rows = round_up(divide_up(task.n, least_chunks), kSliceRows);
-  const int64_t chunks = divide_up(task.n, chunk_rows);
-  const Array<uint32_t> projected(chunk_rows / 2 * round_up(task.q, kLanes));  // P as pairs of rows
-  std::vector<std::unique_ptr<Block>> blocks;  // memory is taken here, where an error can be reported
-  for (int64_t begin = 0; begin < task.d; begin += width)
-    blocks.push_back(std::make_unique<Block>(task, begin, std::min(begin + width, task.d), chunk_rows));
-
-  const auto rows = [&](int64_t chunk) { return Rows{chunk * chunk_rows, std::min((chunk + 1) * chunk_rows, task.n)}; };
-  // Two steps a chunk: project it, after what is left to do of the one before, and settle the projection.
-  run_in_parallel(std::min(threads, shares), 2 * chunks + 1, shares, [&](int64_t step, int64_t share) {
-    const int64_t chunk = step / 2;
-    if (step % 2 == 1) {
-      const int64_t pairs = rows(chunk).padded() / 2;
-      return Block::settle(blocks, {pairs * share / shares * 2, pairs * (share + 1) / shares * 2}, projected.get());
-    }
-    if (step == 0)
-      blocks[share]->prepare();
-    else
-      blocks[share]->accumulate(rows(chunk - 1), projected.get());
-    if (chunk < chunks) blocks[share]->project(rows(chunk));
-  });
-  for (const auto& block : blocks) *task.square_sum += task.sign * block->square_sum();
-}
-
-}  // namespace eva
-
-#else
-
-#include <stdexcept>
-
-namespace eva {
-
-bool has_bf16_subspace() { return false; }
-
-void subspace_accumulate(const SubspaceTask&, int) {
-  throw std::logic_error("the bfloat16 subspace product is not part of this build");
-}
-
+}  // namespace avx512bf16
 }  // namespace eva
 
 #endif
