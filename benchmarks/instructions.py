@@ -24,7 +24,7 @@ RECORDED = ROOT / "benchmarks" / "results" / "instructions.json"
 SOURCES = (
     "benchmarks/hot_paths.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp", "csrc/cpu/memory.cpp",
     "csrc/cpu/parallel.cpp", "csrc/cpu/forms.cpp", "csrc/cpu/form_avx2.cpp", "csrc/cpu/form_avx512.cpp",
-    "csrc/cpu/form_avx512bf16.cpp",
+    "csrc/cpu/form_avx512bf16.cpp", "csrc/cpu/form_amx.cpp",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread")  # as in setup.py
 UNSUPPORTED = 3  # exit status of a path whose instructions the processor, or valgrind's, does not have

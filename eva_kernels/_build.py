@@ -17,7 +17,7 @@ from importlib.resources import files
 from types import ModuleType
 from typing import Any
 
-CPU_FORMS = ("avx512bf16", "avx512", "avx2")  # each asks for all instructions of the next, and more
+CPU_FORMS = ("amx", "avx512bf16", "avx512", "avx2")  # each asks for all instructions of the next, and more
 CPU_ISA = ("auto", *CPU_FORMS, "none")  # what EVA_CPU_ISA may be
 SWITCHED_OFF = "switched off by EVA_CPU_ISA=none"
 
@@ -141,8 +141,8 @@ def build_info() -> dict[str, Any]:
     """What is built, with what, and what to do about the rest.
 
     Keys: ``core`` and ``cuda`` (a sentence each), ``cpu_form`` (which runs), ``cpu_forms`` (those that this machine
-    runs), ``compiler``, ``cplusplus``, ``nvcc``, ``architectures``, ``cuda_runtime``, ``cuda_driver`` (None where there
-    is none), ``remedies`` (a list of sentences).
+    runs), ``built_forms``, ``compiler``, ``cplusplus``, ``nvcc``, ``architectures``, ``cuda_runtime``, ``cuda_driver``
+    (None where there is none), ``remedies`` (a list of sentences).
     """
     record, (core, reason), cuda = _record(), _import_core(), cuda_state()
     runtime, driver = core.cuda_versions() if core is not None and cuda.built else (0, 0)
@@ -155,6 +155,10 @@ def build_info() -> dict[str, Any]:
             "when the package is installed; then reinstall: pip install --force-reinstall --no-deps eva-kernels, or "
             "pip install -e . in a clone."
         )
+    if core is not None and core.built_cpu_forms() and not record.get("assembles_tiles", True):
+        remedies.append(
+            "The form for AMX is not built, as the assembler does not know its instructions: take a newer one."
+        )
     if not cuda.built and reason != SWITCHED_OFF:
         remedies.append(
             "For CUDA put nvcc on PATH, or set CUDA_HOME, and reinstall with EVA_BUILD_CUDA=1, which fails with the "
@@ -166,6 +170,7 @@ def build_info() -> dict[str, Any]:
         "core": "built" if core is not None else reason,
         "cpu_form": cpu_form(),
         "cpu_forms": core.cpu_forms() if core is not None else [],
+        "built_forms": core.built_cpu_forms() if core is not None else [],
         "compiler": record.get("compiler") if core is not None else None,
         "cplusplus": f"C++{core.cplusplus // 100 % 100}" if core is not None else None,
         "cuda": cuda.summary,

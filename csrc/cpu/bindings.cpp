@@ -128,13 +128,14 @@ void bind_cpu(py::module_& module) {
   using namespace pybind11::literals;
   module.def(
       "greatest_cpu_form",
-      [](uint32_t leaf_1_ecx, uint32_t leaf_7_ebx, uint32_t leaf_7_edx, uint32_t leaf_7_1_eax, uint64_t system) {
-        return eva::greatest_form({leaf_1_ecx, leaf_7_ebx, leaf_7_edx, leaf_7_1_eax, system});
+      [](uint32_t leaf_1_ecx, uint32_t leaf_7_ebx, uint32_t leaf_7_edx, uint32_t leaf_7_1_eax, uint64_t system,
+         bool has_full_tiles) {
+        return eva::greatest_form({leaf_1_ecx, leaf_7_ebx, leaf_7_edx, leaf_7_1_eax, system, has_full_tiles});
       },
-      "leaf_1_ecx"_a, "leaf_7_ebx"_a, "leaf_7_edx"_a, "leaf_7_1_eax"_a, "system"_a);
+      "leaf_1_ecx"_a, "leaf_7_ebx"_a, "leaf_7_edx"_a, "leaf_7_1_eax"_a, "system"_a, "has_full_tiles"_a);
   module.def("built_cpu_forms", &eva::built_forms);
   module.def("cpu_forms", &eva::forms);
-  module.def("choose_cpu_form", &eva::choose_form, "form"_a);
+  module.def("choose_cpu_form", &eva::choose_form, "form"_a, "emulated"_a = false);
   module.def("cpu_form", &eva::chosen_form);
   module.def("subspace", &subspace, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "basis"_a,
              "q"_a, "sign"_a, "product"_a, "column_sum"_a, "square_sum"_a, "threads"_a);

@@ -9,7 +9,6 @@
 
 namespace eva::EVA_FORM {
 
-extern const Code kCode;
-const Code kCode{&accumulate_in_blocks<Block>, &sketch_add, &refresh, &cholesky_qr, &symmetric_eigen_of_all};
+Code code() { return {&accumulate_in_blocks<Block>, &sketch_add, &refresh, &cholesky_qr, &symmetric_eigen_of_all}; }
 
 }  // namespace eva::EVA_FORM

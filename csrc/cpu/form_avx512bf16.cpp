@@ -3,50 +3,17 @@
 
 #ifdef EVA_X86
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // said of GCC's own intrinsics, wrongly
-#endif
-
-#include <immintrin.h>
-
-#include <algorithm>
-#include <memory>
-#include <utility>
-#include <vector>
-
-#include "memory.h"
-#include "subspace_blocks.h"
-
-#define EVA_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#include "bfloat16_products.h"
 
 namespace eva {
 namespace avx512 {
-extern const Code kCode;
+Code code();
 }
 namespace avx512bf16 {
 
-constexpr int64_t kLanes = 16;             // float32 in a register
-constexpr int64_t kTall = 4, kWide = 6;    // rows and registers of a tile of accumulators: 24 of the 32 registers
-inline __mmask16 first_lanes(int64_t count) { return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1); }
+using namespace bfloat16;
 
-EVA_BF16 inline __m512 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
-
-EVA_BF16 inline __m512 load(const uint16_t* from, __mmask16 lanes) {
-  const __m256i raw = _mm256_maskz_loadu_epi16(lanes, from);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
-
-// Two registers rounded to bfloat16, one in each half.
-EVA_BF16 inline __m512i halves(__m512 low, __m512 high) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
-// The same as pairs of one of each.
-EVA_BF16 inline __m512i pairs(__m512i halves) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, halves);
-}
+constexpr int64_t kTall = 4;  // rows of a tile of sums: with kWide registers, 24 of the 32
 
 EVA_BF16 inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -96,144 +63,38 @@ template <bool Add>
 constexpr void (*kTiles[])(const Operands&) = {nullptr,      tile<1, Add>, tile<2, Add>, tile<3, Add>,
                                                tile<4, Add>, tile<5, Add>, tile<6, Add>};
 
-// A block of features, and what is done with it for one chunk of rows after the other. Widths are padded with zeros:
-// features to a register, components likewise.
-class Block {
- public:
-  using Projected = uint32_t;                       // pairs of rows
-  static constexpr int64_t kLanes = avx512bf16::kLanes;
-  static constexpr int64_t kRowMultiple = kTall;    // rows are padded to
-  static constexpr int64_t kSliceRows = 64;         // rows multiplied while what they are converted to is at hand
-  static constexpr int64_t kBlockFeatures = 768;    // features whose parts of Q and Y stay in the L2 cache
-  static constexpr int64_t kChunkSize = 320 << 10;  // elements of a block of so many rows that they stay there too
-  static constexpr int64_t kChunkRows = 256;        // nor more rows than this are held converted
+// P is kept as pairs of rows, (pairs, q).
+struct Dots {
+  static constexpr int64_t kRows = kTall, kFeatures = kLanes;
 
-  // Elements of P for so many rows.
-  static int64_t projected_size(int64_t rows, int64_t q) { return rows / 2 * round_up(q, kLanes); }
-
-  Block(const SubspaceTask& task, int64_t begin, int64_t end, int64_t chunk_rows)
-      : task_(task), begin_(begin), width_(end - begin), d_(round_up(width_, kLanes)), q_(round_up(task.q, kLanes)),
-        basis_(d_ / 2 * q_), shift_(d_), rows_(kSliceRows * d_ / 2), columns_(chunk_rows / 2 * d_),
-        projected_(chunk_rows * q_), slice_sum_(d_) {}
-
-  EVA_BF16 void prepare() {
-    std::fill_n(std::copy_n(task_.shift + begin_, width_, shift_.get()), d_ - width_, 0.0f);
-    fetch(task_.basis + begin_ * task_.q, width_ * task_.q * sizeof(float));
-    for (int64_t j = 0; j < d_; j += 2)
-      for (int64_t c = 0; c < q_; c += kLanes) {
-        const float* from = task_.basis + (begin_ + j) * task_.q + c;
-        const __mmask16 lanes = first_lanes(task_.q - c);
-        const __m512 even = j < width_ ? load(from, lanes) : _mm512_setzero_ps();
-        const __m512 odd = j + 1 < width_ ? load(from + task_.q, lanes) : _mm512_setzero_ps();
-        _mm512_storeu_si512(&basis_[j / 2 * q_ + c], pairs(halves(even, odd)));
-      }
+  EVA_BF16 void project(const uint32_t* rows, int64_t count, const uint32_t* basis, int64_t depth, int64_t q,
+                        float* out) const {
+    for (int64_t c = 0; c < q; c += kWide * kLanes)
+      for (int64_t r = 0; r < count; r += kTall)
+        kTiles<false>[registers(c, q)]({rows + r * depth, depth, 1, basis + c, q, depth, out + r * q + c, q, kTall, 0xffff, 1});
   }
 
-  // The block's part of P = Z Q for a chunk.
-  EVA_BF16 void project(Rows chunk) {
-    for (int64_t start = chunk.begin; start < chunk.end; start += kSliceRows) {
-      const Rows slice{start, std::min(start + kSliceRows, chunk.end)};
-      uint32_t* columns = &columns_[(start - chunk.begin) / 2 * d_];
-      if (task_.is_float32)
-        convert(static_cast<const float*>(task_.x), slice, columns);
-      else
-        convert(static_cast<const uint16_t*>(task_.x), slice, columns);
-      for (int64_t c = 0; c < q_; c += kWide * kLanes)
-        for (int64_t r = 0; r < slice.padded(kTall); r += kTall)
-          kTiles<false>[registers(c)]({&rows_[r * d_ / 2], d_ / 2, 1, &basis_[c], q_, d_ / 2,
-                                       &projected_[(start - chunk.begin + r) * q_ + c], q_, kTall, 0xffff, 1});
+  EVA_BF16 static void settle(const __m512i* both, uint32_t* projected, int64_t pair, int64_t, int64_t c, int64_t q) {
+    for (int64_t i = 0; i < kRows / 2; ++i) _mm512_storeu_si512(projected + (pair + i) * q + c, both[i]);
+  }
+
+  EVA_BF16 void accumulate(const uint32_t* columns, int64_t d, int64_t width, int64_t pairs, const uint32_t* projected,
+                           int64_t, int64_t q, float* out, int64_t out_width, float sign) const {
+    for (int64_t c = 0; c < q; c += kWide * kLanes) {
+      const int wide = registers(c, q);
+      const __mmask16 lanes = first_lanes(out_width - c - (wide - 1) * kLanes);
+      for (int64_t j = 0; j < width; j += kTall)
+        kTiles<true>[wide]({columns + j, 1, d, projected + c, q, pairs, out + j * out_width + c, out_width, width - j,
+                            lanes, sign});
     }
   }
-
-  // The rows' part of the sum of all blocks' P for a chunk, as pairs of rows.
-  EVA_BF16 static void settle(const std::vector<std::unique_ptr<Block>>& blocks, Rows rows, uint32_t* projected) {
-    const int64_t q = blocks[0]->q_;
-    for (int64_t r = rows.begin; r < rows.end; r += 2)
-      for (int64_t c = 0; c < q; c += kLanes) {
-        __m512 even = _mm512_setzero_ps(), odd = even;
-        for (const auto& block : blocks) {
-          even = _mm512_add_ps(even, _mm512_loadu_ps(&block->projected_[r * q + c]));
-          odd = _mm512_add_ps(odd, _mm512_loadu_ps(&block->projected_[(r + 1) * q + c]));
-        }
-        _mm512_storeu_si512(projected + r / 2 * q + c, pairs(halves(even, odd)));
-      }
-  }
-
-  // Y += sign · Zᵀ P for the chunk that was projected.
-  EVA_BF16 void accumulate(Rows chunk, const uint32_t* projected) {
-    for (int64_t c = 0; c < q_; c += kWide * kLanes) {
-      const int wide = registers(c);
-      const __mmask16 lanes = first_lanes(task_.q - c - (wide - 1) * kLanes);
-      for (int64_t j = 0; j < width_; j += kTall)
-        kTiles<true>[wide]({&columns_[j], 1, d_, projected + c, q_, chunk.padded(kTall) / 2,
-                            task_.product + (begin_ + j) * task_.q + c, task_.q, width_ - j, lanes, task_.sign});
-    }
-  }
-
-  double square_sum() const { return square_sum_; }
-
- private:
-  int registers(int64_t c) const { return static_cast<int>(std::min(kWide, (q_ - c) / kLanes)); }
-
-  // z = x − s of two rows at a time, as rows of pairs of features and as pairs of rows; zeros in the place of rows that
-  // are masked or beyond the end.
-  template <typename X>
-  EVA_BF16 void convert(const X* x, Rows slice, uint32_t* columns) {
-    for (int64_t row = slice.begin; row < slice.end; ++row)
-      fetch(x + row * task_.row_stride + begin_, width_ * sizeof(X));
-    // Held here, since after every store the compiler would have to read them from *this again.
-    const int64_t d = d_, width = width_;
-    const float* shift = shift_.get();
-    float* sum = slice_sum_.get();
-    std::fill_n(sum, d, 0.0f);
-    __m512 squares[] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t r = 0; r < slice.padded(kTall); r += 2) {
-      const X* from[2];
-      __mmask16 counts[2];
-      for (int64_t i = 0; i < 2; ++i) {
-        const int64_t row = slice.begin + r + i;
-        counts[i] = row < slice.end && (!task_.mask || task_.mask[row]) ? 0xffff : 0;
-        from[i] = x + (counts[i] ? row * task_.row_stride + begin_ : 0);
-      }
-      uint16_t* first = reinterpret_cast<uint16_t*>(rows_.get()) + r * d;
-      uint32_t* both = columns + r / 2 * d;
-      for (int64_t j = 0; j < d; j += kLanes) {
-        const __mmask16 inside = first_lanes(width - j);
-        const __m512 center = _mm512_loadu_ps(shift + j);
-        __m512 z[2];
-        for (int64_t i = 0; i < 2; ++i) {
-          const __mmask16 lanes = counts[i] & inside;
-          z[i] = _mm512_maskz_sub_ps(lanes, load(from[i] + j, lanes), center);
-          squares[i] = _mm512_fmadd_ps(z[i], z[i], squares[i]);
-        }
-        const __m512i rounded = halves(z[0], z[1]);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + j), _mm512_castsi512_si256(rounded));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + d + j), _mm512_extracti64x4_epi64(rounded, 1));
-        _mm512_storeu_si512(both + j, pairs(rounded));
-        _mm512_storeu_ps(sum + j, _mm512_add_ps(_mm512_loadu_ps(sum + j), _mm512_add_ps(z[0], z[1])));
-      }
-    }
-    square_sum_ += _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1]));
-    for (int64_t j = 0; j < width; ++j) task_.column_sum[begin_ + j] += task_.sign * sum[j];
-  }
-
-  const SubspaceTask& task_;
-  const int64_t begin_, width_, d_, q_;
-  const Array<uint32_t> basis_;  // (d / 2, q) pairs of features
-  const Array<float> shift_;
-  const Array<uint32_t> rows_;     // (slice, d / 2) pairs of features
-  const Array<uint32_t> columns_;  // (chunk / 2, d) pairs of rows
-  const Array<float> projected_;   // (chunk, q)
-  const Array<float> slice_sum_;
-  double square_sum_ = 0;
 };
 
-extern const Code kCode;
-const Code kCode = [] {
-  Code code = avx512::kCode;
-  code.subspace = &accumulate_in_blocks<Block>;
-  return code;
-}();
+Code code() {
+  Code own = avx512::code();
+  own.subspace = &accumulate_in_blocks<Block<Dots>>;
+  return own;
+}
 
 }  // namespace avx512bf16
 }  // namespace eva

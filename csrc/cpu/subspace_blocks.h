@@ -48,8 +48,10 @@ void accumulate_in_blocks(const SubspaceTask& task, int max_threads) {
   run_in_parallel(std::min(threads, shares), 2 * chunks + 1, shares, [&](int64_t step, int64_t share) {
     const int64_t chunk = step / 2;
     if (step % 2 == 1) {
-      const int64_t pairs = rows(chunk).padded(Block::kRowMultiple) / 2;
-      return Block::settle(blocks, {pairs * share / shares * 2, pairs * (share + 1) / shares * 2}, projected.get());
+      constexpr int64_t kMultiple = Block::kRowMultiple;
+      const int64_t units = rows(chunk).padded(kMultiple) / kMultiple;
+      const Rows own{units * share / shares * kMultiple, units * (share + 1) / shares * kMultiple};
+      return Block::settle(blocks, own, projected.get());
     }
     if (step == 0)
       blocks[share]->prepare();

@@ -10,7 +10,7 @@ import torch
 from eva_kernels import Statistic
 from eva_kernels._build import cpu_form
 
-ROUNDING_FORMS = ("avx512bf16",)  # of the compiled code for a CPU: they round operands to bfloat16
+ROUNDING_FORMS = ("amx", "avx512bf16")  # of the compiled code for a CPU: they round operands to bfloat16
 UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
 
