@@ -5,6 +5,8 @@
 //   project             out = left · right, of rows as pairs of features and the basis as such pairs
 //   settle              lays P out for `accumulate`, as it likes
 //   accumulate          Y += sign · Zᵀ P, of rows as pairs of rows
+//   turned_size, turn   what multiply_columns needs beside pairs of rows: how much, and making it
+//   multiply_columns    out = left · right, of columns of rows as pairs of rows
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -18,6 +20,7 @@
 #include <memory>
 #include <vector>
 
+#include "gram.h"
 #include "memory.h"
 #include "subspace_blocks.h"
 
@@ -181,6 +184,99 @@ class Block {
   const Array<float> projected_;   // (chunk, q)
   const Array<float> slice_sum_;
   double square_sum_ = 0;
+};
+
+// X as it is, in pairs of rows, and products of its columns, from which the shift is taken out afterwards: with c = Σ z
+// and n rows, Σ z zᵀ = Σ x xᵀ − s (c + n s)ᵀ − c sᵀ. Products of bfloat16 are exact in float32.
+template <typename Product>
+class Triangle {
+ public:
+  static constexpr int64_t kChunkRows = 256;
+
+  explicit Triangle(const GramTask& task)
+      : task_(task), d_(round_up(task.d, kLanes)), pairs_(round_up(std::min(task.n, kChunkRows), Product::kRows) / 2),
+        columns_(pairs_ * d_), turned_(Product::turned_size(d_, pairs_)), sum_(d_), of_rows_(d_),
+        squares_(divide_up(task.d, kPanel)) {
+    std::fill_n(squares_.get(), divide_up(task.d, kPanel), 0.0);
+  }
+
+  EVA_BF16 void convert(Rows rows, int64_t first, int64_t width) {
+    const uint16_t* x = static_cast<const uint16_t*>(task_.x) + first;
+    const float* shift = task_.shift + first;
+    for (int64_t row = rows.begin; row < rows.end; ++row) fetch(x + row * task_.row_stride, width * sizeof(uint16_t));
+    __m512 sum[kPanel / kLanes], squares[kPanel / kLanes];
+    std::fill_n(sum, kPanel / kLanes, _mm512_setzero_ps());
+    std::fill_n(squares, kPanel / kLanes, _mm512_setzero_ps());
+    int64_t counted = 0;
+    for (int64_t r = 0; r < rows.padded(Product::kRows); r += 2) {
+      const uint16_t* from[2];
+      bool counts[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t row = rows.begin + r + i;
+        counts[i] = row < rows.end && (!task_.mask || task_.mask[row]);
+        from[i] = x + (counts[i] ? row * task_.row_stride : 0);
+        counted += counts[i];
+      }
+      for (int64_t j = 0; j < round_up(width, kLanes); j += kLanes) {
+        const __mmask16 inside = first_lanes(width - j);
+        const __m512 center = _mm512_maskz_loadu_ps(inside, shift + j);
+        __m512i both[2];
+        for (int64_t i = 0; i < 2; ++i) {
+          const __mmask16 lanes = counts[i] ? inside : static_cast<__mmask16>(0);
+          both[i] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from[i] + j));
+          const __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(both[i], 16));
+          const __m512 z = _mm512_maskz_sub_ps(lanes, value, center);
+          sum[j / kLanes] = _mm512_add_ps(sum[j / kLanes], z);
+          squares[j / kLanes] = _mm512_fmadd_ps(z, z, squares[j / kLanes]);
+        }
+        _mm512_storeu_si512(&columns_[r / 2 * d_ + first + j], _mm512_or_si512(both[0], _mm512_slli_epi32(both[1], 16)));
+      }
+    }
+    for (const __m512& lanes : squares) squares_[first / kPanel] += _mm512_reduce_add_ps(lanes);
+    for (int64_t j = 0; j < round_up(width, kLanes); j += kLanes) _mm512_storeu_ps(&sum_[first + j], sum[j / kLanes]);
+    for (int64_t j = 0; j < width; ++j) {
+      task_.column_sum[first + j] += task_.sign * sum_[first + j];
+      of_rows_[first + j] = sum_[first + j] + static_cast<float>(counted) * shift[j];
+    }
+    Product::turn(columns_.get(), d_, first, round_up(width, kLanes), turned_.get(), pairs_);
+  }
+
+  EVA_BF16 void multiply_panel(Rows rows, int64_t first, int64_t width) {
+    alignas(64) float part[kPanel * kColumns];
+    const Product product;
+    const int64_t pairs = rows.padded(Product::kRows) / 2;
+    const float* shift = task_.shift;
+    for (int64_t left = 0; left < first + width; left += kColumns) {
+      const int64_t columns = std::min(kColumns, first + width - left);
+      product.multiply_columns(columns_.get(), d_, turned_.get(), pairs_, pairs, first, width, left,
+                               static_cast<int>(divide_up(columns, kLanes)), part);
+      for (int64_t i = 0; i < width; ++i) {
+        float* to = task_.gram + (first + i) * task_.d + left;
+        const __m512 own_shift = _mm512_set1_ps(shift[first + i]), own_sum = _mm512_set1_ps(sum_[first + i]);
+        const int64_t end = std::min(columns, first + i + 1 - left);
+        for (int64_t j = 0; j < end; j += kLanes) {
+          const __mmask16 lanes = first_lanes(end - j);
+          __m512 sum = _mm512_load_ps(part + i * kColumns + j);
+          sum = _mm512_fnmadd_ps(own_shift, load(&of_rows_[left + j], lanes), sum);
+          sum = _mm512_fnmadd_ps(own_sum, load(shift + left + j, lanes), sum);
+          _mm512_mask_storeu_ps(to + j, lanes, _mm512_fmadd_ps(_mm512_set1_ps(task_.sign), sum, load(to + j, lanes)));
+        }
+      }
+    }
+  }
+
+  void finish() {
+    for (int64_t panel = 0; panel < divide_up(task_.d, kPanel); ++panel)
+      *task_.square_sum += task_.sign * squares_[panel];
+  }
+
+ private:
+  const GramTask& task_;
+  const int64_t d_, pairs_;
+  const Array<uint32_t> columns_;       // (pairs, d)
+  const Array<uint32_t> turned_;        // as Product likes
+  const Array<float> sum_, of_rows_;    // (d): of a chunk's z, and of its x
+  const Array<double> squares_;         // (panels)
 };
 
 }  // namespace eva::bfloat16

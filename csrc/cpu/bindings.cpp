@@ -44,6 +44,18 @@ void subspace(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_st
   run.subspace(task, threads);
 }
 
+void gram(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t shift,
+          float sign, uintptr_t gram, uintptr_t column_sum, uintptr_t square_sum, int threads) {
+  require_sizes(d, 1, threads);
+  const eva::GramTask task{rows(x, is_float32, n, row_stride), is_float32, n, d, row_stride,
+                           address<uint8_t>("mask", mask, Null::kMeansNone), address<float>("shift", shift), sign,
+                           address<float>("gram", gram), address<double>("column_sum", column_sum),
+                           address<double>("square_sum", square_sum)};
+  const eva::Code& run = eva::code();
+  py::gil_scoped_release unlocked;
+  run.gram(task, threads);
+}
+
 using Addresses = std::vector<uintptr_t>;
 
 void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& images, const Addresses& bases,
@@ -139,6 +151,8 @@ void bind_cpu(py::module_& module) {
   module.def("cpu_form", &eva::chosen_form);
   module.def("subspace", &subspace, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "basis"_a,
              "q"_a, "sign"_a, "product"_a, "column_sum"_a, "square_sum"_a, "threads"_a);
+  module.def("gram", &gram, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "sign"_a, "gram"_a,
+             "column_sum"_a, "square_sum"_a, "threads"_a);
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
              "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "rank"_a, "growth"_a, "span_jitter"_a,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dense.h"
+#include "gram.h"
 #include "memory.h"
 #include "subspace_blocks.h"
 
@@ -22,23 +23,26 @@ inline float widen(uint16_t value) {
 }
 
 // The features begin … begin + width of the unmasked rows, less the shift, as rows of z; zeros in the place of masked
-// rows, and beyond the width. Sums of the columns, in float32, are added to sum; returned are those of the squares.
-template <typename Task, typename X>
-EVA_TARGET double shift_rows(const Task& task, const X* x, Rows rows, int64_t begin, int64_t width,
-                             const float* __restrict shift, float* z, int64_t stride, float* __restrict sum) {
+// rows, and beyond the width up to `padded`. Sums of the columns, in float32, are added to sum; returned are those of the
+// squares.
+template <typename X, typename Task>
+EVA_TARGET double shift_rows(const Task& task, Rows rows, int64_t begin, int64_t width, int64_t padded, float* z,
+                             int64_t stride, float* __restrict sum) {
+  const X* x = static_cast<const X*>(task.x);
+  const float* __restrict shift = task.shift + begin;
   for (int64_t row = rows.begin; row < rows.end; ++row) fetch(x + row * task.row_stride + begin, width * sizeof(X));
   double squares = 0;
   for (int64_t row = rows.begin; row < rows.end; ++row, z += stride) {
     float* __restrict to = z;
     const bool counts = !task.mask || task.mask[row];
-    std::fill(to + (counts ? width : 0), to + stride, 0.0f);
+    std::fill(to + (counts ? width : 0), to + padded, 0.0f);
     if (!counts) continue;
     const X* __restrict from = x + row * task.row_stride + begin;
     for (int64_t j = 0; j < width; ++j) {
       to[j] = widen(from[j]) - shift[j];
       sum[j] += to[j];
     }
-    squares += dot<float>(to, to, 0, stride);
+    squares += dot<float>(to, to, 0, padded);
   }
   return squares;
 }
@@ -70,12 +74,9 @@ class Block {
   // The block's part of P = Z Q for a chunk, and of the totals.
   EVA_TARGET void project(Rows chunk) {
     const int64_t count = chunk.end - chunk.begin, even = chunk.padded(kRowMultiple);
-    const float* shift = task_.shift + begin_;
     std::fill_n(sum_.get(), width_, 0.0f);
-    square_sum_ += task_.is_float32 ? shift_rows(task_, static_cast<const float*>(task_.x), chunk, begin_, width_, shift,
-                                                 z_.get(), stride_, sum_.get())
-                                    : shift_rows(task_, static_cast<const uint16_t*>(task_.x), chunk, begin_, width_,
-                                                 shift, z_.get(), stride_, sum_.get());
+    const auto shift = task_.is_float32 ? &shift_rows<float, SubspaceTask> : &shift_rows<uint16_t, SubspaceTask>;
+    square_sum_ += shift(task_, chunk, begin_, width_, stride_, z_.get(), stride_, sum_.get());
     std::fill_n(&z_[count * stride_], (even - count) * stride_, 0.0f);
     for (int64_t j = 0; j < width_; ++j) task_.column_sum[begin_ + j] += task_.sign * sum_[j];
     multiply<float>({z_.get(), stride_, 1}, basis_.get(), q_, projected_.get(), q_, even, task_.q, width_);
@@ -117,6 +118,49 @@ class Block {
   const Array<float> part_;       // (32, q)
   const Array<float> sum_;        // (width)
   double square_sum_ = 0;
+};
+
+// Z, and products of its columns.
+class Triangle {
+ public:
+  static constexpr int64_t kChunkRows = 256;
+
+  explicit Triangle(const GramTask& task)
+      : task_(task), stride_(apart(task.d)), z_(std::min(task.n, kChunkRows) * stride_),
+        squares_(divide_up(task.d, kPanel)) {
+    std::fill_n(squares_.get(), divide_up(task.d, kPanel), 0.0);
+  }
+
+  EVA_TARGET void convert(Rows rows, int64_t first, int64_t width) {
+    float sum[kPanel] = {};
+    const auto shift = task_.is_float32 ? &shift_rows<float, GramTask> : &shift_rows<uint16_t, GramTask>;
+    squares_[first / kPanel] += shift(task_, rows, first, width, padded(width), &z_[first], stride_, sum);
+    for (int64_t j = 0; j < width; ++j) task_.column_sum[first + j] += task_.sign * sum[j];
+  }
+
+  EVA_TARGET void multiply_panel(Rows rows, int64_t first, int64_t width) {
+    alignas(64) float part[kPanel * kColumns];
+    for (int64_t left = 0; left < first + width; left += kColumns) {
+      const int64_t columns = std::min(kColumns, first + width - left);
+      multiply<float>({&z_[first], 1, stride_}, &z_[left], stride_, part, kColumns, width, columns, rows.end - rows.begin);
+      for (int64_t i = 0; i < width; ++i) {
+        float* __restrict to = task_.gram + (first + i) * task_.d + left;
+        const float* __restrict from = part + i * kColumns;
+        for (int64_t j = 0; j < std::min(columns, first + i + 1 - left); ++j) to[j] += task_.sign * from[j];
+      }
+    }
+  }
+
+  void finish() {
+    for (int64_t panel = 0; panel < divide_up(task_.d, kPanel); ++panel)
+      *task_.square_sum += task_.sign * squares_[panel];
+  }
+
+ private:
+  const GramTask& task_;
+  const int64_t stride_;
+  const Array<float> z_;         // (chunk, stride)
+  const Array<double> squares_;  // (panels)
 };
 
 }  // namespace eva::EVA_FORM

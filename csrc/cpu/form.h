@@ -9,6 +9,9 @@
 
 namespace eva::EVA_FORM {
 
-Code code() { return {&accumulate_in_blocks<Block>, &sketch_add, &refresh, &cholesky_qr, &symmetric_eigen_of_all}; }
+Code code() {
+  return {&accumulate_in_blocks<Block>, &accumulate_triangle<Triangle>, &sketch_add, &refresh,
+          &cholesky_qr, &symmetric_eigen_of_all};
+}
 
 }  // namespace eva::EVA_FORM

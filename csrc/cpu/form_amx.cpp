@@ -158,11 +158,37 @@ struct Tiles {
         }
       }
   }
+
+  // The left factor as (d, pairs).
+  static int64_t turned_size(int64_t d, int64_t pairs) { return d * pairs; }
+
+  EVA_BF16 static void turn(const uint32_t* columns, int64_t d, int64_t first, int64_t width, uint32_t* turned,
+                            int64_t pairs) {
+    for (int64_t j = first; j < first + width; j += kTile)
+      for (int64_t k = 0; k < pairs; k += kTile) {
+        __m512i block[kTile];
+        for (int64_t i = 0; i < kTile; ++i) block[i] = _mm512_loadu_si512(columns + (k + i) * d + j);
+        transpose(block);
+        for (int64_t i = 0; i < kTile; ++i) _mm512_storeu_si512(turned + (j + i) * pairs + k, block[i]);
+      }
+  }
+
+  void multiply_columns(const uint32_t* columns, int64_t d, const uint32_t* turned, int64_t stride, int64_t pairs,
+                        int64_t first, int64_t count, int64_t right, int wide, float* out) const {
+    for (int64_t i = 0; i < count; i += kTile)
+      kRowsOfTiles[wide](turned + (first + i) * stride, stride, columns + right, d, pairs, out + i * kColumns, kColumns);
+  }
 };
+
+// Rows in float32 are multiplied as such, for all of their precision.
+void gram_accumulate(const GramTask& task, int threads) {
+  task.is_float32 ? avx512bf16::code().gram(task, threads) : accumulate_triangle<Triangle<Tiles>>(task, threads);
+}
 
 Code code() {
   Code own = avx512bf16::code();
   own.subspace = &accumulate_in_blocks<Block<Tiles>>;
+  own.gram = &gram_accumulate;
   return own;
 }
 

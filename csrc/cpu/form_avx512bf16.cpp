@@ -88,11 +88,27 @@ struct Dots {
                             lanes, sign});
     }
   }
+
+  static int64_t turned_size(int64_t, int64_t) { return 0; }
+  static void turn(const uint32_t*, int64_t, int64_t, int64_t, uint32_t*, int64_t) {}
+
+  EVA_BF16 void multiply_columns(const uint32_t* columns, int64_t d, const uint32_t*, int64_t, int64_t pairs,
+                                 int64_t first, int64_t count, int64_t right, int wide, float* out) const {
+    for (int64_t i = 0; i < count; i += kTall)
+      kTiles<false>[wide]({columns + first + i, 1, d, columns + right, d, pairs, out + i * kColumns, kColumns, kTall,
+                           0xffff, 1});
+  }
 };
+
+// Rows in float32 are multiplied as such, for all of their precision.
+void gram_accumulate(const GramTask& task, int threads) {
+  task.is_float32 ? avx512::code().gram(task, threads) : accumulate_triangle<Triangle<Dots>>(task, threads);
+}
 
 Code code() {
   Code own = avx512::code();
   own.subspace = &accumulate_in_blocks<Block<Dots>>;
+  own.gram = &gram_accumulate;
   return own;
 }
 

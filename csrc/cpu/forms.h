@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "gram.h"
 #include "refresh.h"
 #include "sketch.h"
 #include "subspace.h"
@@ -19,6 +20,7 @@ namespace eva {
 // What a form consists of.
 struct Code {
   SubspaceAccumulate* subspace;
+  GramAccumulate* gram;
   SketchAdd* sketch;
   Refresh* refresh;
   CholeskyQr* cholesky_qr;

@@ -7,22 +7,13 @@
 
 #include "memory.h"
 #include "parallel.h"
+#include "rows.h"
 #include "subspace.h"
 
 namespace eva {
 
 constexpr int64_t kProjectedSize = 2 << 20;  // elements of all blocks' P for a chunk: memory that a call leaves behind
-constexpr int64_t kThreadRows = 64;          // fewer rows, or features for each, are not worth a second thread
-constexpr int64_t kThreadFeatures = 64;
-
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
-
-struct Rows {
-  int64_t begin, end;
-  int64_t padded(int64_t multiple) const { return round_up(end - begin, multiple); }
-};
+constexpr int64_t kThreadFeatures = 64;      // fewer for each are not worth a second thread
 
 // Threads share the features, not the rows: each then adds to its own part of Y, and to it alone.
 template <typename Block>

@@ -61,7 +61,11 @@ double products(int64_t n, int64_t d, int64_t q, int threads, std::mt19937& gene
   eva::code().sketch({x.data(), std::is_same_v<X, float>, n, d, d, mask.data(), signs.data(), 256, 3, 3 % q, q,
                       sums.data(), tally.data(), total.data()},
                      threads);
-  return square_sum + product[0] + total[0];
+  std::vector<float> gram(d * d);
+  eva::code().gram({x.data(), std::is_same_v<X, float>, n, d, d, mask.data(), shift.data(), 1, gram.data(),
+                    column_sum.data(), &square_sum},
+                   threads);
+  return square_sum + product[0] + total[0] + gram[0];
 }
 
 void run_all(std::mt19937& generator, double& sum) {

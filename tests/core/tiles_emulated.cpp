@@ -5,6 +5,11 @@
 //
 //   start_emulating()       from then on, in all threads
 //   emulated_instructions() how many there were
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // both are said of GCC's own intrinsics, wrongly
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include <immintrin.h>
 #include <signal.h>
 #include <sys/mman.h>

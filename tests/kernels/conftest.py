@@ -30,7 +30,7 @@ def emulator(folder: Path) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     library = folder / "tiles_emulated.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, str(EMULATOR), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     assert loaded.start_emulating() == 0

@@ -12,6 +12,7 @@ import eva_lora
 from eva_kernels import SubspaceStatistic
 from eva_kernels._build import cpu_form, use_core
 from eva_kernels._memory import address, cuda_address, readable
+from eva_kernels.gram.core import gram_core
 from eva_kernels.orthonormal.core import orthonormalize_core
 from eva_kernels.streaming_svd import refresh
 from eva_kernels.streaming_svd.core import extract_core
@@ -123,7 +124,12 @@ def sketch_arguments():
     }
 
 
-CALLS = {subspace_core: subspace_arguments, count_sketch_core: sketch_arguments}
+def gram_arguments():
+    given = {**subspace_arguments(), "gram": torch.zeros(D, D)}
+    return {name: value for name, value in given.items() if name not in ("product", "basis")}
+
+
+CALLS = {subspace_core: subspace_arguments, gram_core: gram_arguments, count_sketch_core: sketch_arguments}
 TENSORS = [(f, name) for f, make in CALLS.items() for name, value in make().items() if isinstance(value, torch.Tensor)]
 
 
@@ -233,6 +239,7 @@ def bindings():
     return buffer, {
         "subspace": {**rows, "shift": at, "basis": at, "q": Q, "sign": 1.0, "product": at, "column_sum": at,
                      "square_sum": at, "threads": 1},
+        "gram": {**rows, "shift": at, "sign": 1.0, "gram": at, "column_sum": at, "square_sum": at, "threads": 1},
         "sketch": {**rows, "signs": at, "chunk_rows": 256, "before": 0, "column": 0, "q": Q, "sums": at, "tally": at,
                    "total": at, "threads": 1},
         "cholesky_qr": {"y": at, "d": D, "q": Q, "out": at, "growth": 0.1, "threads": 1},
