@@ -19,6 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from eva_kernels._build import build_info
+
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "benchmarks" / "results" / "instructions.json"
 SOURCES = (
@@ -45,7 +47,8 @@ def compile_paths(folder: Path) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
     program = folder / "hot_paths"
-    command = [compiler, *FLAGS, "-I", "csrc", *SOURCES, "-o", str(program), "-ldl"]
+    amx = ["-DEVA_AMX"] if "amx" in build_info()["built_forms"] else []
+    command = [compiler, *FLAGS, *amx, "-I", "csrc", *SOURCES, "-o", str(program), "-ldl"]
     subprocess.run(command, cwd=ROOT, check=True)
     return program
 
