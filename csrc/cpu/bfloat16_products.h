@@ -32,7 +32,7 @@ constexpr int64_t kLanes = 16;  // float32 in a register
 constexpr int64_t kWide = 6;    // registers, or tiles, of sums beside each other
 
 inline __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1);
+  return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
 EVA_BF16 inline __m512 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
