@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "dense.h"
@@ -22,17 +23,20 @@ inline float widen(uint16_t value) {
   return wide;
 }
 
+constexpr int64_t kSummedRows = 16;  // one after the other, before they are added to the rest
+
 // The features begin … begin + width of the unmasked rows, less the shift, as rows of z; zeros in the place of masked
 // rows, and beyond the width up to `padded`. Sums of the columns, in float32, are added to sum; returned are those of the
-// squares.
+// squares, in float32 too: where a product of columns overflows, they do.
 template <typename X, typename Task>
-EVA_TARGET double shift_rows(const Task& task, Rows rows, int64_t begin, int64_t width, int64_t padded, float* z,
+EVA_TARGET float shift_rows(const Task& task, Rows rows, int64_t begin, int64_t width, int64_t padded, float* z,
                              int64_t stride, float* __restrict sum) {
   const X* x = static_cast<const X*>(task.x);
   const float* __restrict shift = task.shift + begin;
   for (int64_t row = rows.begin; row < rows.end; ++row) fetch(x + row * task.row_stride + begin, width * sizeof(X));
-  double squares = 0;
+  float squares = 0, of_some = 0;
   for (int64_t row = rows.begin; row < rows.end; ++row, z += stride) {
+    if (row % kSummedRows == 0) squares += std::exchange(of_some, 0.0f);
     float* __restrict to = z;
     const bool counts = !task.mask || task.mask[row];
     std::fill(to + (counts ? width : 0), to + padded, 0.0f);
@@ -42,9 +46,9 @@ EVA_TARGET double shift_rows(const Task& task, Rows rows, int64_t begin, int64_t
       to[j] = widen(from[j]) - shift[j];
       sum[j] += to[j];
     }
-    squares += dot<float>(to, to, 0, padded);
+    of_some += dot<float>(to, to, 0, padded);
   }
-  return squares;
+  return squares + of_some;
 }
 
 // As many floats as a row of so many takes where rows one after the other are to begin in other sets of a cache.
