@@ -5,6 +5,7 @@
 
 #include "../arguments.h"
 #include "forms.h"
+#include "mirror.h"
 
 namespace py = pybind11;
 
@@ -54,6 +55,13 @@ void gram(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride
   const eva::Code& run = eva::code();
   py::gil_scoped_release unlocked;
   run.gram(task, threads);
+}
+
+void mirror(uintptr_t matrix, int64_t d) {
+  require_at_least("d", d, 1);
+  float* entries = address<float>("matrix", matrix);
+  py::gil_scoped_release unlocked;
+  eva::mirror_triangle(entries, d);
 }
 
 using Addresses = std::vector<uintptr_t>;
@@ -153,6 +161,7 @@ void bind_cpu(py::module_& module) {
              "q"_a, "sign"_a, "product"_a, "column_sum"_a, "square_sum"_a, "threads"_a);
   module.def("gram", &gram, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "sign"_a, "gram"_a,
              "column_sum"_a, "square_sum"_a, "threads"_a);
+  module.def("mirror", &mirror, "matrix"_a, "d"_a);
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
              "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "rank"_a, "growth"_a, "span_jitter"_a,

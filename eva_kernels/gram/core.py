@@ -51,8 +51,10 @@ def gram_core(
 
 
 def mirror_core(
-    gram: Tensor,  # (d, d)
+    gram: Tensor,  # (d, d) float32
 ) -> None:
     """Copy the lower triangle onto the upper one."""
-    below = gram.tril(-1)
-    gram.tril_().add_(below.mT)
+    target, d = gram.contiguous(), len(gram)
+    use_core("core").mirror(matrix=address("gram", target, torch.float32, (d, d)), d=d)
+    if target is not gram:
+        gram.copy_(target)

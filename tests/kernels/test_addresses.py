@@ -240,6 +240,7 @@ def bindings():
         "subspace": {**rows, "shift": at, "basis": at, "q": Q, "sign": 1.0, "product": at, "column_sum": at,
                      "square_sum": at, "threads": 1},
         "gram": {**rows, "shift": at, "sign": 1.0, "gram": at, "column_sum": at, "square_sum": at, "threads": 1},
+        "mirror": {"matrix": at, "d": D},
         "sketch": {**rows, "signs": at, "chunk_rows": 256, "before": 0, "column": 0, "q": Q, "sums": at, "tally": at,
                    "total": at, "threads": 1},
         "cholesky_qr": {"y": at, "d": D, "q": Q, "out": at, "growth": 0.1, "threads": 1},

@@ -145,6 +145,15 @@ def test_the_op_leaves_a_whole_matrix_and_a_statistic_mirrors_when_it_is_asked()
     assert torch.equal(statistic.gram, copy.gram)
 
 
+@pytest.mark.parametrize("d", [1, 31, 33, 100])
+def test_a_mirrored_triangle_is_symmetric_and_as_it_was_below(d):
+    given = torch.randn(d, d)
+    for matrix in (given.clone(), given.T.contiguous().T):
+        mirror_(matrix)
+        assert torch.equal(matrix.tril(), given.tril())
+        assert torch.equal(matrix, matrix.T)
+
+
 def test_rows_can_be_taken_out_again():
     x, shift, mask = problem(100, 20, torch.float32, 4)
     gram, sums, squares = results(20)
