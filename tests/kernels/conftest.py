@@ -61,3 +61,8 @@ def cpu_form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module", params=[form for form in HERE if form in ALGEBRA] or NONE)
 def algebra_form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield from chosen(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=[form for form in HERE + EMULATED if form == "amx"] or NONE)
+def tile_form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    yield from chosen(request.param, tmp_path_factory)
