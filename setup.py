@@ -25,10 +25,11 @@ SOURCES = [
     "csrc/bindings.cpp",
     "csrc/cpu/memory.cpp",
     "csrc/cpu/parallel.cpp",
-    "csrc/cpu/sketch.cpp",
-    "csrc/cpu/subspace.cpp",
-    "csrc/cpu/symmetric_eigen.cpp",
-    "csrc/cpu/refresh.cpp",
+    "csrc/cpu/forms.cpp",
+    "csrc/cpu/form_avx2.cpp",
+    "csrc/cpu/form_avx512.cpp",
+    "csrc/cpu/form_avx512bf16.cpp",
+    "csrc/cpu/form_amx.cpp",
     "csrc/cpu/bindings.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/compare_bases.cu", "csrc/cuda/bindings.cpp"]
@@ -71,6 +72,17 @@ def architectures(nvcc: str) -> list[str]:
         if plus and targets:
             targets.append(targets[-1].replace("sm", "compute"))
     return list(dict.fromkeys(targets))
+
+
+def assembles_tiles(compiler: list[str], folder: Path) -> bool:
+    """Whether the compiler's assembler knows the instructions of AMX; older ones build everything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiles.cpp").write_text('void release() { __asm__ volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }\n')
+    try:
+        run([*compiler, "-c", str(folder / "tiles.cpp"), "-o", str(folder / "tiles.o")])
+    except CompileError:
+        return False
+    return True
 
 
 class BuildExtension(build_ext):
@@ -121,6 +133,8 @@ class BuildExtension(build_ext):
             raise CompileError("pybind11 is not installed in the environment of the build") from None
         compiler = self.compiler.compiler_so_cxx
         cxx = [*compiler, *CXX_FLAGS, *(["-DEVA_CUDA"] if nvcc else []), f"-I{get_include()}"]
+        has_tiles = assembles_tiles(compiler, Path(self.build_temp))
+        cxx += ["-DEVA_AMX"] if has_tiles else []
         cxx += [f"-I{directory}" for directory in self.include_dirs]
         version = run([compiler[0], "--version"]).splitlines()[0]
         link = list(self.compiler.linker_so_cxx)
@@ -144,6 +158,7 @@ class BuildExtension(build_ext):
         run([*link, *commands, "-ldl", "-o", str(output)])  # dlsym is in libdl before glibc 2.34
 
         self.record["core"], self.record["compiler"] = "built", version
+        self.record["assembles_tiles"] = has_tiles
         if nvcc:
             release = re.search(r"release ([\d.]+)", run([nvcc, "--version"]))
             self.record.update(cuda="built", nvcc=release and release[1], architectures=targets)

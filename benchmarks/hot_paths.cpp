@@ -13,10 +13,11 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu/subspace.h"
+#include "cpu/forms.h"
 #include "tracker.h"
 
 namespace {
@@ -72,33 +73,50 @@ std::function<void()> step(int64_t sites, int64_t columns, eva::Criterion criter
   return update;
 }
 
-std::function<void()> product(int64_t n, int64_t d, int64_t q, bool is_float32) {
-  if (!eva::has_bf16_subspace()) std::exit(kUnsupported);
-  struct Data {
-    std::vector<float> x, shift, basis, product;
-    std::vector<uint16_t> narrow;
-    std::vector<double> column_sum;
-    double square_sum = 0;
-    eva::SubspaceTask task;
-  };
-  auto data = std::make_shared<Data>();
-  for (int64_t i = 0; i < n * d; ++i) {
-    data->x.push_back(static_cast<float>(uniform(i) - 0.5));
-    data->narrow.push_back(static_cast<uint16_t>(0x3f00 + (i * 37 % 128)));
+void choose(const char* form) {
+  try {
+    eva::choose_form(form);
+  } catch (const std::invalid_argument&) {
+    std::exit(kUnsupported);
   }
-  for (int64_t i = 0; i < d * q; ++i) data->basis.push_back(static_cast<float>(uniform(i) - 0.5));
-  data->shift.assign(d, 0.25f);
-  data->product.assign(d * q, 0.0f);
-  data->column_sum.assign(d, 0.0);
-  eva::SubspaceTask& task = data->task;
-  task.x = is_float32 ? static_cast<const void*>(data->x.data()) : data->narrow.data();
-  task.is_float32 = is_float32;
-  task.n = n, task.d = d, task.row_stride = d, task.q = q;
-  task.mask = nullptr;
-  task.shift = data->shift.data(), task.basis = data->basis.data(), task.sign = 1;
-  task.product = data->product.data(), task.column_sum = data->column_sum.data();
-  task.square_sum = &data->square_sum;
-  return [=] { eva::subspace_accumulate(data->task, 1); };
+}
+
+// Rows, and what they are folded into.
+struct Rows {
+  Rows(int64_t n, int64_t d, int64_t q, bool is_float32) : n(n), d(d), q(q), is_float32(is_float32) {
+    for (int64_t i = 0; i < n * d; ++i) {
+      wide.push_back(static_cast<float>(uniform(i) - 0.5));
+      narrow.push_back(static_cast<uint16_t>(0x3f00 + (i * 37 % 128)));
+    }
+    for (int64_t i = 0; i < d * q; ++i) basis.push_back(static_cast<float>(uniform(i) - 0.5));
+    shift.assign(d, 0.25f);
+    product.assign(d * q, 0.0f);
+    column_sum.assign(d, 0.0);
+  }
+  const void* x() const { return is_float32 ? static_cast<const void*>(wide.data()) : narrow.data(); }
+
+  int64_t n, d, q;
+  bool is_float32;
+  std::vector<float> wide, shift, basis, product;
+  std::vector<uint16_t> narrow;
+  std::vector<double> column_sum;
+  double square_sum = 0;
+};
+
+std::function<void()> product(const char* form, int64_t n, int64_t d, int64_t q, bool is_float32) {
+  choose(form);
+  auto rows = std::make_shared<Rows>(n, d, q, is_float32);
+  const eva::SubspaceTask task{rows->x(), is_float32, n, d, d, nullptr, rows->shift.data(), rows->basis.data(), q, 1,
+                               rows->product.data(), rows->column_sum.data(), &rows->square_sum};
+  return [=, kept = rows] { eva::code().subspace(task, 1); };
+}
+
+std::function<void()> gram(const char* form, int64_t n, int64_t d, bool is_float32) {
+  choose(form);
+  auto rows = std::make_shared<Rows>(n, d, d, is_float32);
+  const eva::GramTask task{rows->x(), is_float32, n, d, d, nullptr, rows->shift.data(), 1,
+                           rows->product.data(), rows->column_sum.data(), &rows->square_sum};
+  return [=, kept = rows] { eva::code().gram(task, 1); };
 }
 
 const std::map<std::string, std::function<std::function<void()>()>> kPaths = {
@@ -108,8 +126,19 @@ const std::map<std::string, std::function<std::function<void()>()>> kPaths = {
     {"step component, 300 x 256", [] { return step(300, 256, eva::Criterion::kComponent); }},
     {"step subspace, 300 x 256", [] { return step(300, 256, eva::Criterion::kSubspace); }},
     {"step captured, 300 x 256", [] { return step(300, 256, eva::Criterion::kCaptured); }},
-    {"product bfloat16, 64 x 128 x 96", [] { return product(64, 128, 96, false); }},
-    {"product float32, 64 x 128 x 96", [] { return product(64, 128, 96, true); }},
+    {"product bfloat16, avx512bf16, 64 x 128 x 96", [] { return product("avx512bf16", 64, 128, 96, false); }},
+    {"product float32, avx512bf16, 64 x 128 x 96", [] { return product("avx512bf16", 64, 128, 96, true); }},
+    {"product bfloat16, avx512, 64 x 128 x 96", [] { return product("avx512", 64, 128, 96, false); }},
+    {"product float32, avx512, 64 x 128 x 96", [] { return product("avx512", 64, 128, 96, true); }},
+    {"product bfloat16, avx2, 64 x 128 x 96", [] { return product("avx2", 64, 128, 96, false); }},
+    {"product float32, avx2, 64 x 128 x 96", [] { return product("avx2", 64, 128, 96, true); }},
+    {"product bfloat16, amx, 64 x 128 x 96", [] { return product("amx", 64, 128, 96, false); }},
+    {"product float32, amx, 64 x 128 x 96", [] { return product("amx", 64, 128, 96, true); }},
+    {"gram bfloat16, amx, 64 x 128", [] { return gram("amx", 64, 128, false); }},
+    {"gram bfloat16, avx512bf16, 64 x 128", [] { return gram("avx512bf16", 64, 128, false); }},
+    {"gram float32, avx512, 64 x 128", [] { return gram("avx512", 64, 128, true); }},
+    {"gram bfloat16, avx2, 64 x 128", [] { return gram("avx2", 64, 128, false); }},
+    {"gram float32, avx2, 64 x 128", [] { return gram("avx2", 64, 128, true); }},
 };
 
 }  // namespace

@@ -4,8 +4,8 @@
     python benchmarks/instructions.py --record    # and keep these counts as the ones to compare with
 
 valgrind's callgrind runs `hot_paths.cpp`, compiled as the module is, and counts what one call executes: the same
-number every time. It knows no AVX-512 BF16, so the thin product is run by the processor itself, one instruction at a
-time (ptrace), where that is allowed. What cannot be counted is named.
+number every time. It knows no AVX-512, so products in those forms are run by the processor itself, one instruction at
+a time (ptrace), where that is allowed. What cannot be counted is named.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from eva_kernels._build import build_info
+
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "benchmarks" / "results" / "instructions.json"
 SOURCES = (
     "benchmarks/hot_paths.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp", "csrc/cpu/memory.cpp",
-    "csrc/cpu/parallel.cpp",
-    "csrc/cpu/subspace.cpp",
+    "csrc/cpu/parallel.cpp", "csrc/cpu/forms.cpp", "csrc/cpu/form_avx2.cpp", "csrc/cpu/form_avx512.cpp",
+    "csrc/cpu/form_avx512bf16.cpp", "csrc/cpu/form_amx.cpp",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread")  # as in setup.py
 UNSUPPORTED = 3  # exit status of a path whose instructions the processor, or valgrind's, does not have
@@ -45,7 +47,8 @@ def compile_paths(folder: Path) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
     program = folder / "hot_paths"
-    command = [compiler, *FLAGS, "-I", "csrc", *SOURCES, "-o", str(program), "-ldl"]
+    amx = ["-DEVA_AMX"] if "amx" in build_info()["built_forms"] else []
+    command = [compiler, *FLAGS, *amx, "-I", "csrc", *SOURCES, "-o", str(program), "-ldl"]
     subprocess.run(command, cwd=ROOT, check=True)
     return program
 

@@ -30,8 +30,8 @@ _GENERATED = re.compile(r"(<!-- generated: begin -->\n).*?(<!-- generated: end -
 
 
 def published_file(results: Results) -> Path:
-    """Where the committed results of this kind of device are."""
-    return PUBLISHED / f"{'cuda' if 'cuda' in results.machine else 'cpu'}.json"
+    """Where the committed results of this kind of device are: of CPUs, by the form of the compiled code that ran."""
+    return PUBLISHED / ("cuda.json" if "cuda" in results.machine else f"cpu-{results.cpu_form}.json")
 
 
 def write_report(results: Results, folder: Path, before: Results | None) -> Sequence[Change] | None:
@@ -57,7 +57,7 @@ def figure_files(results: Results) -> dict[str, tuple[str, str]]:
 
 def committed() -> list[Results]:
     """All results that are published, one per kind of device."""
-    return [Results.load(file) for file in (PUBLISHED / "cpu.json", PUBLISHED / "cuda.json") if file.exists()]
+    return [Results.load(file) for file in (*sorted(PUBLISHED.glob("cpu-*.json")), *PUBLISHED.glob("cuda.json"))]
 
 
 def with_results(page: str, published: Sequence[Results]) -> str:

@@ -1,8 +1,9 @@
 """The compiled module where it is built, and what is known about its build.
 
-``python -m eva_kernels._build`` prints it. The environment variable ``EVA_CPU_ISA`` says which of its code may run:
-"auto", whatever this processor has instructions for, or "none", nothing: the module is then as good as not there, its
-trackers and CUDA part included. It is read once, when the module is first asked for.
+``python -m eva_kernels._build`` prints it. The environment variable ``EVA_CPU_ISA`` says which of its code for a CPU
+runs: the form for a set of instructions by its name, "auto", the greatest form that this machine runs, or "none",
+nothing: the module is then as good as not there, its trackers and CUDA part included. It is read once, when the module
+is first asked for.
 """
 
 import json
@@ -16,7 +17,8 @@ from importlib.resources import files
 from types import ModuleType
 from typing import Any
 
-CPU_ISA = ("auto", "none")  # what EVA_CPU_ISA may be
+CPU_FORMS = ("amx", "avx512bf16", "avx512", "avx2")  # each asks for all instructions of the next, and more
+CPU_ISA = ("auto", *CPU_FORMS, "none")  # what EVA_CPU_ISA may be
 SWITCHED_OFF = "switched off by EVA_CPU_ISA=none"
 
 
@@ -35,9 +37,25 @@ def cpu_isa() -> str:
 
 @cache
 def _import_core() -> tuple[ModuleType | None, str]:
-    """The module, or why it cannot be had."""
-    if cpu_isa() == "none":
+    """The module, or why it cannot be had.
+
+    Raises:
+        ValueError: ``EVA_CPU_ISA`` is unknown, or asks for what does not run here.
+    """
+    asked = cpu_isa()
+    if asked == "none":
         return None, SWITCHED_OFF
+    core, reason = _load_core()
+    here = tuple(core.cpu_forms()) if core is not None else ()
+    if asked not in ("auto", *here):
+        why = "this machine does not run it" if core is not None else f"the compiled module is {reason}"
+        raise ValueError(f"EVA_CPU_ISA: expected one of {('auto', *here, 'none')}, got {asked!r}: {why}")
+    if core is not None:
+        core.choose_cpu_form(asked if asked != "auto" else here[0] if here else "")
+    return core, reason
+
+
+def _load_core() -> tuple[Any, str]:
     try:
         return import_module("eva_kernels._core"), ""
     except ModuleNotFoundError:
@@ -71,7 +89,7 @@ def use_core(impl: str) -> Any:
     """The compiled module for ``impl`` "auto" or "core"; None where the reference is to be used.
 
     Raises:
-        ValueError: another ``impl``, or an unknown ``EVA_CPU_ISA``.
+        ValueError: another ``impl``, or an ``EVA_CPU_ISA`` that is unknown or does not run here.
         RuntimeError: "core" was asked for and there is none.
     """
     if impl not in ("auto", "core", "reference"):
@@ -85,6 +103,16 @@ def use_core(impl: str) -> Any:
         if reason != SWITCHED_OFF:  # who switches it off knows
             _tell_once()
     return core
+
+
+def cpu_form() -> str | None:
+    """Which form of the compiled code for a CPU runs, one of ``CPU_FORMS``; None where there is none for this machine.
+
+    Raises:
+        ValueError: ``EVA_CPU_ISA`` is unknown, or asks for what does not run here.
+    """
+    core, _ = _import_core()
+    return None if core is None else core.cpu_form() or None
 
 
 @dataclass(frozen=True)
@@ -112,8 +140,9 @@ def cuda_state() -> CudaState:
 def build_info() -> dict[str, Any]:
     """What is built, with what, and what to do about the rest.
 
-    Keys: ``core`` and ``cuda`` (a sentence each), ``compiler``, ``cplusplus``, ``nvcc``, ``architectures``,
-    ``cuda_runtime``, ``cuda_driver`` (None where there is none), ``remedies`` (a list of sentences).
+    Keys: ``core`` and ``cuda`` (a sentence each), ``cpu_form`` (which runs), ``cpu_forms`` (those that this machine
+    runs), ``built_forms``, ``compiler``, ``cplusplus``, ``nvcc``, ``architectures``, ``cuda_runtime``, ``cuda_driver``
+    (None where there is none), ``remedies`` (a list of sentences).
     """
     record, (core, reason), cuda = _record(), _import_core(), cuda_state()
     runtime, driver = core.cuda_versions() if core is not None and cuda.built else (0, 0)
@@ -126,6 +155,10 @@ def build_info() -> dict[str, Any]:
             "when the package is installed; then reinstall: pip install --force-reinstall --no-deps eva-kernels, or "
             "pip install -e . in a clone."
         )
+    if core is not None and core.built_cpu_forms() and not record.get("assembles_tiles", True):
+        remedies.append(
+            "The form for AMX is not built, as the assembler does not know its instructions: take a newer one."
+        )
     if not cuda.built and reason != SWITCHED_OFF:
         remedies.append(
             "For CUDA put nvcc on PATH, or set CUDA_HOME, and reinstall with EVA_BUILD_CUDA=1, which fails with the "
@@ -135,6 +168,9 @@ def build_info() -> dict[str, Any]:
         remedies.append("CUDA is built; it needs an NVIDIA driver and a visible device (CUDA_VISIBLE_DEVICES).")
     return {
         "core": "built" if core is not None else reason,
+        "cpu_form": cpu_form(),
+        "cpu_forms": core.cpu_forms() if core is not None else [],
+        "built_forms": core.built_cpu_forms() if core is not None else [],
         "compiler": record.get("compiler") if core is not None else None,
         "cplusplus": f"C++{core.cplusplus // 100 % 100}" if core is not None else None,
         "cuda": cuda.summary,

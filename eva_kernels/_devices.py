@@ -8,6 +8,7 @@ import torch
 from ._cards import card_of, name_of
 from ._dispatch import HAS_TRITON, choose_impl
 from ._double import home_of
+from .gram.core import core_runs as gram_core_runs
 from .subspace.core import core_runs
 from .symmetric_eigen.core import core_runs as eigen_core_runs
 
@@ -42,7 +43,7 @@ def device_info(device: torch.device) -> dict[str, str]:
         return {"error": str(error).partition("\n")[0]}
     facts = {
         "subspace": "core" if core_runs(x, x) else products,
-        "gram": products,
+        "gram": "core" if gram_core_runs(x, x) else products,
         "eigen": "core" if eigen_core_runs(small) else eigen,
         "float64": str(home),
     }

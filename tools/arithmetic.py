@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from eva_kernels._build import build_info
+
 ROOT = Path(__file__).parents[1]
 # Its ranks are forked. A child of a process whose OpenMP has run threads may wait for them for ever: one thread only.
 FORKING = "tests/distributed/test_tensor_parallel.py"
@@ -69,7 +71,7 @@ SETTINGS = [
     *alone("MKL_ENABLE_INSTRUCTIONS", "AVX2"),
     *alone("ATEN_CPU_CAPABILITY", "default", "avx2", "avx512"),
     *alone("ONEDNN_MAX_CPU_ISA", "AVX2", "AVX512_CORE"),
-    *alone("EVA_CPU_ISA", "none"),
+    *alone("EVA_CPU_ISA", "none", *build_info()["cpu_forms"][1:]),  # the first is this machine's own
     Setting("default dtypes", tests=DEFAULTS),
 ]
 SHORT_SETTINGS = [

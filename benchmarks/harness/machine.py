@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from eva_kernels._build import cpu_form
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "numpy", "peft", "transformers", "scikit-learn", "torch-incremental-pca", "triton")
 GEMM = 2048  # side of the product whose rate counts as the peak
@@ -65,6 +67,7 @@ def provenance(device: str) -> dict[str, str | int]:
         "kind": device,
         "cores": cores(),
         "threads": torch.get_num_threads(),
+        "cpu_form": cpu_form() or "none",
         "system": platform.system(),
         "python": platform.python_version(),
         **known,

@@ -39,7 +39,7 @@ class Change:
 
 
 def changes(now: Results, before: Results) -> list[Change]:
-    """Of every case that both have, on devices and with threads that both share; the worst first.
+    """Of every case that both have, on devices, with threads and in the form that both share; the worst first.
 
     Nothing where a run was quick: its few rounds say nothing.
     """
@@ -49,7 +49,7 @@ def changes(now: Results, before: Results) -> list[Change]:
         device
         for device, info in now.machine.items()
         if device in before.machine
-        and all(before.machine[device][name] == info[name] for name in ("device", "threads"))
+        and all(before.machine[device].get(name) == info.get(name) for name in ("device", "threads", "cpu_form"))
     }
     earlier = {record.key: record for record in before.records}
     found = [

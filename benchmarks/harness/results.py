@@ -88,6 +88,11 @@ class Results:
     gate: str
     quick: bool
 
+    @property
+    def cpu_form(self) -> str:
+        """Which form of the compiled code for a CPU ran: one kind of processor for each."""
+        return str(self.machine.get("cpu", {}).get("cpu_form", "none"))
+
     def of(self, group: str) -> list[Record]:
         return [record for record in self.records if record.group == group]
 

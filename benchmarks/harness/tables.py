@@ -8,6 +8,7 @@ from typing import Any
 from .regression import Change
 from .results import Record, Results
 
+MOST_BY_TILES = 1.05  # B1 in bfloat16 where the forward's products are AMX's: they leave less for ours
 LOSING = 0.95  # a peer that takes less than this part of our time is faster
 
 
@@ -137,8 +138,9 @@ def goals_table(results: Results) -> Table:
             continue
         against = record.ratio(record.peers[0])["median"]
         ours, theirs = record.error("ours"), record.error(record.peers[0])
+        is_narrow = dtype == "bfloat16"
         if benchmark == "B1":
-            most, least = (1.0, 9.0) if dtype == "bfloat16" else (0.95, 3.0)
+            most, least = (MOST_BY_TILES if results.cpu_form == "amx" else 1.0, 9.0) if is_narrow else (0.9, 3.0)
             goal(f"B1 {dtype}: our pass over its full forwards", f"≤ {most}", of_forward, of_forward <= most)
             goal(f"B1 {dtype}: PEFT's time over ours", f"≥ {least:g}", against, against >= least)
             for count, share in (("16", 1.0), ("32", 1 / 3)):
@@ -196,6 +198,7 @@ def provenance_rows(results: Results) -> list[tuple[str, str]]:
         rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {dtype}" for dtype, rate in info["flop_rate"].items())
         rows += [
             ("device", f"{info['device']}, {info['cores']} cores, {threads(info)}"),
+            ("form of the compiled code", str(info.get("cpu_form", "none"))),
             ("measured peaks", f"{rates}, {info['copy_rate'] / 1e9:,.0f} GB/s of a copy"),
             ("versions", ", ".join(f"{name} {info[name]}" for name in ("python", "torch", "numpy", "peft",
                                    "transformers", "scikit-learn", "torch-incremental-pca"))),

@@ -4,10 +4,8 @@
 #include <pybind11/stl.h>
 
 #include "../arguments.h"
-#include "refresh.h"
-#include "sketch.h"
-#include "subspace.h"
-#include "symmetric_eigen.h"
+#include "forms.h"
+#include "mirror.h"
 
 namespace py = pybind11;
 
@@ -42,8 +40,28 @@ void subspace(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_st
                                address<float>("shift", shift), address<float>("basis", basis), q, sign,
                                address<float>("product", product), address<double>("column_sum", column_sum),
                                address<double>("square_sum", square_sum)};
+  const eva::Code& run = eva::code();
   py::gil_scoped_release unlocked;
-  eva::subspace_accumulate(task, threads);
+  run.subspace(task, threads);
+}
+
+void gram(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t shift,
+          float sign, uintptr_t gram, uintptr_t column_sum, uintptr_t square_sum, int threads) {
+  require_sizes(d, 1, threads);
+  const eva::GramTask task{rows(x, is_float32, n, row_stride), is_float32, n, d, row_stride,
+                           address<uint8_t>("mask", mask, Null::kMeansNone), address<float>("shift", shift), sign,
+                           address<float>("gram", gram), address<double>("column_sum", column_sum),
+                           address<double>("square_sum", square_sum)};
+  const eva::Code& run = eva::code();
+  py::gil_scoped_release unlocked;
+  run.gram(task, threads);
+}
+
+void mirror(uintptr_t matrix, int64_t d) {
+  require_at_least("d", d, 1);
+  float* entries = address<float>("matrix", matrix);
+  py::gil_scoped_release unlocked;
+  eva::mirror_triangle(entries, d);
 }
 
 using Addresses = std::vector<uintptr_t>;
@@ -75,9 +93,10 @@ void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& im
                      address<float>("new_bases", new_bases[i]),
                      summarises ? address<float>("rounded_bases", rounded_bases[i]) : nullptr, values + i * q,
                      cosine + i * q, overlap + i * q});
+  const eva::Code& run = eva::code();
   py::gil_scoped_release unlocked;
   const eva::RefreshLimits limits{jitter, alignment, orthogonal, rank, growth, span_jitter, power_steps};
-  eva::refresh(tasks, limits, flags, threads);
+  run.refresh(tasks, limits, flags, threads);
 }
 
 // Whether `out` was written, and whether that is all.
@@ -86,8 +105,9 @@ std::pair<bool, bool> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t o
   require_at_least("d", d, q);
   const float* from = address<float>("y", y);
   float* to = address<float>("out", out);
+  const eva::Code& run = eva::code();
   py::gil_scoped_release unlocked;
-  const eva::Orthonormal became = eva::cholesky_qr(from, d, q, to, growth, threads);
+  const eva::Orthonormal became = run.cholesky_qr(from, d, q, to, growth, threads);
   return {became != eva::Orthonormal::kNever, became == eva::Orthonormal::kDone};
 }
 
@@ -100,8 +120,9 @@ void symmetric_eigen(uintptr_t matrices, int64_t batch, int64_t n, uintptr_t val
   double* to_values = address<double>("values", values);
   double* to_vectors = address<double>("vectors", vectors);
   uint8_t* flags = address<uint8_t>("solved", solved);
+  const eva::Code& run = eva::code();
   py::gil_scoped_release unlocked;
-  eva::symmetric_eigen_of_all(from, batch, n, to_values, to_vectors, flags, threads);
+  run.symmetric_eigen(from, batch, n, to_values, to_vectors, flags, threads);
 }
 
 void sketch(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t signs,
@@ -116,18 +137,31 @@ void sketch(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stri
                              address<uint8_t>("mask", mask, Null::kMeansNone), address<float>("signs", signs, null),
                              chunk_rows, before, column, q, address<float>("sums", sums),
                              address<float>("tally", tally), address<double>("total", total)};
+  const eva::Code& run = eva::code();
   py::gil_scoped_release unlocked;
-  eva::sketch_add(task, threads);
+  run.sketch(task, threads);
 }
 
 }  // namespace
 
 void bind_cpu(py::module_& module) {
   using namespace pybind11::literals;
-  module.def("has_bf16_subspace", &eva::has_bf16_subspace);
+  module.def(
+      "greatest_cpu_form",
+      [](uint32_t leaf_1_ecx, uint32_t leaf_7_ebx, uint32_t leaf_7_edx, uint32_t leaf_7_1_eax, uint64_t system,
+         bool has_full_tiles) {
+        return eva::greatest_form({leaf_1_ecx, leaf_7_ebx, leaf_7_edx, leaf_7_1_eax, system, has_full_tiles});
+      },
+      "leaf_1_ecx"_a, "leaf_7_ebx"_a, "leaf_7_edx"_a, "leaf_7_1_eax"_a, "system"_a, "has_full_tiles"_a);
+  module.def("built_cpu_forms", &eva::built_forms);
+  module.def("cpu_forms", &eva::forms);
+  module.def("choose_cpu_form", &eva::choose_form, "form"_a, "emulated"_a = false);
+  module.def("cpu_form", &eva::chosen_form);
   module.def("subspace", &subspace, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "basis"_a,
              "q"_a, "sign"_a, "product"_a, "column_sum"_a, "square_sum"_a, "threads"_a);
-  module.def("has_refresh", &eva::has_refresh);
+  module.def("gram", &gram, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "sign"_a, "gram"_a,
+             "column_sum"_a, "square_sum"_a, "threads"_a);
+  module.def("mirror", &mirror, "matrix"_a, "d"_a);
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
              "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "rank"_a, "growth"_a, "span_jitter"_a,

@@ -1,13 +1,10 @@
-// The Nyström extraction of eva_kernels.streaming_svd.refresh for AVX-512: one statistic a thread.
+// The Nyström extraction of eva_kernels.streaming_svd.refresh: one statistic a thread.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 namespace eva {
-
-// Whether this build has the extraction and this processor its instructions.
-bool has_refresh();
 
 // Constants of eva_kernels.streaming_svd.refresh, where they are explained.
 struct RefreshLimits {
@@ -33,14 +30,13 @@ struct RefreshTask {
 };
 
 // Tasks of one d and q. Sets solved[i] to 1 where task i went well, else to 0: something is not finite, ΩᵀY not
-// positive definite or of lower rank than q, and the output is indeterminate. Requires has_refresh(). Results do not
-// depend on `threads`.
-void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads);
+// positive definite or of lower rank than q, and the output is indeterminate. Results do not depend on `threads`.
+using Refresh = void(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads);
 
 // One pass of Cholesky QR over y (d, q) in double precision, rounded once; unit columns inside the q × q matrix. `out`
 // may be y. With R the Cholesky factor, kAgain says that a column of |R⁻¹| sums to more than `growth`: `out` then wants
-// another pass. kNever: there is no factor, and nothing is written. Requires has_refresh().
+// another pass. kNever: there is no factor, and nothing is written.
 enum class Orthonormal { kDone, kAgain, kNever };
-Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double growth, int threads);
+using CholeskyQr = Orthonormal(const float* y, int64_t d, int64_t q, float* out, double growth, int threads);
 
 }  // namespace eva

@@ -21,6 +21,6 @@ struct SketchTask {
 };
 
 // Entries are added to in the order of the rows, whatever the number of threads.
-void sketch_add(const SketchTask& task, int threads);
+using SketchAdd = void(const SketchTask& task, int threads);
 
 }  // namespace eva

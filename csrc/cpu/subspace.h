@@ -1,12 +1,9 @@
-// Y += sign · (X − s)ᵀ diag(m) ((X − s) Q) for rows in bfloat16 or float32, by the processor's bfloat16 dot products.
+// Y += sign · (X − s)ᵀ diag(m) ((X − s) Q) for rows in bfloat16 or float32.
 #pragma once
 
 #include <cstdint>
 
 namespace eva {
-
-// Whether this build has the kernel and this processor its instructions (AVX-512 BF16).
-bool has_bf16_subspace();
 
 // What the rows are folded into, and how; all arrays dense and row-major.
 struct SubspaceTask {
@@ -23,8 +20,8 @@ struct SubspaceTask {
   double* square_sum;        // (), added to
 };
 
-// x − s and Q are rounded to bfloat16 for the products, which accumulate in float32; totals are those of float32
-// x − s. The same result for the same number of threads. Requires has_bf16_subspace().
-void subspace_accumulate(const SubspaceTask& task, int threads);
+// Products accumulate in float32, of what the form has instructions for: of x − s and Q in float32, or rounded to
+// bfloat16. Totals are those of float32 x − s. The same result for the same number of threads.
+using SubspaceAccumulate = void(const SubspaceTask& task, int threads);
 
 }  // namespace eva

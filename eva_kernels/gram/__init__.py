@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._dispatch import choose_impl
 from .._rows import validate_rows
+from .core import core_runs, gram_core, mirror_core
 from .reference import gram_reference
 
 __all__ = ["gram_accumulate_", "gram_add_", "mirror_"]
@@ -36,14 +37,21 @@ def gram_accumulate_(
         TypeError: ``x`` is not floating point, ``row_mask`` not bool, or ``impl`` has no kernel for a dtype.
         ValueError: shapes do not fit, or ``impl`` is unknown or cannot run here.
     """
+    _validate(gram, x, shift, row_mask)
+    if choose_impl(impl, x, gram) == "triton":
+        _gram_op(gram, column_sum, square_sum, x, shift, row_mask, sign)
+    elif impl == "auto" and core_runs(x, gram):
+        gram_core(gram, column_sum, square_sum, x, shift, row_mask, sign)
+        mirror_core(gram)
+    else:
+        gram_reference(gram, column_sum, square_sum, x, shift, row_mask, sign)
+
+
+def _validate(gram: Tensor, x: Tensor, shift: Tensor, row_mask: Tensor | None) -> None:
     validate_rows(x, shift, row_mask)
     d = x.shape[-1]
     if gram.shape != (d, d):
         raise ValueError(f"gram: expected shape {(d, d)}, got {tuple(gram.shape)}")
-    if choose_impl(impl, x, gram) == "triton":
-        _gram_op(gram, column_sum, square_sum, x, shift, row_mask, sign)
-    else:
-        gram_reference(gram, column_sum, square_sum, x, shift, row_mask, sign)
 
 
 def gram_add_(
@@ -68,15 +76,24 @@ def gram_add_(
     if choose_impl(impl, x, gram) == "triton":
         _kernels().add_rows_(gram, column_sum, square_sum, x, shift, row_mask, sign)
         return False
+    if impl == "auto" and core_runs(x, gram):
+        _validate(gram, x, shift, row_mask)
+        gram_core(gram, column_sum, square_sum, x, shift, row_mask, sign)
+        return False
     gram_accumulate_(gram, column_sum, square_sum, x, shift, row_mask, sign=sign, impl=impl)
     return True
 
 
 def mirror_(
     gram: Tensor,  # (d, d) float32
+    *,
+    impl: str = "auto",
 ) -> None:
-    """Copy the lower triangle onto the upper one, after :func:`gram_add_` has left it alone."""
-    _kernels().mirror_triangle_(gram)
+    """Copy the lower triangle onto the upper one, after :func:`gram_add_` with this ``impl`` has left it alone."""
+    if choose_impl(impl, gram, gram) == "triton":
+        _kernels().mirror_triangle_(gram)
+    else:
+        mirror_core(gram)
 
 
 @cache

@@ -1,9 +1,9 @@
-"""Cholesky QR on a CPU with AVX-512: csrc/cpu/refresh.cpp."""
+"""Cholesky QR on a CPU: csrc/cpu/refresh_form.h."""
 
 import torch
 from torch import Tensor
 
-from .._build import use_core
+from .._build import cpu_form, use_core
 from .._memory import address
 from .reference import greatest_growth, householder_qr
 
@@ -12,8 +12,7 @@ def core_runs(y: Tensor) -> bool:
     """Whether there is compiled code for these matrices on this machine."""
     if y.device.type != "cpu" or y.dtype != torch.float32 or y.numel() == 0:
         return False
-    core = use_core("auto")
-    return core is not None and core.has_refresh()
+    return use_core("auto") is not None and cpu_form() is not None
 
 
 def orthonormalize_core(

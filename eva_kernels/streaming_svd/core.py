@@ -1,4 +1,4 @@
-"""Refreshes on a CPU with AVX-512, one statistic a thread: csrc/cpu/refresh.cpp."""
+"""Refreshes on a CPU, one statistic a thread: csrc/cpu/refresh_form.h."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._build import use_core
+from .._build import cpu_form, use_core
 from .._memory import address
 from ..orthonormal import greatest_growth
 from .statistics import Statistic
@@ -31,8 +31,7 @@ def refresh_core_runs(statistic: Statistic) -> bool:
     basis = statistic.basis
     if basis.device.type != "cpu" or basis.dtype != torch.float32 or statistic.impl != "auto":
         return False
-    core = use_core("auto")
-    return core is not None and core.has_refresh()
+    return use_core("auto") is not None and cpu_form() is not None
 
 
 def extract_core(members: Sequence[Statistic], limits: Mapping[str, float]) -> Iterator[CoreExtraction]:

@@ -43,7 +43,7 @@ def count_sketch_core(
     row_mask: Tensor | None,  # (...) bool
     first: int,
 ) -> None:
-    """The same on a CPU, in one reading of the rows: csrc/cpu/sketch.cpp. ``total`` may round otherwise."""
+    """The same on a CPU, in one reading of the rows: csrc/cpu/sketch_form.h. ``total`` may round otherwise."""
     core, row, (q, d) = use_core("core"), 0, sums.shape
     dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     for rows, mask in row_views(x, row_mask):

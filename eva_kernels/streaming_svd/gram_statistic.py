@@ -17,7 +17,7 @@ class _Symmetric:
     def __get__(self, statistic: "GramStatistic", owner: type) -> Tensor:
         gram: Tensor = vars(statistic)["gram"]
         if not statistic.is_symmetric:
-            mirror_(gram)
+            mirror_(gram, impl=statistic.impl)
             statistic.is_symmetric = True
         return gram
 

@@ -1,9 +1,9 @@
-"""The subspace product on a CPU with AVX-512 BF16: csrc/cpu/subspace.cpp."""
+"""The subspace product on a CPU: csrc/cpu."""
 
 import torch
 from torch import Tensor
 
-from .._build import use_core
+from .._build import cpu_form, use_core
 from .._memory import address, readable
 from .._rows import row_views
 
@@ -14,8 +14,7 @@ def core_runs(x: Tensor, product: Tensor) -> bool:
         return False
     if product.numel() == 0:
         return False
-    core = use_core("auto")
-    return core is not None and core.has_bf16_subspace()
+    return use_core("auto") is not None and cpu_form() is not None
 
 
 def subspace_core(
@@ -28,10 +27,10 @@ def subspace_core(
     row_mask: Tensor | None,  # (...) bool
     sign: float,
 ) -> None:
-    """x − shift and the basis are rounded to bfloat16 for the products, which accumulate in float32.
+    """Products accumulate in float32; the totals are those of float32 rows.
 
-    On real activations that changes the loss of captured variance in its third digit (README of
-    ``streaming_svd``); the totals are those of float32 rows.
+    Where the processor multiplies bfloat16, x − shift and the basis are rounded to it for the products. On real
+    activations that changes the loss of captured variance in its third digit (README of ``streaming_svd``).
     """
     core, (d, q) = use_core("core"), product.shape
     basis, shift = basis.contiguous(), shift.contiguous()

@@ -25,8 +25,8 @@ def symmetric_eigen(
 
     An eigenvalue that rounding has made negative comes back as its magnitude from the kernel and as it is
     from the reference; both are of the size of the rounding. "auto" takes the kernel on a GPU for k up to 256,
-    and on a CPU with AVX-512 compiled code for float64 and k up to 128. From torch 2.12 on, whose own solver on CUDA
-    takes all matrices at once, it takes the kernel for k up to 128 only.
+    and on a CPU with AVX2 or AVX-512 compiled code for float64 and k up to 128. From torch 2.12 on, whose own
+    solver on CUDA takes all matrices at once, it takes the kernel for k up to 128 only.
 
     Raises:
         TypeError: ``matrix`` is neither float32 nor float64.

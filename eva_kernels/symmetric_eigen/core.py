@@ -1,9 +1,9 @@
-"""The eigensolver on a CPU with AVX-512: csrc/cpu/symmetric_eigen.cpp."""
+"""The eigensolver on a CPU: csrc/cpu/symmetric_eigen_form.h."""
 
 import torch
 from torch import Tensor
 
-from .._build import use_core
+from .._build import cpu_form, use_core
 from .._memory import address
 from .reference import symmetric_eigen_reference
 
@@ -15,8 +15,7 @@ def core_runs(matrix: Tensor) -> bool:
     is_small = matrix.numel() > 0 and matrix.shape[-1] <= CORE_MAX_SIZE
     if matrix.device.type != "cpu" or matrix.dtype != torch.float64 or not is_small:
         return False
-    core = use_core("auto")
-    return core is not None and core.has_refresh()
+    return use_core("auto") is not None and cpu_form() is not None
 
 
 def symmetric_eigen_core(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eva_kernels._build import build_info
+from eva_kernels._build import CPU_FORMS, CPU_ISA, build_info, use_core
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +69,26 @@ def test_a_failing_nvcc_leaves_the_core_and_is_reported(tmp_path: Path) -> None:
 
 @needs_sources
 @pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("c++") is None or platform.machine() != "x86_64", reason="no C++ compiler, or no x86-64"
+)
+def test_an_assembler_that_does_not_know_tiles_builds_the_other_forms(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    old = tmp_path / "c++"
+    old.write_text('#!/bin/sh\ncase "$*" in *tiles.cpp*|*-DEVA_AMX*) exit 1;; esac\nexec c++ "$@"\n')
+    old.chmod(0o755)
+    process, record = build(tmp_path, CXX=str(old), EVA_BUILD_CUDA="0")
+    assert process.returncode == 0, process.stderr
+    assert (record["core"], record["assembles_tiles"]) == ("built", False)
+    (module,) = (tmp_path / "lib" / "eva_kernels").glob("_core*")
+    names = "from importlib.util import module_from_spec as m, spec_from_file_location as s; import sys; "
+    names += "core = m(s('_core', sys.argv[1])); print(*core.built_cpu_forms())"
+    shown = subprocess.run([sys.executable, "-c", names, module], text=True, capture_output=True, check=True)
+    assert shown.stdout.split() == [form for form in CPU_FORMS if form != "amx"]
+
+
+@needs_sources
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_architectures_are_taken_from_torch_cuda_arch_list(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
@@ -99,12 +120,14 @@ def test_nvcc_compiles_for_all_architectures_without_warnings_or_spills(tmp_path
 def test_build_info_is_complete_and_consistent() -> None:
     info = build_info()
     assert set(info) == {
-        *("core", "compiler", "cplusplus", "cuda", "nvcc", "architectures", "cuda_runtime", "cuda_driver"),
-        "remedies",
+        *("core", "cpu_form", "cpu_forms", "built_forms", "compiler", "cplusplus", "cuda", "nvcc", "architectures"),
+        *("cuda_runtime", "cuda_driver", "remedies"),
     }
     assert (info["core"] == "built") == (info["cplusplus"] is not None)
+    assert info["cpu_form"] == (info["cpu_forms"][0] if info["cpu_forms"] else None) or "EVA_CPU_ISA" in os.environ
     assert info["cuda"].startswith("built") == bool(info["architectures"])
-    assert bool(info["remedies"]) == (info["core"] != "built" or "device(s)" not in info["cuda"])
+    lacks_a_form = info["core"] == "built" and len(info["built_forms"]) not in (0, len(CPU_FORMS))
+    assert bool(info["remedies"]) == (info["core"] != "built" or "device(s)" not in info["cuda"] or lacks_a_form)
     shown = subprocess.run([sys.executable, "-m", "eva_kernels._build"], text=True, capture_output=True, check=True)
     assert f"cuda:          {info['cuda']}" in shown.stdout
 
@@ -153,11 +176,49 @@ allocate_ranks([[0.5]], [1], 1, impl="core")
     assert "impl='core': expected the compiled module, but it is switched off by EVA_CPU_ISA=none" in process.stderr
 
 
-def test_an_unknown_cpu_isa_is_an_error_and_auto_is_what_there_is_without() -> None:
+def test_each_form_of_this_machine_can_be_chosen_and_no_other() -> None:
+    here = build_info()["cpu_forms"]
+    assert here == [form for form in CPU_FORMS if form in here]
+    for asked in CPU_FORMS:
+        process = with_cpu_isa(asked, "-m", "eva_kernels._build")
+        if asked in here:
+            assert f"{'cpu_form:':14} {asked}" in process.stdout.splitlines(), process.stderr
+        else:
+            assert f"expected one of {('auto', *here, 'none')}, got {asked!r}: " in process.stderr
+    assert f"{'cpu_form:':14} {here[0] if here else '-'}" in with_cpu_isa("auto", "-m", "eva_kernels._build").stdout
+
+
+def test_an_unknown_cpu_isa_is_an_error() -> None:
     process = with_cpu_isa("avx1024", "-m", "eva_kernels._build")
     assert process.returncode != 0
-    assert "ValueError: EVA_CPU_ISA: expected one of ('auto', 'none'), got 'avx1024'" in process.stderr
-    assert f"core:          {build_info()['core']}" in with_cpu_isa("auto", "-m", "eva_kernels._build").stdout
+    assert f"ValueError: EVA_CPU_ISA: expected one of {CPU_ISA}, got 'avx1024'" in process.stderr
+
+
+@pytest.mark.skipif(build_info()["core"] != "built", reason="_core is not built")
+def test_a_form_is_taken_only_where_processor_and_system_have_all_of_it() -> None:
+    """Without any one of the bits that a form asks for, none that asks for it is taken."""
+    core = use_core("core")
+    words = ("leaf_1_ecx", "leaf_7_ebx", "leaf_7_edx", "leaf_7_1_eax", "system", "has_full_tiles")
+    needs = {  # by form, what it asks for beside what the one before does: (word, bit)
+        "avx2": [(0, 12), (0, 27), (0, 28), (0, 29), (1, 5), (4, 1), (4, 2)],
+        "avx512": [(1, 16), (1, 17), (1, 30), (1, 31), (4, 5), (4, 6), (4, 7)],
+        "avx512bf16": [(3, 5)],
+        "amx": [(2, 22), (2, 24), (4, 17), (4, 18), (5, 0)],
+    }
+    assert [*needs] == [*CPU_FORMS][::-1]
+    built = core.built_cpu_forms()
+    bits: list[tuple[int, int]] = []
+    before = ""
+    for form, added in needs.items():
+        bits += added
+        for missing in [None, *added]:
+            given = dict.fromkeys(words, 0)
+            for word, bit in bits:
+                given[words[word]] |= ((word, bit) != missing) << bit
+            given["has_full_tiles"] = bool(given["has_full_tiles"])
+            found = core.greatest_cpu_form(**given)
+            assert found == (form if missing is None and form in built else before), (form, missing)
+        before = form if form in built else before
 
 
 def test_neither_torch_nor_triton_is_imported() -> None:

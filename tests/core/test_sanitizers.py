@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_compare_bases import SHAPES, bases, run_on_host
 
+from eva_kernels._build import build_info
 from eva_kernels.convergence import BasisComparison
 
 SANITIZERS = {
@@ -16,7 +17,7 @@ SANITIZERS = {
 }
 THREAD_SANITIZER_FOUND_A_RACE = 66  # its exit status
 KERNEL = "tests/core/compare_bases_host.cpp"
-REFRESH = ("refresh_host.cpp", "refresh.cpp", "symmetric_eigen.cpp", "memory.cpp", "parallel.cpp")
+FORMS = ("forms", "form_avx2", "form_avx512", "form_avx512bf16", "form_amx", "memory", "parallel")
 TRACKERS = ("tests/core/trackers_host.cpp", "csrc/tracker.cpp", "csrc/allocation.cpp")
 
 
@@ -42,10 +43,15 @@ def test_trackers_are_clean_in_several_threads(compile_program: Callable[..., Pa
     subprocess.run([compile_program(*TRACKERS, flags=flags)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
-def test_refreshes_are_clean_at_odd_sizes(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
-    program, *sources = REFRESH
-    own = compile_program(
-        f"tests/core/{program}", *(f"csrc/cpu/{source}" for source in sources), flags=(*flags, "-ldl")
-    )
-    subprocess.run([own], check=True)
+def test_every_form_is_clean_at_odd_sizes(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    sources = [
+        "tests/core/forms_host.cpp",
+        "tests/core/tiles_emulated.cpp",
+        *(f"csrc/cpu/{form}.cpp" for form in FORMS),
+    ]
+    amx = ["-DEVA_AMX"] if "amx" in build_info()["built_forms"] else []
+    own = compile_program(*sources, flags=(*flags, *amx, "-ldl"))
+    shown = subprocess.run([own], check=True, text=True, capture_output=True)
+    assert shown.stdout.split() == build_info()["built_forms"] or "avx512bf16" not in build_info()["cpu_forms"]

@@ -10,8 +10,9 @@ import torch
 import eva_kernels
 import eva_lora
 from eva_kernels import SubspaceStatistic
-from eva_kernels._build import use_core
+from eva_kernels._build import cpu_form, use_core
 from eva_kernels._memory import address, cuda_address, readable
+from eva_kernels.gram.core import gram_core
 from eva_kernels.orthonormal.core import orthonormalize_core
 from eva_kernels.streaming_svd import refresh
 from eva_kernels.streaming_svd.core import extract_core
@@ -19,11 +20,8 @@ from eva_kernels.streaming_svd.count_sketch import count_sketch_core
 from eva_kernels.subspace.core import subspace_core
 from eva_kernels.symmetric_eigen.core import symmetric_eigen_core
 
-FEATURES = {
-    subspace_core: lambda: use_core("core").has_bf16_subspace(),
-    count_sketch_core: lambda: use_core("core").has_bf16_subspace(),
-}
 needs_core = pytest.mark.skipif(use_core("auto") is None, reason="no compiled module is used")
+needs_form = pytest.mark.skipif(cpu_form() is None, reason="no form of the compiled code runs here")
 N, D, Q = 5, 6, 3
 
 
@@ -126,16 +124,19 @@ def sketch_arguments():
     }
 
 
-CALLS = {subspace_core: subspace_arguments, count_sketch_core: sketch_arguments}
+def gram_arguments():
+    given = {**subspace_arguments(), "gram": torch.zeros(D, D)}
+    return {name: value for name, value in given.items() if name not in ("product", "basis")}
+
+
+CALLS = {subspace_core: subspace_arguments, gram_core: gram_arguments, count_sketch_core: sketch_arguments}
 TENSORS = [(f, name) for f, make in CALLS.items() for name, value in make().items() if isinstance(value, torch.Tensor)]
 
 
-@needs_core
+@needs_form
 @pytest.mark.parametrize("spoil", SPOILS)
 @pytest.mark.parametrize(("function", "name"), TENSORS)
 def test_a_call_is_refused_by_name_or_gives_what_it_gives_of_plain_memory(function, name, spoil):
-    if not FEATURES[function]():
-        pytest.skip("this processor does not run it")
     expected, given = CALLS[function](), CALLS[function]()
     function(**expected)
     plain = CALLS[function]()[name]
@@ -159,12 +160,10 @@ def fed():
     return statistics
 
 
-@needs_core
+@needs_form
 @pytest.mark.parametrize("spoil", SPOILS)
 @pytest.mark.parametrize(("field", "name"), [("pending", "image"), ("basis", "basis"), ("_sample", "sample")])
 def test_a_refresh_clears_the_image_where_it_lies_or_is_refused(field, name, spoil):
-    if not use_core("core").has_refresh():
-        pytest.skip("this processor does not run it")
     statistics = fed()
     before = [getattr(s, field).clone() for s in statistics]
     setattr(statistics[1], field, spoil(before[1]))
@@ -192,7 +191,7 @@ def test_a_state_that_lies_otherwise_is_brought_into_order():
     assert not target.pending.any()
 
 
-@needs_core
+@needs_form
 def test_the_eigensolver_and_orthonormalisation_name_their_matrix():
     with pytest.raises(TypeError, match=r"^matrix: expected dtype torch.float64"):
         symmetric_eigen_core(torch.eye(3))
@@ -240,6 +239,8 @@ def bindings():
     return buffer, {
         "subspace": {**rows, "shift": at, "basis": at, "q": Q, "sign": 1.0, "product": at, "column_sum": at,
                      "square_sum": at, "threads": 1},
+        "gram": {**rows, "shift": at, "sign": 1.0, "gram": at, "column_sum": at, "square_sum": at, "threads": 1},
+        "mirror": {"matrix": at, "d": D},
         "sketch": {**rows, "signs": at, "chunk_rows": 256, "before": 0, "column": 0, "q": Q, "sums": at, "tally": at,
                    "total": at, "threads": 1},
         "cholesky_qr": {"y": at, "d": D, "q": Q, "out": at, "growth": 0.1, "threads": 1},
@@ -260,7 +261,7 @@ BOUND = [
 ]  # fmt: skip
 
 
-@needs_core
+@needs_form
 @pytest.mark.parametrize(("function", "name"), BOUND)
 def test_the_binding_refuses_what_no_array_has(function, name):
     buffer, every = bindings()

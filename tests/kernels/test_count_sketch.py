@@ -1,20 +1,16 @@
-"""The compiled count sketch against the plain one, where the compiled subspace product runs."""
+"""The compiled count sketch against the plain one, in every form that this machine runs."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eva_kernels._build import use_core
 from eva_kernels._rows import CHUNK_ROWS
 from eva_kernels.streaming_svd import SubspaceStatistic, statistics
 from eva_kernels.streaming_svd.count_sketch import count_sketch_core, count_sketch_reference
 from support.bounds import gamma
 
-pytestmark = pytest.mark.skipif(
-    use_core("auto") is None or not use_core("core").has_bf16_subspace(),
-    reason="the compiled module is missing or this processor has no AVX-512 BF16",
-)
+pytestmark = pytest.mark.usefixtures("algebra_form")
 
 STATED = {"auto": 1, "reference": 0}  # by impl, calls of the compiled sketch
 

@@ -1,4 +1,4 @@
-"""The compiled refresh, eigensolver and Cholesky QR against PyTorch and NumPy, where this processor has AVX-512."""
+"""The compiled refresh, eigensolver and Cholesky QR against PyTorch and NumPy, in every form."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eva_kernels import SubspaceStatistic, refresh_
-from eva_kernels._build import use_core
 from eva_kernels.orthonormal.core import orthonormalize_core
 from eva_kernels.orthonormal.reference import householder_qr
 from eva_kernels.streaming_svd import refresh
@@ -17,10 +16,7 @@ from eva_kernels.symmetric_eigen.core import symmetric_eigen_core
 from support.bounds import deviation, gamma, orthonormality, refreshed_orthonormality, require_as_near
 from support.streams import KINDS, stream
 
-pytestmark = pytest.mark.skipif(
-    use_core("auto") is None or not use_core("core").has_refresh(),
-    reason="the compiled module is missing or this processor has no AVX-512",
-)
+pytestmark = pytest.mark.usefixtures("algebra_form")
 ZERO = torch.zeros(())
 
 

@@ -34,6 +34,7 @@ MACHINE = {
         "kind": "cpu",
         "cores": 2,
         "threads": 2,
+        "cpu_form": "avx2",
         "system": "Linux",
         **dict.fromkeys(("python", "torch", "numpy", "peft", "transformers", "scikit-learn"), "1.0"),
         "torch-incremental-pca": "0.1.0",

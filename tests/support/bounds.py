@@ -8,7 +8,9 @@ derivations of what a basis promises stand in eva_kernels/orthonormal/README.md 
 import torch
 
 from eva_kernels import Statistic
+from eva_kernels._build import cpu_form
 
+ROUNDING_FORMS = ("amx", "avx512bf16")  # of the compiled code for a CPU: they round operands to bfloat16
 UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
 
@@ -53,10 +55,10 @@ def refreshed_orthonormality(statistic: Statistic, before):
 def product_rounding(impl, rows, d):
     """What share of the rows' scatter its sums may be off by, in spectral norm, from rows that are summed in float32.
 
-    The compiled kernel ("auto", where a processor has it) rounds three factors to bfloat16: rows, twice, and their
-    projections.
+    Some forms of the compiled kernel (of "auto") round three factors to bfloat16: rows, twice, and their projections.
     """
-    return gamma(rows + d) + (3 * UNIT_ROUNDOFF[torch.bfloat16] if impl == "auto" else 0)
+    rounds = impl == "auto" and cpu_form() in ROUNDING_FORMS
+    return gamma(rows + d) + (3 * UNIT_ROUNDOFF[torch.bfloat16] if rounds else 0)
 
 
 def captured_by(exact, rank, rounding):

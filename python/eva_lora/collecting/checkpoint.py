@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eva_kernels._build import use_core
+from eva_kernels._build import cpu_form, use_core
 
 from ..adapters import is_lora
 from ..planning import Trace, storage, versions
@@ -244,7 +244,7 @@ def identity(model: nn.Module, run: Run, device: torch.device, **callables: Any)
         "version": {name: version for name, version in versions().items() if name != "python"},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "compiled module": use_core("auto") is not None,
+        "compiled module": cpu_form() or "none" if use_core("auto") is not None else "not there",
         "threads": torch.get_num_threads(),
         "matmul precision": torch.get_float32_matmul_precision(),
         "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else "off",

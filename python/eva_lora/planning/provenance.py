@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from eva_kernels._build import cpu_form
+
 __all__ = ["command_line", "versions"]
 
 
@@ -19,11 +21,11 @@ def command_line() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions that a result depends on."""
+    """The installed versions that a result depends on, and which form of the compiled code for a CPU runs."""
     versions = {"python": platform.python_version()}
     for name in ("eva-kernels", "torch", "triton", "peft", "transformers"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return {**versions, "cpu_form": cpu_form() or "none"}

@@ -1,43 +1,29 @@
-#include "sketch.h"
+// The count sketch, for the form that includes this.
+#pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "float32_products.h"
 #include "memory.h"
 #include "parallel.h"
+#include "sketch.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define EVA_WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#else
-#define EVA_WIDE
-#endif
+namespace eva::EVA_FORM {
 
-namespace eva {
-namespace {
-
-constexpr int64_t kSliceRows = 16;       // rows that are fetched at a time
-constexpr int64_t kThreadFeatures = 64;  // fewer for each are not worth a second thread
-
-inline float widen(float value) { return value; }
-
-inline float widen(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
+constexpr int64_t kFetchedRows = 16;       // rows that are fetched at a time
+constexpr int64_t kSketchFeatures = 64;  // fewer for each are not worth a second thread
 
 // The features begin … end of all rows. `chunk_sum` is (d).
 template <typename X>
-EVA_WIDE void add(const SketchTask& task, int64_t begin, int64_t end, float* __restrict chunk_sum) {
+EVA_TARGET void add_to_sketch(const SketchTask& task, int64_t begin, int64_t end, float* __restrict chunk_sum) {
   const auto finish_chunk = [&] {
     for (int64_t j = begin; j < end; ++j) task.total[j] += chunk_sum[j];
     std::fill(chunk_sum + begin, chunk_sum + end, 0.0f);
   };
   int64_t column = task.column, left = task.chunk_rows - task.before;
   for (int64_t row = 0; row < task.n; ++row) {
-    for (int64_t i = row; row % kSliceRows == 0 && i < std::min(row + kSliceRows, task.n); ++i)
+    for (int64_t i = row; row % kFetchedRows == 0 && i < std::min(row + kFetchedRows, task.n); ++i)
       fetch(static_cast<const X*>(task.x) + i * task.row_stride + begin, (end - begin) * sizeof(X));
     if (left == 0) {
       finish_chunk();
@@ -60,16 +46,14 @@ EVA_WIDE void add(const SketchTask& task, int64_t begin, int64_t end, float* __r
   finish_chunk();
 }
 
-}  // namespace
-
-void sketch_add(const SketchTask& task, int threads) {
+inline void sketch_add(const SketchTask& task, int threads) {
   std::vector<float> chunk_sum(task.d);
-  const int64_t shares = std::clamp<int64_t>(task.d / kThreadFeatures, 1, std::max(threads, 1));
+  const int64_t shares = std::clamp<int64_t>(task.d / kSketchFeatures, 1, std::max(threads, 1));
   run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
     const int64_t begin = task.d * share / shares, end = task.d * (share + 1) / shares;
-    task.is_float32 ? add<float>(task, begin, end, chunk_sum.data())
-                    : add<uint16_t>(task, begin, end, chunk_sum.data());
+    task.is_float32 ? add_to_sketch<float>(task, begin, end, chunk_sum.data())
+                    : add_to_sketch<uint16_t>(task, begin, end, chunk_sum.data());
   });
 }
 
-}  // namespace eva
+}  // namespace eva::EVA_FORM

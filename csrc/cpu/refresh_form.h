@@ -1,24 +1,23 @@
-#include "refresh.h"
-
-#include "dense.h"
-
-#ifdef EVA_DENSE
+// Refreshes and Cholesky QR, for the form that includes this.
+#pragma once
 
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
+#include "dense.h"
 #include "memory.h"
-#include "symmetric_eigen.h"
 #include "parallel.h"
+#include "refresh.h"
+#include "symmetric_eigen_form.h"
 
-namespace eva {
-namespace {
+namespace eva::EVA_FORM {
 
 // Upper triangular R with RᵀR = matrix, in its place; false where there is none. All loops here run over padded rows.
-EVA_AVX512 bool cholesky(double* matrix, int64_t n, int64_t stride) {
+EVA_TARGET inline bool cholesky(double* matrix, int64_t n, int64_t stride) {
   for (int64_t k = 0; k < n; ++k) {
     double* row = matrix + k * stride;
     if (!(row[k] > 0)) return false;
@@ -31,7 +30,7 @@ EVA_AVX512 bool cholesky(double* matrix, int64_t n, int64_t stride) {
 }
 
 // The inverse of an upper triangular matrix, of which the other triangle is not read.
-EVA_AVX512 void invert_upper(const double* upper, int64_t n, int64_t stride, double* inverse) {
+EVA_TARGET inline void invert_upper(const double* upper, int64_t n, int64_t stride, double* inverse) {
   std::fill_n(inverse, n * stride, 0.0);
   for (int64_t i = n - 1; i >= 0; --i) {
     const int64_t start = i / 8 * 8;
@@ -44,11 +43,11 @@ EVA_AVX512 void invert_upper(const double* upper, int64_t n, int64_t stride, dou
 }
 
 template <typename From, typename To>
-EVA_AVX512 void convert(const From* from, To* to, int64_t size) {
+EVA_TARGET void convert(const From* from, To* to, int64_t size) {
   for (int64_t j = 0; j < size; ++j) to[j] = static_cast<To>(from[j]);
 }
 
-EVA_AVX512 void round_to_bfloat16(const float* from, float* to, int64_t size) {
+EVA_TARGET inline void round_to_bfloat16(const float* from, float* to, int64_t size) {
   for (int64_t j = 0; j < size; ++j) {
     uint32_t bits;
     std::memcpy(&bits, from + j, sizeof bits);
@@ -57,10 +56,12 @@ EVA_AVX512 void round_to_bfloat16(const float* from, float* to, int64_t size) {
   }
 }
 
-void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t width) {
+inline void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t width) {
   for (int64_t j = 0; j < rows; ++j)
     std::fill(std::copy_n(from + j * from_stride, width, to + j * to_stride), to + (j + 1) * to_stride, 0.0f);
 }
+
+Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double growth, int threads);
 
 // A thread's memory for statistics of one shape, and the steps of an extraction. The scatter is A Aᵀ with the columns
 // A = [Q √Λ, N, v]: the past, the Nyström approximation N Nᵀ of the rows since, and the difference of their means.
@@ -74,7 +75,7 @@ class Extractor {
         span_(columns_ * stride_), image_(columns_ * stride_), turn_(columns_ * stride_), third_(square_ + 4 * stride_),
         vectors_(square_), scale_(stride_), norms_(stride_) {}
 
-  EVA_AVX512 bool run(const RefreshTask& task) {
+  EVA_TARGET bool run(const RefreshTask& task) {
     const auto is_zero = [](auto entry) { return entry == 0; };
     const float* difference = task.means + d_;
     if (!nystrom(task)) return false;
@@ -87,7 +88,7 @@ class Extractor {
 
  private:
   // N = Y D R⁻¹ with Y = image − u (uᵀ Ω), RᵀR = D ½(ΩᵀY + YᵀΩ) D + ε I and D its scale.
-  EVA_AVX512 bool nystrom(const RefreshTask& task) {
+  EVA_TARGET bool nystrom(const RefreshTask& task) {
     copy_rows(task.image, q_, product_.get(), stride_, d_, q_);
     const float* sample = with_padding(task.sample);
     multiply<float>({task.means, d_, 1}, sample, stride_, beside_.get(), stride_, 1, q_, d_);
@@ -121,7 +122,7 @@ class Extractor {
 
   // gram_ = AᵀA, with N = Q along_ + N⊥ and v = Q g + v⊥: what Q holds already is subtracted before anything is squared.
   // N⊥ and v⊥ take the places of N and v, g that of beside_.
-  EVA_AVX512 void gram(const RefreshTask& task) {
+  EVA_TARGET void gram(const RefreshTask& task) {
     inner(task.basis, q_, nystrom_.get(), small_.get());
     subtract(task.basis, nystrom_.get());
     convert(small_.get(), along_.get(), square_);
@@ -154,7 +155,7 @@ class Extractor {
 
   // span_ = an orthonormal basis of about the leading right singular vectors of A, image_ = AᵀA times it: block power
   // steps from the sum of each column of Q √Λ and the one of N that goes on from it.
-  EVA_AVX512 bool span() {
+  EVA_TARGET bool span() {
     const int64_t width = padded(columns_);
     std::fill_n(image_.get(), columns_ * stride_, 0.0);
     for (int64_t i = 0; i < columns_; ++i)
@@ -178,7 +179,7 @@ class Extractor {
   }
 
   // Eigenpairs of N Nᵀ, where there is no past.
-  EVA_AVX512 bool alone(const RefreshTask& task) {
+  EVA_TARGET bool alone(const RefreshTask& task) {
     inner(task.basis, q_, nystrom_.get(), small_.get());
     convert(small_.get(), along_.get(), square_);
     squares(nystrom_.get(), small_.get());
@@ -192,7 +193,7 @@ class Extractor {
   }
 
   // Eigenpairs of A Aᵀ within the span.
-  EVA_AVX512 bool together(const RefreshTask& task) {
+  EVA_TARGET bool together(const RefreshTask& task) {
     multiply_symmetric<double>({span_.get(), 1, stride_}, image_.get(), stride_, root_.get(), stride_, q_, columns_);
     if (!eigenpairs(task)) return false;
     // The components are A turn_ = Q held + N⊥ (turn_'s middle rows) + v⊥ (its last), held = Qᵀ A turn_.
@@ -274,14 +275,14 @@ class Extractor {
   }
 
   // matrix −= basis · small_.
-  EVA_AVX512 void subtract(const float* basis, float* matrix) {
+  EVA_TARGET void subtract(const float* basis, float* matrix) {
     for (int64_t i = 0; i < square_; ++i) small_[i] = -small_[i];
     multiply<float>({basis, q_, 1}, small_.get(), stride_, matrix, stride_, d_, q_, q_, true);
     for (int64_t i = 0; i < square_; ++i) small_[i] = -small_[i];
   }
 
   // inverse_ = D R⁻¹ with RᵀR = root_ and D the scale, which takes root_'s place.
-  EVA_AVX512 bool invert_root() {
+  EVA_TARGET bool invert_root() {
     if (!cholesky(root_.get(), q_, stride_)) return false;
     invert_upper(root_.get(), q_, stride_, inverse_.get());
     for (int64_t i = 0; i < q_; ++i)
@@ -290,12 +291,12 @@ class Extractor {
   }
 
   // to = matrixᵀ · matrix, (q, q).
-  EVA_AVX512 void squares(const float* matrix, float* to) {
+  EVA_TARGET void squares(const float* matrix, float* to) {
     multiply_symmetric<float>({matrix, 1, stride_}, matrix, stride_, to, stride_, q_, d_);
   }
 
   // to = leftᵀ · right, (q, q).
-  EVA_AVX512 void inner(const float* left, int64_t left_stride, const float* right, float* to) {
+  EVA_TARGET void inner(const float* left, int64_t left_stride, const float* right, float* to) {
     multiply<float>({left, 1, left_stride}, right, stride_, to, stride_, q_, q_, d_);
   }
 
@@ -317,14 +318,7 @@ class Extractor {
   bool is_steep_ = false;                                // the spectrum that was found last
 };
 
-}  // namespace
-
-bool has_refresh() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-
-void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads) {
+inline void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads) {
   const int64_t size = static_cast<int64_t>(tasks.size());
   if (!size) return;
   const int64_t shares = std::clamp<int64_t>(size, 1, std::max(threads, 1));
@@ -337,7 +331,7 @@ void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits,
   });
 }
 
-EVA_AVX512 Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double growth, int threads) {
+EVA_TARGET inline Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double growth, int threads) {
   constexpr int64_t kRows = 32;  // worked out at a time, before they are rounded
   const int64_t stride = padded(q), shares = std::max(threads, 1);
   const Array<double> wide(d * stride), gram(q * stride), root(q * stride), scale(stride), rows(shares * kRows * stride);
@@ -384,24 +378,4 @@ EVA_AVX512 Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* 
   return largest <= growth ? Orthonormal::kDone : Orthonormal::kAgain;
 }
 
-}  // namespace eva
-
-#else
-
-#include <stdexcept>
-
-namespace eva {
-
-bool has_refresh() { return false; }
-
-void refresh(const std::vector<RefreshTask>&, const RefreshLimits&, uint8_t*, int) {
-  throw std::logic_error("the compiled refresh is not part of this build");
-}
-
-Orthonormal cholesky_qr(const float*, int64_t, int64_t, float*, double, int) {
-  throw std::logic_error("the compiled Cholesky QR is not part of this build");
-}
-
-}  // namespace eva
-
-#endif
+}  // namespace eva::EVA_FORM

@@ -1,44 +1,41 @@
-#include "symmetric_eigen.h"
-
-#include "dense.h"
-
-#ifdef EVA_DENSE
+// Eigenpairs of a small symmetric matrix in float64, for the form that includes this.
+#pragma once
 
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
 
+#include "dense.h"
 #include "memory.h"
 #include "parallel.h"
+#include "symmetric_eigen.h"
 
-namespace eva {
-namespace {
+namespace eva::EVA_FORM {
 
-constexpr int64_t kLanes = Register<double>::kLanes;
 constexpr int64_t kStepsPerValue = 60;
 
-int64_t aligned_below(int64_t index) { return index / kLanes * kLanes; }
+inline int64_t aligned_below(int64_t index) { return index / kLanes<double> * kLanes<double>; }
 
 // out = Σ_i x(i) · row i, for the rows and columns from `first` on of a symmetric matrix, so its product with x.
-EVA_AVX512 void multiply_symmetric(const double* matrix, int64_t stride, int64_t n, int64_t first, const double* x,
+EVA_TARGET inline void multiply_symmetric(const double* matrix, int64_t stride, int64_t n, int64_t first, const double* x,
                                    double* out) {
   using R = Register<double>;
-  for (int64_t j = first / (2 * kLanes) * (2 * kLanes); j < stride; j += 2 * kLanes) {
+  for (int64_t j = first / (2 * kLanes<double>) * (2 * kLanes<double>); j < stride; j += 2 * kLanes<double>) {
     R::Type low = R::zero(), high = R::zero();
     for (int64_t i = first; i < n; ++i) {
       const R::Type factor = R::all(x[i]);
       low = R::fma(factor, R::load(matrix + i * stride + j), low);
-      high = R::fma(factor, R::load(matrix + i * stride + j + kLanes), high);
+      high = R::fma(factor, R::load(matrix + i * stride + j + kLanes<double>), high);
     }
     R::store(out + j, low);
-    R::store(out + j + kLanes, high);
+    R::store(out + j + kLanes<double>, high);
   }
 }
 
 // Householder reflections I − β v vᵀ from both sides bring the matrix to the tridiagonal (diagonal, beside). Row k of
 // the matrix then holds v of the reflection that cleared it, in the columns from k + 1 on.
-EVA_AVX512 void tridiagonalize(double* matrix, int64_t n, int64_t stride, double* diagonal, double* beside,
+EVA_TARGET inline void tridiagonalize(double* matrix, int64_t n, int64_t stride, double* diagonal, double* beside,
                                double* beta, double* product) {
   for (int64_t k = 0; k < n; ++k) {
     double* v = matrix + k * stride;
@@ -64,14 +61,14 @@ EVA_AVX512 void tridiagonalize(double* matrix, int64_t n, int64_t stride, double
       using R = Register<double>;
       const R::Type of_w = R::all(-v[i]), of_v = R::all(-product[i]);
       double* row = matrix + i * stride;
-      for (int64_t j = start; j < stride; j += kLanes)
+      for (int64_t j = start; j < stride; j += kLanes<double>)
         R::store(row + j, R::fma(of_w, R::load(product + j), R::fma(of_v, R::load(v + j), R::load(row + j))));
     }
   }
 }
 
 // rows = the transpose of the product of the reflections.
-EVA_AVX512 void gather_reflections(const double* matrix, int64_t n, int64_t stride, const double* beta, double* rows) {
+EVA_TARGET inline void gather_reflections(const double* matrix, int64_t n, int64_t stride, const double* beta, double* rows) {
   std::fill_n(rows, n * stride, 0.0);
   for (int64_t i = 0; i < n; ++i) rows[i * stride + i] = 1;
   for (int64_t k = n - 2; k >= 0; --k) {
@@ -86,10 +83,10 @@ EVA_AVX512 void gather_reflections(const double* matrix, int64_t n, int64_t stri
 }
 
 // (upper, lower) becomes (c · upper − s · lower, s · upper + c · lower).
-EVA_AVX512 inline void rotate(double* upper, double* lower, int64_t stride, double cosine, double sine) {
+EVA_TARGET inline void rotate(double* upper, double* lower, int64_t stride, double cosine, double sine) {
   using R = Register<double>;
   const R::Type c = R::all(cosine), s = R::all(sine), minus_s = R::all(-sine);
-  for (int64_t j = 0; j < stride; j += kLanes) {
+  for (int64_t j = 0; j < stride; j += kLanes<double>) {
     const R::Type x = R::load(upper + j), y = R::load(lower + j);
     R::store(upper + j, R::fma(c, x, R::mul(minus_s, y)));
     R::store(lower + j, R::fma(s, x, R::mul(c, y)));
@@ -98,7 +95,7 @@ EVA_AVX512 inline void rotate(double* upper, double* lower, int64_t stride, doub
 
 // QL steps with Wilkinson's shift (Golub & Van Loan, Matrix Computations, 8.3) until the tridiagonal is diagonal up to
 // rounding of the matrix it came from, whose largest entry is 1; their rotations are applied to the rows.
-EVA_AVX512 bool diagonalize(double* diagonal, double* beside, int64_t n, double* rows, int64_t stride) {
+EVA_TARGET inline bool diagonalize(double* diagonal, double* beside, int64_t n, double* rows, int64_t stride) {
   constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
   for (int64_t first = 0; first < n; ++first) {
     for (int64_t step = 0;; ++step) {
@@ -142,9 +139,10 @@ EVA_AVX512 bool diagonalize(double* diagonal, double* beside, int64_t n, double*
   return true;
 }
 
-}  // namespace
-
-bool symmetric_eigen(double* matrix, int64_t n, int64_t stride, double* values, double* vectors, double* scratch) {
+// Destroys `matrix`, (n, stride) row-major, rows padded with zeros. `values` (n) come descending, row i of `vectors`
+// (n, stride) is the unit eigenvector of values[i]. `scratch` holds (n + 4) · stride doubles. False where something is
+// not finite or the iteration does not converge.
+inline bool symmetric_eigen(double* matrix, int64_t n, int64_t stride, double* values, double* vectors, double* scratch) {
   double *rows = scratch, *diagonal = rows + n * stride;
   double *beside = diagonal + stride, *beta = beside + stride, *product = beta + stride;
   double largest = 0;
@@ -168,7 +166,7 @@ bool symmetric_eigen(double* matrix, int64_t n, int64_t stride, double* values, 
   return true;
 }
 
-void symmetric_eigen_of_all(const double* matrices, int64_t batch, int64_t n, double* values, double* vectors,
+inline void symmetric_eigen_of_all(const double* matrices, int64_t batch, int64_t n, double* values, double* vectors,
                             uint8_t* solved, int threads) {
   const int64_t stride = padded(n), square = n * stride, shares = std::clamp<int64_t>(batch, 1, std::max(threads, 1));
   std::vector<Array<double>> memory;
@@ -185,18 +183,4 @@ void symmetric_eigen_of_all(const double* matrices, int64_t batch, int64_t n, do
   });
 }
 
-}  // namespace eva
-
-#else
-
-#include <stdexcept>
-
-namespace eva {
-
-void symmetric_eigen_of_all(const double*, int64_t, int64_t, double*, double*, uint8_t*, int) {
-  throw std::logic_error("the compiled eigensolver is not part of this build");
-}
-
-}  // namespace eva
-
-#endif
+}  // namespace eva::EVA_FORM

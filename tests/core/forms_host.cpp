@@ -1,0 +1,110 @@
+// The compiled code for a CPU, in every form that this processor runs, at sizes that do not fill registers, for the
+// sanitizers.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/forms.h"
+
+namespace {
+
+std::vector<float> random_matrix(int64_t size, std::mt19937& generator) {
+  std::normal_distribution<float> normal;
+  std::vector<float> matrix(size);
+  for (float& entry : matrix) entry = normal(generator);
+  return matrix;
+}
+
+double refresh(int64_t d, int64_t q, int64_t members, bool summarises, int threads, std::mt19937& generator) {
+  std::vector<std::vector<float>> samples, images, bases;
+  for (int64_t i = 0; i < members; ++i) {
+    samples.push_back(random_matrix(d * q, generator));
+    images.push_back(samples.back());  // of a scatter that is the identity
+    bases.emplace_back(d * q);
+  }
+  std::vector<double> past(members * q, 0.5), values(members * q), cosines(members * q), overlaps(members * q);
+  std::vector<float> means(members * 2 * d, 0.1f), rounded(members * d * q);
+  std::vector<uint8_t> solved(members);
+  std::vector<eva::RefreshTask> tasks;
+  for (int64_t i = 0; i < members; ++i)
+    tasks.push_back({d, q, samples[i].data(), images[i].data(), samples[i].data(), past.data() + i * q,
+                     means.data() + i * 2 * d, summarises, bases[i].data(), rounded.data() + i * d * q,
+                     values.data() + i * q, cosines.data() + i * q, overlaps.data() + i * q});
+  eva::code().refresh(tasks, {1e-6, 5e-4, 1e-5, 1e-12, 100, 1e-12, 2}, solved.data(), threads);
+  double sum = 0;
+  for (int64_t i = 0; i < members; ++i) sum += solved[i];
+  return sum;
+}
+
+// All rows but every fifth, in memory that ends where they end.
+template <typename X>
+double products(int64_t n, int64_t d, int64_t q, int threads, std::mt19937& generator) {
+  const std::vector<float> numbers = random_matrix(n * d, generator);
+  std::vector<X> x(n * d);
+  for (int64_t i = 0; i < n * d; ++i)
+    x[i] = std::is_same_v<X, float> ? static_cast<X>(numbers[i]) : static_cast<X>(0x3f00 + i * 37 % 128);
+  std::vector<uint8_t> mask(n);
+  for (int64_t i = 0; i < n; ++i) mask[i] = i % 5 != 0;
+  const std::vector<float> shift(d, 0.25f), basis = random_matrix(d * q, generator), signs(n, -1.0f);
+  std::vector<float> product(d * q), sums(q * d), tally(q);
+  std::vector<double> column_sum(d), total(d);
+  double square_sum = 0;
+  eva::code().subspace({x.data(), std::is_same_v<X, float>, n, d, d, mask.data(), shift.data(), basis.data(), q, 1,
+                        product.data(), column_sum.data(), &square_sum},
+                       threads);
+  eva::code().sketch({x.data(), std::is_same_v<X, float>, n, d, d, mask.data(), signs.data(), 256, 3, 3 % q, q,
+                      sums.data(), tally.data(), total.data()},
+                     threads);
+  std::vector<float> gram(d * d);
+  eva::code().gram({x.data(), std::is_same_v<X, float>, n, d, d, mask.data(), shift.data(), 1, gram.data(),
+                    column_sum.data(), &square_sum},
+                   threads);
+  return square_sum + product[0] + total[0] + gram[0];
+}
+
+void run_all(std::mt19937& generator, double& sum) {
+  const std::vector<std::pair<int64_t, int64_t>> shapes{{1, 1}, {5, 2}, {33, 7}, {64, 16}, {100, 17}, {97, 97}};
+  for (const auto& [d, q] : shapes)
+    for (const bool summarises : {false, true})
+      for (const int threads : {1, 3}) {
+        sum += refresh(d, q, 5, summarises, threads, generator);
+        const std::vector<float> y = random_matrix(d * q, generator);
+        std::vector<float> out(d * q);
+        sum += eva::code().cholesky_qr(y.data(), d, q, out.data(), 100, threads) == eva::Orthonormal::kDone;
+        std::vector<double> matrices(3 * q * q), values(3 * q), vectors(3 * q * q);
+        for (int64_t i = 0; i < 3 * q * q; ++i) matrices[i] = 1.0 / (1 + i % q + i / q % q);
+        std::vector<uint8_t> solved(3);
+        eva::code().symmetric_eigen(matrices.data(), 3, q, values.data(), vectors.data(), solved.data(), threads);
+        for (const uint8_t one : solved) sum += one;
+      }
+  for (const auto& [n, d, q] : std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {70, 33, 17}, {301, 130, 16}})
+    for (const int threads : {1, 3})
+      sum += products<float>(n, d, q, threads, generator) + products<uint16_t>(n, d, q, threads, generator);
+}
+
+}  // namespace
+
+extern "C" int start_emulating();
+
+// Prints the forms it has run: all that this processor runs, and with AVX-512 BF16 the one for AMX too, in emulated tiles.
+int main() {
+  const std::vector<std::string> here = eva::forms();
+  const auto runs = [&](const std::string& form) { return std::count(here.begin(), here.end(), form) > 0; };
+  for (const std::string& form : eva::built_forms()) {
+    const bool emulated = form == "amx" && !runs(form) && runs("avx512bf16");
+    if (!runs(form) && !emulated) continue;
+    if (emulated) start_emulating();
+    std::mt19937 generator(0);
+    double sum = 0;
+    eva::choose_form(form, emulated);
+    run_all(generator, sum);
+    if (!std::isfinite(sum)) return EXIT_FAILURE;
+    std::puts(form.c_str());
+  }
+}
