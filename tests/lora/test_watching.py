@@ -618,6 +618,65 @@ def test_a_call_that_broke_off_before_any_layer_does_no_harm(error):
     assert fingerprint_of(watch.statistics()) == fingerprint_of(passed(make(), [{"x": rows}] * 2))
 
 
+def layer_of(model):
+    return model.base_model.model.first
+
+
+def without_hooks(model):
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+
+
+def fused_later(model):
+    def apply_lora_mlp(rows):
+        return rows
+
+    model.base_model.model.forward = apply_lora_mlp
+
+
+COME_BETWEEN = {
+    "hooks of one layer": (lambda m: layer_of(m)._forward_pre_hooks.clear(), "a hook was taken off layer first"),
+    "hooks of all": (without_hooks, "a hook was taken off layer first"),
+    "the model's hooks": (lambda m: m._forward_pre_hooks.clear(), "a hook was taken off the model"),
+    "what ends a call": (lambda m: m._forward_hooks.clear(), "a hook was taken off the model"),
+    "merged and unloaded": (lambda m: m.merge_and_unload(), "layer first was taken out of the model"),
+    "one replaced": (lambda m: setattr(m.base_model.model, "first", nn.Linear(6, 6)), "layer first was taken out"),
+    "fused": (fused_later, "fused kernels were put in the place of layers"),
+}
+
+
+@pytest.mark.parametrize("what", COME_BETWEEN)
+@pytest.mark.parametrize("asked", ["within", "after"])
+def test_what_takes_hooks_or_layers_away_leaves_no_statistics(what, asked):
+    come, message = COME_BETWEEN[what]
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    model = peft.get_peft_model(Failing(), peft.LoraConfig(r=2, target_modules=["first", "second"]))
+    with watching(model) as watch:
+        model(rows)
+        come(model)
+        model(rows)
+        if asked == "within":
+            with pytest.raises(RuntimeError, match=f"watch: {message}"):
+                watch.statistics()
+    with pytest.raises(RuntimeError, match=f"watch: {message}"):
+        watch.statistics()
+
+
+def test_statistics_that_were_asked_for_before_a_layer_is_replaced_are_those_until_then():
+    def make():
+        torch.manual_seed(0)
+        return peft.get_peft_model(Failing(), peft.LoraConfig(r=2, target_modules=["first", "second"]))
+
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    model = make()
+    with watching(model) as watch:
+        model(rows)
+        watch.statistics()
+        model.merge_and_unload()
+    assert fingerprint_of(watch.statistics()) == fingerprint_of(passed(make(), [{"x": rows}]))
+
+
 def test_nan_is_named_in_the_call_that_brings_it():
     model = tiny_model()
     batch = tiny_batches(1)[0]

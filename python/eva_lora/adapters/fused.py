@@ -19,7 +19,8 @@ def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within it, attention and MLP modules call their projections, so that those are seen; afterwards all is as before.
 
     Both libraries hang ``apply_qkv`` and ``apply_o`` on an attention module, axolotl as methods, Unsloth as functions
-    that are given the module as well, and a function whose name holds "lora_mlp" on an MLP as its ``forward``.
+    that are given the module as well, and a function whose name holds "lora_mlp" on an MLP as its ``forward``. Axolotl
+    hangs ``apply_in_proj_fused`` and ``apply_out_proj`` on linear attention; without ``v_proj``, keys are the values.
     """
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
@@ -41,18 +42,27 @@ def _is_fused_mlp(module: nn.Module) -> bool:
     return "lora_mlp" in getattr(vars(module).get("forward"), "__name__", "")
 
 
-def _projections(*projections: str) -> Callable[[Any], Callable[..., list[Tensor]]]:
-    def of(module: Any) -> Callable[..., list[Tensor]]:
-        return lambda *args: [getattr(module, name)(args[-1]) for name in projections]
+def _qkv(module: Any) -> Callable[..., list[Tensor]]:
+    def plain(*args: Any) -> list[Tensor]:
+        q, k = module.q_proj(args[-1]), module.k_proj(args[-1])
+        v_proj = getattr(module, "v_proj", None)
+        return [q, k, k if v_proj is None else v_proj(args[-1])]
 
-    return of
+    return plain
 
 
-def _o(module: Any) -> Callable[..., Tensor]:
-    return lambda *args: module.o_proj(args[-1])
+def _one(name: str) -> Callable[[Any], Callable[..., Tensor]]:
+    return lambda module: lambda *args: getattr(module, name)(args[-1])
+
+
+def _into_linear_attention(module: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    return lambda x: {name: getattr(module, name)(x) for name in names}
 
 
 _PLAIN: dict[str, Callable[[Any], Callable[..., Any]]] = {
-    "apply_qkv": _projections("q_proj", "k_proj", "v_proj"),
-    "apply_o": _o,
+    "apply_qkv": _qkv,
+    "apply_o": _one("o_proj"),
+    "apply_in_proj_fused": _into_linear_attention,
+    "apply_out_proj": _one("out_proj"),
 }

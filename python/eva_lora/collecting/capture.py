@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from eva_kernels.streaming_svd import Statistic, SubspaceStatistic
 
@@ -67,8 +68,10 @@ class Capture:
         ] = {}  # a tensor's id -> input, index of the call
 
     @contextmanager
-    def hooks(self, within: Callable[[], AbstractContextManager[object]] | None = None) -> Iterator[None]:
-        """Within it every site's module is hooked; ``within`` is entered for each of its calls."""
+    def hooks(
+        self, within: Callable[[], AbstractContextManager[object]] | None = None
+    ) -> Iterator[list[RemovableHandle]]:
+        """Within it every site's module is hooked, with these hooks; ``within`` is entered for each of its calls."""
         hooks = [self._hook(i) if within is None else _entering(within, self._hook(i)) for i in range(len(self.sites))]
         handles = [
             site.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -77,7 +80,7 @@ class Capture:
         if self.end.head is not None:
             handles.append(self.end.head.register_forward_pre_hook(self.end.reached_head, with_kwargs=True))
         try:
-            yield
+            yield handles[: len(self.sites)]
         finally:
             for handle in handles:
                 handle.remove()

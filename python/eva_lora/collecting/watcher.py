@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from eva_kernels.streaming_svd import release_workspaces
 
@@ -141,6 +142,10 @@ class Watch:
         self._overlapped = False
         self._known_idle: list[tuple[int, int]] = []  # tensors of the adapter that were zero, and their edits by then
         self._result: EvaStatistics | None = None
+        self._model = model
+        self._hung: list[tuple[str, nn.Module, str, RemovableHandle]] = []  # a name, and where each hook hangs
+        self._fused = False  # as the block began
+        self._unseen = ""  # what has come between, so that calls may have gone unseen
 
     @property
     def speaks(self) -> bool:
@@ -176,7 +181,8 @@ class Watch:
         In a process group all ranks have to ask, and get the same: each one's leading directions together.
 
         Raises:
-            RuntimeError: a call broke off halfway, so that layers have seen different rows; threads called at once.
+            RuntimeError: a call broke off halfway, so that layers have seen different rows; threads called at once;
+                a hook was taken off or a layer replaced within the block.
             ValueError: as :func:`eva_lora.collect`, where calls brought too little; layers were not reached.
         """
         with ordinary_tensors():
@@ -187,6 +193,11 @@ class Watch:
 
     def _finished(self) -> EvaStatistics:
         run = self._run
+        self._look_after()
+        if self._unseen:
+            raise RuntimeError(
+                f"watch: {self._unseen} within the block, so that calls may have gone unseen; call statistics() before"
+            )
         if self._open is not None:
             self._break_off()
         if run.stop_reason == BROKEN_OFF:
@@ -206,17 +217,44 @@ class Watch:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Within it the model is watched."""
-        with self._run.capture.hooks(_apart), ExitStack() as stack:
+        outline = ModelOutline(self._model)
+        self._fused = is_fused(outline.modules)
+        names = {module: f"module {name}" if name else "the model" for name, module in outline.named_modules}
+        with self._run.capture.hooks(_apart) as handles, ExitStack() as stack:
+            self._hung = [
+                (f"layer {site.name}", site.module, "_forward_pre_hooks", handle)
+                for site, handle in zip(self._adapter.sites, handles, strict=True)
+                if site.module in names
+            ]
             for module in self._doors:
                 begins = module.register_forward_pre_hook(StayingHook(self._begins), with_kwargs=True)
                 ends = module.register_forward_hook(StayingHook(self._ends), always_call=True)
                 stack.callback(begins.remove)
                 stack.callback(ends.remove)
+                self._hung.append((names[module], module, "_forward_pre_hooks", begins))
+                self._hung.append((names[module], module, "_forward_hooks", ends))
             try:
                 yield
             finally:
                 if self._open is not None:
                     self._break_off()
+                self._look_after()
+                self._hung = []
+
+    def _look_after(self) -> None:
+        """Within the block: note where a hook is gone, or what it hung on."""
+        if not self._hung or self._unseen:
+            return
+        modules = set(self._model.modules())
+        for name, module, hooks, handle in self._hung:
+            if module not in modules:
+                self._unseen = f"{name} was taken out of the model"
+                return
+            if handle.id not in getattr(module, hooks):
+                self._unseen = f"a hook was taken off {name}"
+                return
+        if is_fused(modules) and not self._fused:
+            self._unseen = "fused kernels were put in the place of layers"
 
     def _begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open is module and threading.get_ident() == self._thread:  # an interrupt has left it without a word

@@ -126,3 +126,58 @@ def test_fused_forwards_come_back_after_an_error():
     with pytest.raises(ValueError, match="expected an input of width 16"):
         eva_initialize(model, [torch.randn(2, 3, 17)], progress=False)
     assert vars(model.get_base_model().mlp)["forward"] == before["forward"]
+
+
+class LinearAttention(nn.Module):
+    """As axolotl's of Qwen3.5: it asks for fused forwards, and calls its projections where there are none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"):
+            setattr(self, name, nn.Linear(16, 16, bias=False))
+
+    def forward(self, x):
+        found = self.apply_in_proj_fused(x) if hasattr(self, "apply_in_proj_fused") else None
+        found = found or {name: layer(x) for name, layer in self.named_children() if name.startswith("in_")}
+        out = getattr(self, "apply_out_proj", self.out_proj)
+        return out(found["in_proj_qkv"] * torch.sigmoid(found["in_proj_z"]) + found["in_proj_b"] * found["in_proj_a"])
+
+
+class SharedKeys(nn.Module):
+    """As axolotl's attention without ``v_proj``."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.q_proj, self.k_proj, self.o_proj = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.v_proj = None
+
+    def forward(self, x):
+        q, k, v = self.apply_qkv(x) if hasattr(self, "apply_qkv") else (self.q_proj(x), *[self.k_proj(x)] * 2)
+        return self.o_proj(torch.softmax(q @ k.mT / 4, -1) @ v)
+
+
+def fuse_linear_attention(attention):
+    attention.apply_in_proj_fused = lambda x: {
+        name: product(x, layer) for name, layer in attention.named_children() if name.startswith("in_")
+    }
+    attention.apply_out_proj = lambda x: product(x, attention.out_proj)
+
+
+def fuse_shared_keys(attention):
+    attention.apply_qkv = lambda x: [product(x, attention.q_proj), *[product(x, attention.k_proj)] * 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fuse"), [(LinearAttention, fuse_linear_attention), (SharedKeys, fuse_shared_keys)],
+)  # fmt: skip
+def test_what_else_axolotl_fuses_is_initialised_as_without(kind, fuse):
+    batches = [torch.randn(8, 20, 16, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(16)]
+    plain, fused = (get_peft_model(kind(), LoraConfig(r=4, target_modules=r".*_proj.*")) for _ in range(2))
+    fuse(fused.get_base_model())
+    reports = [eva_initialize(m, batches, EvaConfig(max_batches=1), progress=False) for m in (plain, fused)]
+    assert reports[0].ranks == reports[1].ranks
+    expected = plain.state_dict()
+    for name, value in fused.state_dict().items():
+        assert value.equal(expected[name])
