@@ -105,7 +105,7 @@ class Extractor {
     for (int64_t c = 0; c < q_; ++c) {
       const double diagonal = small_[c * stride_ + c], least = limits_.alignment * std::sqrt(norms[c]);
       if (!std::isfinite(norms[c]) || !std::isfinite(diagonal)) return false;
-      scale_[c] = std::max(diagonal, least) > 0 ? 1 / std::sqrt(std::max(diagonal, least)) : 0;
+      scale_[c] = diagonal > least ? 1 / std::sqrt(diagonal) : 0;
     }
     std::fill_n(root_.get(), square_, 0.0);
     for (int64_t i = 0; i < q_; ++i) {

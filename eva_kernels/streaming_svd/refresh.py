@@ -401,10 +401,14 @@ def _orthonormal(matrix: Tensor) -> Tensor:  # (b, m, q) float64 both
 
 
 def _scaled_core(sample: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:  # (b, q), (b, q, q)
-    """A scale that brings the diagonal of ΩᵀY to about one, and its symmetric part scaled, with jitter: float64."""
+    """A scale that brings the diagonal of ΩᵀY to one, and its symmetric part scaled, with jitter: float64.
+
+    A column of which ΩᵀY has no more than rounding is left out: scaled up, its rounding would be variance from nowhere.
+    """
     core = double(sample.mT @ product)
     image = double(torch.linalg.vector_norm(product, dim=-2))
-    diagonal = torch.maximum(core.diagonal(dim1=-2, dim2=-1), RELATIVE_ALIGNMENT * image)
-    scale = torch.where(diagonal > 0, diagonal.where(diagonal > 0, 1).rsqrt(), 0)
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    seen = diagonal > RELATIVE_ALIGNMENT * image
+    scale = torch.where(seen, diagonal.where(seen, 1).rsqrt(), 0)
     eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=core.device)
     return scale, scale[:, :, None] * ((core + core.mT) / 2) * scale[:, None, :] + RELATIVE_JITTER * eye

@@ -301,3 +301,43 @@ def test_sizes_out_of_range_are_named():
         GramStatistic(0, 1)
     with pytest.raises(ValueError, match=r"^num_components: expected 1 to 4 \(num_features\), got 5"):
         SubspaceStatistic(4, 5)
+
+
+SHORT_OF_DIRECTIONS = {
+    "rows that sum to zero, as a LayerNorm leaves them": lambda x: x - x.mean(1, keepdim=True),
+    "a feature of zeros": lambda x: x * (torch.arange(x.shape[1]) != 3),
+    "two features alike": lambda x: torch.cat([x[:, :-1], x[:, :1]], 1),
+    "a third of the directions": lambda x: x @ torch.eye(x.shape[1])[: x.shape[1] // 3].T @ _mixed(x.shape[1]),
+    "small rows of another size": lambda x: 1e-4 * (x - x.mean(1, keepdim=True)),
+}
+
+
+def _mixed(d):
+    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(5))).Q[: d // 3]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "PyTorch"])
+@pytest.mark.parametrize("lacking", SHORT_OF_DIRECTIONS)
+def test_directions_that_inputs_lack_bring_no_variance_from_nowhere(lacking, compiled, monkeypatch):
+    """A basis as wide as its inputs are holds directions of which there is nothing but rounding."""
+    if not compiled:
+        monkeypatch.setattr(refresh, "refresh_core_runs", lambda statistic: False)
+    d = 32
+    for seed in range(6):
+        statistic = SubspaceStatistic(d, d, seed=seed)
+        batches = [
+            SHORT_OF_DIRECTIONS[lacking](torch.randn(96, d, generator=torch.Generator().manual_seed(100 * seed + i)))
+            for i in range(6)
+        ]
+        for batch in batches:
+            statistic.accumulate_(batch)
+            refresh_([statistic])
+        rows = torch.cat(batches).double()
+        exact = torch.linalg.eigvalsh((rows - rows.mean(0)).T @ (rows - rows.mean(0))).flip(0)
+        # Of each of the refreshes: products of float32 rows and bases, and what the jitter takes of each direction.
+        rounding = 6 * d * (torch.finfo(torch.float32).eps * exact.sum() + refresh.RELATIVE_JITTER * exact[0])
+        found = statistic.eigenvalues.double()
+        assert (found - exact).abs().max() <= rounding
+        a = statistic.basis[:, :8].double()
+        held = (a.T @ (rows - rows.mean(0)).T).square().sum()
+        assert exact[:8].sum() - held <= rounding
