@@ -69,7 +69,7 @@ using Addresses = std::vector<uintptr_t>;
 void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& images, const Addresses& bases,
              uintptr_t eigenvalues, uintptr_t means, bool summarises, const Addresses& new_bases,
              const Addresses& rounded_bases, uintptr_t new_eigenvalues, uintptr_t cosines, uintptr_t overlaps,
-             uintptr_t solved, double jitter, double alignment, double orthogonal, double rank, double growth,
+             uintptr_t solved, double jitter, double alignment, double symmetry, double orthogonal, double rank, double growth,
              double span_jitter, int power_steps, int threads) {
   require_sizes(d, q, threads);
   require_at_least("d", d, q);
@@ -95,7 +95,7 @@ void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& im
                      cosine + i * q, overlap + i * q});
   const eva::Code& run = eva::code();
   py::gil_scoped_release unlocked;
-  const eva::RefreshLimits limits{jitter, alignment, orthogonal, rank, growth, span_jitter, power_steps};
+  const eva::RefreshLimits limits{jitter, alignment, symmetry, orthogonal, rank, growth, span_jitter, power_steps};
   run.refresh(tasks, limits, flags, threads);
 }
 
@@ -164,7 +164,7 @@ void bind_cpu(py::module_& module) {
   module.def("mirror", &mirror, "matrix"_a, "d"_a);
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
-             "solved"_a, "jitter"_a, "alignment"_a, "orthogonal"_a, "rank"_a, "growth"_a, "span_jitter"_a,
+             "solved"_a, "jitter"_a, "alignment"_a, "symmetry"_a, "orthogonal"_a, "rank"_a, "growth"_a, "span_jitter"_a,
              "power_steps"_a, "threads"_a);
   module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "growth"_a, "threads"_a);
   module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,

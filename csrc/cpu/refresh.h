@@ -8,7 +8,7 @@ namespace eva {
 
 // Constants of eva_kernels.streaming_svd.refresh, where they are explained.
 struct RefreshLimits {
-  double jitter, alignment, orthogonal, rank, growth, span_jitter;
+  double jitter, alignment, symmetry, orthogonal, rank, growth, span_jitter;
   int power_steps;
 };
 

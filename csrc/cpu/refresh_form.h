@@ -105,7 +105,8 @@ class Extractor {
     for (int64_t c = 0; c < q_; ++c) {
       const double diagonal = small_[c * stride_ + c], least = limits_.alignment * std::sqrt(norms[c]);
       if (!std::isfinite(norms[c]) || !std::isfinite(diagonal)) return false;
-      scale_[c] = diagonal > least ? 1 / std::sqrt(diagonal) : 0;
+      scale_[c] = std::max(diagonal, least) > 0 ? 1 / std::sqrt(std::max(diagonal, least)) : 0;
+      if (diagonal <= least && is_rounding(c)) scale_[c] = 0;
     }
     std::fill_n(root_.get(), square_, 0.0);
     for (int64_t i = 0; i < q_; ++i) {
@@ -118,6 +119,17 @@ class Extractor {
     convert(inverse_.get(), small_.get(), square_);
     multiply<float>({product_.get(), stride_, 1}, small_.get(), stride_, nystrom_.get(), stride_, d_, q_, q_);
     return true;
+  }
+
+  // Whether a column of ΩᵀY is too far from its row.
+  EVA_TARGET bool is_rounding(int64_t c) const {
+    double size = 0, skew = 0;
+    for (int64_t i = 0; i < q_; ++i) {
+      const double entry = small_[i * stride_ + c], other = entry - small_[c * stride_ + i];
+      size += entry * entry;
+      skew += other * other;
+    }
+    return skew > limits_.symmetry * limits_.symmetry * size;
   }
 
   // gram_ = AᵀA, with N = Q along_ + N⊥ and v = Q g + v⊥: what Q holds already is subtracted before anything is squared.

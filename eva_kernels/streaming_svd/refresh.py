@@ -25,6 +25,7 @@ from .statistics import Statistic, bring_home_
 # may come out larger by the inverse of it. Above the rounding of a float32 product: the README has what less does.
 RELATIVE_JITTER = 1e-6
 RELATIVE_ALIGNMENT = 5e-4  # ωᵀCω below this fraction of ‖Cω‖ is rounding: no direction is that far from its image
+RELATIVE_SYMMETRY = 0.1  # such a column of ΩᵀY that is further than this from its row is nothing else: it is left out
 RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis too far from orthonormal
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
 POWER_STEPS = 2  # towards the leading right singular vectors of what past and new rows add up to
@@ -37,6 +38,7 @@ R = TypeVar("R")
 _LIMITS = {
     "jitter": RELATIVE_JITTER,
     "alignment": RELATIVE_ALIGNMENT,
+    "symmetry": RELATIVE_SYMMETRY,
     "orthogonal": RELATIVE_ORTHOGONAL,
     "rank": RELATIVE_RANK,
     "span_jitter": SPAN_JITTER,
@@ -401,14 +403,18 @@ def _orthonormal(matrix: Tensor) -> Tensor:  # (b, m, q) float64 both
 
 
 def _scaled_core(sample: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:  # (b, q), (b, q, q)
-    """A scale that brings the diagonal of ΩᵀY to one, and its symmetric part scaled, with jitter: float64.
+    """A scale that brings the diagonal of ΩᵀY to about one, and its symmetric part scaled, with jitter: float64.
 
-    A column of which ΩᵀY has no more than rounding is left out: scaled up, its rounding would be variance from nowhere.
+    A direction that the rows lack has an image of rounding alone, which scaled up would be variance from nowhere: it
+    gets 0. What tells it from a small one beside an outlier, whose image is the outlier's for the most part, is that
+    ΩᵀY is symmetric there.
     """
     core = double(sample.mT @ product)
     image = double(torch.linalg.vector_norm(product, dim=-2))
-    diagonal = core.diagonal(dim1=-2, dim2=-1)
-    seen = diagonal > RELATIVE_ALIGNMENT * image
-    scale = torch.where(seen, diagonal.where(seen, 1).rsqrt(), 0)
+    diagonal = torch.maximum(core.diagonal(dim1=-2, dim2=-1), RELATIVE_ALIGNMENT * image)
+    scale = torch.where(diagonal > 0, diagonal.where(diagonal > 0, 1).rsqrt(), 0)
+    skew, size = (torch.linalg.vector_norm(x, dim=-2) for x in (core - core.mT, core))
+    is_rounding = (core.diagonal(dim1=-2, dim2=-1) <= RELATIVE_ALIGNMENT * image) & (skew > RELATIVE_SYMMETRY * size)
+    scale = torch.where(is_rounding, 0, scale)
     eye = torch.eye(sample.shape[-1], dtype=torch.float64, device=core.device)
     return scale, scale[:, :, None] * ((core + core.mT) / 2) * scale[:, None, :] + RELATIVE_JITTER * eye

@@ -234,7 +234,15 @@ def bindings():
     """By name, arguments that each of the module's functions that take addresses would be right with."""
     buffer = np.zeros(4096)
     at = buffer.ctypes.data
-    limits = {"jitter": 0.0, "alignment": 0.0, "orthogonal": 0.0, "rank": 0.0, "growth": 0.0, "span_jitter": 0.0}
+    limits = {
+        "jitter": 0.0,
+        "alignment": 0.0,
+        "symmetry": 0.0,
+        "orthogonal": 0.0,
+        "rank": 0.0,
+        "growth": 0.0,
+        "span_jitter": 0.0,
+    }
     rows = {"x": at, "is_float32": True, "n": N, "d": D, "row_stride": D, "mask": 0}
     return buffer, {
         "subspace": {**rows, "shift": at, "basis": at, "q": Q, "sign": 1.0, "product": at, "column_sum": at,
