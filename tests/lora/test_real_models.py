@@ -78,6 +78,7 @@ def test_one_statistic_per_distinct_input(bert):
         assert {name.rpartition(".")[2] for name in names} == {"query", "key", "value"}
 
 
+@pytest.mark.slow  # on toy models: tests/lora/test_sites.py
 def test_sharing_off_gives_the_same_answer(minilm, minilm_batches, bert):
     expected, report, *_ = bert
     model = minilm_lora(minilm)
