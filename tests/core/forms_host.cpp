@@ -36,7 +36,7 @@ double refresh(int64_t d, int64_t q, int64_t members, bool summarises, int threa
     tasks.push_back({d, q, samples[i].data(), images[i].data(), samples[i].data(), past.data() + i * q,
                      means.data() + i * 2 * d, summarises, bases[i].data(), rounded.data() + i * d * q,
                      values.data() + i * q, cosines.data() + i * q, overlaps.data() + i * q});
-  eva::code().refresh(tasks, {1e-6, 5e-4, 1e-5, 1e-12, 100, 1e-12, 2}, solved.data(), threads);
+  eva::code().refresh(tasks, {1e-6, 5e-4, 0.1, 1e-5, 1e-12, 100, 1e-12, 2}, solved.data(), threads);
   double sum = 0;
   for (int64_t i = 0; i < members; ++i) sum += solved[i];
   return sum;
