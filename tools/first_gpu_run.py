@@ -85,6 +85,11 @@ def steps(*, dry: bool) -> list[Step]:
     ]
 
 
+def _heed_interrupts() -> None:
+    """What a shell runs in the background ignores them, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(step: Step, seconds: float) -> Outcome:
     """Run a step for that long at most. What it starts ends with it."""
     start = time.perf_counter()
@@ -92,7 +97,7 @@ def run(step: Step, seconds: float) -> Outcome:
         try:
             process = subprocess.Popen(
                 step.command, cwd=ROOT, env={**os.environ, **QUIET}, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts,
             )  # fmt: skip
         except OSError as error:
             return Outcome(step, f"not run: {error.strerror}: {error.filename}", 0.0, "")

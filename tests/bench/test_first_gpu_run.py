@@ -1,6 +1,7 @@
 """What `make first-gpu-run` writes down, whatever its steps do; the steps themselves need a GPU."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 
@@ -56,7 +57,11 @@ def test_the_file_is_there_after_each_step(tmp_path):
 
 def test_a_step_that_hangs_is_asked_and_then_killed_with_all_that_it_started(tmp_path, monkeypatch):
     asked = python("asked", "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('2 failed so far')")
-    outcome = run(asked, 5)  # so long that Python has started by then
+    heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    try:
+        outcome = run(asked, 5)  # so long that Python has started by then
+    finally:
+        signal.signal(signal.SIGINT, heeded)
     assert (outcome.status, outcome.line) == ("stopped after 5 s", "2 failed so far")
 
     monkeypatch.setattr(first_gpu_run, "GRACE", 0.1)
