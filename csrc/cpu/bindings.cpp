@@ -69,8 +69,8 @@ using Addresses = std::vector<uintptr_t>;
 void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& images, const Addresses& bases,
              uintptr_t eigenvalues, uintptr_t means, bool summarises, const Addresses& new_bases,
              const Addresses& rounded_bases, uintptr_t new_eigenvalues, uintptr_t cosines, uintptr_t overlaps,
-             uintptr_t solved, double jitter, double alignment, double symmetry, double orthogonal, double rank, double growth,
-             double span_jitter, int power_steps, int threads) {
+             uintptr_t solved, double jitter, double alignment, double symmetry, double orthogonal, double rank,
+             double growth, double span_jitter, int power_steps, int threads) {
   require_sizes(d, q, threads);
   require_at_least("d", d, q);
   require_at_least("power_steps", power_steps, 0);

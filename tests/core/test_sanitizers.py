@@ -11,6 +11,8 @@ from test_compare_bases import SHAPES, bases, run_on_host
 from eva_kernels._build import build_info
 from eva_kernels.convergence import BasisComparison
 
+pytestmark = pytest.mark.slow  # `make sanitize`
+
 SANITIZERS = {
     "threads": ("-fsanitize=thread",),
     "memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
@@ -43,7 +45,6 @@ def test_trackers_are_clean_in_several_threads(compile_program: Callable[..., Pa
     subprocess.run([compile_program(*TRACKERS, flags=flags)], check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
 def test_every_form_is_clean_at_odd_sizes(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
     sources = [

@@ -75,6 +75,7 @@ def test_with_exact_statistics_every_layer_is_at_its_minimum(floats, options):
         np.testing.assert_allclose(fitted, (before / output, after / output), rtol=0, atol=2 * rounding / output)
 
 
+@pytest.mark.slow  # of the fit alone: tests/kernels/test_low_rank_fit.py
 def test_a_streamed_subspace_is_enough_on_every_layer_of_a_real_model():
     """All of 36 layers within 1 % of the optimum for the same rows, though R is known in 80 of 384 directions."""
     real, batches = load_minilm(), minilm_text_batches()[:3]

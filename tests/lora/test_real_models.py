@@ -144,6 +144,7 @@ def smollm2():
     return base, packed_text(tokenizer, sequences=2, tokens=128)
 
 
+@pytest.mark.slow  # `make demo-short` has this model, too
 @needs("transformers>=5")  # which saved the model that environments share
 def test_smollm2_end_to_end(smollm2, tmp_path):
     base, batches = smollm2

@@ -428,7 +428,12 @@ def bytes_left(run):
 
 @pytest.mark.parametrize(
     ("ends", "without_adapter"),
-    [("statistics()", False), ("without a word", False), ("an exception", False), ("statistics()", True)],
+    [
+        ("statistics()", False),
+        ("an exception", False),
+        pytest.param("without a word", False, marks=pytest.mark.slow),
+        pytest.param("statistics()", True, marks=pytest.mark.slow),
+    ],
 )
 def test_after_the_block_as_much_memory_is_held_as_by_a_run_without_it(ends, without_adapter):
     model, kept = lora(tiny_llama(), target_modules=ATTENTION[:2]).train(), []

@@ -106,6 +106,7 @@ def test_the_short_form_has_every_kernel_on_every_card():
     assert {v.architecture for v in short} == {name for name, card in CARDS.items() if card.tiles is not None}
 
 
+@pytest.mark.slow  # `make kernels` compiles these and more
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_the_main_variants_pass(architecture, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
