@@ -1,117 +1,30 @@
-"""python -m benchmarks.evidence [--short] [--results FOLDER] [TASK ...]
+"""python -m benchmarks.evidence [--short] [--processes N] [--results FOLDER] [STUDY ...]
 
-Runs what is not in the result files yet; it may be stopped and started again at any time. When all tasks are done it
+Runs what is not in the result files yet; it may be stopped and started again at any time. When all studies are done it
 makes tables and pictures: in the pages from the committed results, beside the result files elsewhere.
 """
 
-import importlib
-import warnings
-from collections.abc import Mapping
+import os
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
 import click
-from transformers.utils import logging
-
-from examples.domains.task import Task
 
 from . import page
-from .methods import BASELINE
-from .running import run_task
-
-DOMAIN = ("eva_rho2", BASELINE)
-GAINS = (BASELINE, "eva_rho1", "eva_matched", "eva_global", "lora_scaled", "pissa", "olora")
-MOVES = ("eva_rho1", "eva_rho2", "eva_rho2_parameters")
-PAIR = (BASELINE, "eva_rho1")
-FEW = (*PAIR, "eva_matched")
-FROZEN = ("frozen_lora", "frozen_orthonormal", "frozen_eva", "frozen_eva_matched", "frozen_eva_wider", BASELINE)
-QUANTISED = (BASELINE, "nf4_lora", "nf4_eva", "nf4_loftq", "nf4_repair", "nf4_both")
-METHODS = (BASELINE, "corda", "milora", "mica")
-HALF_DECADES = (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2, 1.5e-1)
-
-
-class Study(NamedTuple):
-    """A domain's task, and what of it is changed.
-
-    Attributes:
-        domain: Of ``examples.domains``.
-        task: Its class there.
-        methods: The starts that are compared.
-        learning_rates: Another grid than the task's own.
-        first: Where in the grid the search for a rate begins, which goes on until both neighbours of the best have been
-            tried; None tries them all.
-        baseline: The start that the others are compared with.
-        options: Attributes of the task.
-    """
-
-    domain: str
-    task: str
-    methods: tuple[str, ...]
-    learning_rates: tuple[float, ...] = ()
-    first: float | None = None
-    baseline: str = BASELINE
-    options: Mapping[str, int] = MappingProxyType({})
-
-
-def generation(methods: tuple[str, ...], first: float, baseline: str = BASELINE, **options: int) -> Study:
-    return Study("language_generation", "LanguageGeneration", methods, HALF_DECADES, first, baseline, options)
-
-
-def understanding(methods: tuple[str, ...], first: float, baseline: str = BASELINE, **options: int) -> Study:
-    grid = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    return Study("language_understanding", "LanguageUnderstanding", methods, grid, first, baseline, options)
-
-
-STUDIES = {
-    "image_classification": Study("image_classification", "ImageClassification", DOMAIN),
-    "convolutions": Study("convolutions", "Convolutions", DOMAIN),
-    "reinforcement_learning": Study("reinforcement_learning", "ReinforcementLearning", DOMAIN),
-    "gain_understanding": Study(
-        "language_understanding", "LanguageUnderstanding", GAINS, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    ),
-    "gain_generation": Study(
-        "language_generation", "LanguageGeneration", GAINS, (5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
-    ),
-    "frozen_generation": generation(FROZEN, 1.5e-2, "frozen_lora"),
-    "quantised_generation": generation(QUANTISED, 1.5e-3),
-    "moves_generation": generation(MOVES, 1.5e-3, "eva_rho1"),
-    "moves_understanding": understanding(MOVES, 1e-3, "eva_rho1"),
-    "rank1_generation": generation(PAIR, 5e-3, rank=1),
-    "rank2_generation": generation(PAIR, 5e-3, rank=2),
-    "rank4_generation": generation(PAIR, 5e-3, rank=4),
-    "samples16_understanding": understanding(FEW, 1e-3, samples=16),
-    "samples64_understanding": understanding(FEW, 1e-3, samples=64),
-    "samples256_understanding": understanding(FEW, 1e-3, samples=256),
-    "methods_generation": generation(METHODS, 1.5e-3),
-}
-
-
-def load(name: str, *, short: bool = False) -> Task:
-    study = STUDIES[name]
-    task: Task = getattr(importlib.import_module(f"examples.domains.{study.domain}"), study.task)(short=short)
-    task.name = name
-    task.learning_rates = study.learning_rates[: 2 if short else None] or task.learning_rates
-    for option, value in study.options.items():
-        setattr(task, option, value)
-    return task
+from .studies import STUDIES, run_all
 
 
 @click.command(help=__doc__)
-@click.argument("names", metavar="[TASK]...", nargs=-1, type=click.Choice(list(STUDIES)))
+@click.argument("names", metavar="[STUDY]...", nargs=-1, type=click.Choice(list(STUDIES)))
 @click.option("--short", is_flag=True, help="Tiny models and few steps: the same path in seconds.")
+@click.option(
+    "--processes", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="the machine's cores",
+    help="Studies that run side by side, each on one thread.",
+)  # fmt: skip
 @click.option("--results", type=click.Path(path_type=Path), default=page.RESULTS, help="Where the result files are.")
-def main(names: tuple[str, ...], short: bool, results: Path) -> None:
+def main(names: tuple[str, ...], processes: int, short: bool, results: Path) -> None:
     if short and results == page.RESULTS:
         raise click.UsageError("--short: name a folder of its own with --results")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")
-    for name in names or STUDIES:
-        study = STUDIES[name]
-        task = load(name, short=short)
-        first = None if study.first is None or short else study.first
-        run_task(task, study.methods, results, click.echo, first=first, baseline=study.baseline, options=study.options)
+    run_all(names or tuple(STUDIES), results, processes, short=short)
     if names:
         return
     if results == page.RESULTS:

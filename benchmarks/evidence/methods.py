@@ -77,6 +77,8 @@ STARTS = {
     "corda": Start("CorDA", "#8a2d3b", method="corda"),
     "milora": Start("MiLoRA", "#1f7a8c", method="milora"),
     "mica": Start("MiCA", "#b5651d", method="mica"),
+    "lora_ga": Start("LoRA-GA", "#d1495b", method="lora-ga"),
+    "lora_one": Start("LoRA-One", "#00798c", method="lora-one"),
     "nf4_lora": Start("nf4, default LoRA", "#999999", quantised=True),
     "nf4_eva": Start("nf4, EVA", "#56a0d3", eva=RHO1, quantised=True),
     "nf4_loftq": Start("nf4, LoftQ", "#c96f16", method="loftq", quantised=True),
@@ -161,7 +163,13 @@ class Initialiser:
 
     def _by_method(self, model: Any, seed: int, start: Start) -> int:
         """How many batches it ran."""
-        method, batches = start.method, self.task.training(seed)
+        method, batches, losses = start.method, self.task.training(seed), 0
+
+        def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+            nonlocal losses
+            losses += 1
+            return self.task.loss(model, batch)
+
         config = EvaConfig(rho=1.0, max_batches=len(batches))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that some layers had not converged by then
@@ -172,6 +180,9 @@ class Initialiser:
                 return len(data or ())
             if METHODS[method].data == "none":
                 return initialize(model, None, method, config, progress=False).num_batches
+            if METHODS[method].data == "gradients":
+                initialize(model, batches, method, config, loss_fn=loss, progress=False)
+                return losses
             return initialize(model, batches, method, config, progress=False).num_batches
 
     def _pass(self, model: nn.Module, seed: int, start: Start) -> tuple[EvaStatistics, float]:

@@ -34,6 +34,7 @@ QUESTIONS = (
     Question("EVA at rank 4", LANGUAGE, "rank4_generation", "eva_rho1"),
     Question("EVA on 16 samples", TOPICS, "samples16_understanding", "eva_rho1"),
     Question("EVA with `match_gain` on 16 samples", TOPICS, "samples16_understanding", "eva_matched"),
+    Question("the gain alone on 16 samples: default A times EVA's", TOPICS, "samples16_understanding", "lora_scaled"),
     Question("EVA on 64 samples", TOPICS, "samples64_understanding", "eva_rho1"),
     Question("EVA on 256 samples", TOPICS, "samples256_understanding", "eva_rho1"),
     Question("moving ranks: rho 2 at equal parameters", LANGUAGE, "moves_generation", "eva_rho2_parameters"),
@@ -54,6 +55,8 @@ QUESTIONS = (
     Question("CorDA", LANGUAGE, "methods_generation", "corda"),
     Question("MiLoRA", LANGUAGE, "methods_generation", "milora"),
     Question("MiCA", LANGUAGE, "methods_generation", "mica"),
+    Question("LoRA-GA", LANGUAGE, "methods_generation", "lora_ga"),
+    Question("LoRA-One", LANGUAGE, "methods_generation", "lora_one"),
 )
 
 

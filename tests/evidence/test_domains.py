@@ -5,9 +5,9 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks.evidence.__main__ import STUDIES, load
 from benchmarks.evidence.__main__ import main as evidence
 from benchmarks.evidence.memory import PROMPT, WINDOW, measure
+from benchmarks.evidence.studies import STUDIES, load
 from examples.domains.data import FAULTS, TOPICS, made_once, mnist_5k, reuters_r8, unpacked
 from examples.domains.reinforcement_learning import LONG_POLE, SHORT_POLE, controller, returns
 from examples.domains.task import compare

@@ -120,6 +120,16 @@ def test_starts_on_a_quantised_base_share_it_and_those_that_fit_begin_nearer_to_
     assert off["nf4_repair"] < off["nf4_both"] < off["nf4_lora"]
 
 
+def test_starts_from_gradients_count_their_forwards_and_begin_at_the_base_or_a_step_below():
+    task = Tiny(short=True)
+    whole = task.validation_loss(task.base(0).eval())
+    found = {name: Initialiser(task)(name, 1) for name in ("lora_ga", "lora_one")}
+    losses = {name: task.validation_loss(one.model.eval()) for name, one in found.items()}
+    assert losses["lora_ga"] == pytest.approx(whole, rel=1e-4)  # W less s B A, and s B A: a rounding of float32
+    assert losses["lora_one"] < whole
+    assert {one.forwards for one in found.values()} == {7 * task.steps}  # five passes, the loss before and after
+
+
 def test_the_search_tries_both_neighbours_of_what_it_finds_and_no_more():
     rates = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 
