@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._double import double
 from ..orthonormal import orthonormalize
+from ..symmetric_eigen import symmetric_eigen
 from .moment import SecondMoment
 
 DEPTH = 4  # blocks between two restarts
@@ -34,26 +35,27 @@ def leading_directions(
     """
 
     def times(x: Tensor) -> Tensor:  # (b, m, c) -> (b, m, c)
-        return matrices @ moment.times(matrices.mT @ x)
+        return (moment.times((x.mT @ matrices).mT).mT @ matrices.mT).mT  # few long rows: faster than few columns
 
     if product.shape[-1] >= width:
         # A start: in the matrix's own dtype, of which nothing is left in the result, and scaled so that squares fit it.
         scaled = product / total.sqrt().clamp_min(torch.finfo(product.dtype).tiny).to(product)[:, None, None]
-        start = scaled @ torch.linalg.eigh(scaled.mT @ scaled)[1][..., -width:].flip(-1)
+        start = scaled @ symmetric_eigen(double(scaled.mT @ scaled))[1][..., :width].to(scaled)
     else:
         start = matrices @ _noise(moment, width, seed)
     space, total = orthonormalize(start), double(total)
     energies = total.new_zeros(len(matrices), rank)
     for _ in range(MAX_RESTARTS):
-        images = times(space)
-        for _ in range(DEPTH - 1):
-            block = _apart(images[..., -width:], space)
-            space, images = torch.cat([space, block], -1), torch.cat([images, times(block)], -1)
-        projected = double(space).mT @ double(images)
-        values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-        values, best = values.flip(-1), vectors.flip(-1)[..., :width].to(space)
+        grown, images = (space.new_empty(*space.shape[:2], DEPTH * width) for _ in range(2))
+        grown[..., :width], images[..., :width] = space, times(space)
+        for end in range(width, DEPTH * width, width):
+            block = _apart(images[..., end - width : end], grown[..., :end])
+            grown[..., end : end + width], images[..., end : end + width] = block, times(block)
+        projected = double(grown).mT @ double(images)
+        values, vectors = symmetric_eigen((projected + projected.mT) / 2)
+        best = vectors[..., :width].to(space)
         before, energies = energies.sum(-1), values[..., :rank].clamp_min(0)
-        kept = space @ best
+        kept = grown @ best
         residuals = double(images @ best[..., :rank] - kept[..., :rank] * values[:, None, :rank].to(space))
         gap = (values[:, rank - 1] - values[:, width]).clamp_min(torch.finfo(torch.float64).tiny)
         missing = torch.minimum(energies.sum(-1) - before, residuals.square().sum((-2, -1)) / gap)

@@ -24,7 +24,7 @@ class SecondMoment(NamedTuple):
     def times(self, z: Tensor) -> Tensor:  # (..., n, c) -> (..., n, c)
         """R z."""
         rest = self.rest[:, None] if self.rest.ndim else self.rest
-        return self.factor @ (self.factor.mT @ z) + rest * z
+        return ((z.mT @ self.factor) @ self.factor.mT).mT + rest * z
 
     def energy(
         self,
