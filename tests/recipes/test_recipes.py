@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import transformers
+from safetensors.torch import load_file
 
 from support.pages import ROOT, blocks
 from support.recipes import require_begun_with_eva, run, write_files
@@ -45,6 +46,23 @@ def test_the_versions_are_those_that_are_installed_and_told():
     for requirement, *_ in TOOLS.values():
         assert requirement in installed
         assert f"| {requirement.partition('==')[2]}" in told
+
+
+@needs("axolotl")
+def test_axolotl_goes_on_from_a_repaired_base_and_from_no_other(tmp_path):
+    write_files(tmp_path, PAGE)
+    run(tmp_path, "repair.py")
+    run(tmp_path, "-m", "axolotl.cli.train", "qlora.yaml")
+    start, end = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("repaired", "out"))
+    assert set(start) == set(end)
+    for name, weight in start.items():
+        moved = float((end[name] - weight).abs().max())
+        assert weight.any(), name  # B, too
+        assert 0 < moved < 0.01, name  # one step of AdamW at a rate of 0.001
+    other = (tmp_path / "qlora.yaml").read_text() + "bnb_config_kwargs:\n  bnb_4bit_use_double_quant: false\n"
+    (tmp_path / "other.yaml").write_text(other)
+    with pytest.raises(AssertionError, match="bnb_4bit_use_double_quant"):
+        run(tmp_path, "-m", "axolotl.cli.train", "other.yaml")
 
 
 @needs("trl")
