@@ -1,6 +1,7 @@
 """Dependencies point one way, and importing costs no more than it must."""
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -30,6 +31,7 @@ ROOMS = {
 INTERFACES = {"eva_lora.planning.storage"}  # modules that a room offers as they are, beside what its __init__ names
 
 
+@functools.cache
 def modules_of(package):
     """Dotted name → parsed source of every module of a package."""
     folder = Path(package.__file__).parent

@@ -1,5 +1,6 @@
 """Statistics on the kernels, batch after batch: scratch memory and plans that are kept must not show."""
 
+import itertools
 import threading
 
 import pytest
@@ -39,8 +40,14 @@ def totals(statistic):
     return image.double(), statistic.column_sum, statistic.square_sum
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("kind", "columns"), [(GramStatistic, 6), (SubspaceStatistic, 6), (SubspaceStatistic, 70)])
+@pytest.mark.parametrize(
+    ("kind", "columns", "dtype"),
+    [
+        *itertools.product((GramStatistic, SubspaceStatistic), (6,), (torch.bfloat16, torch.float32)),
+        (SubspaceStatistic, 70, torch.bfloat16),
+        pytest.param(SubspaceStatistic, 70, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stream_is_that_of_the_reference(kind, columns, dtype):
     """All sums are in float32 there and here, in other orders: 2 n d roundings of all magnitudes bound both."""
     d = max(24, columns)
