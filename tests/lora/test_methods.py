@@ -434,6 +434,9 @@ def test_a_convolution_s_inputs_are_its_patches(method, tmp_path):
     nn.init.ones_(model.get_submodule("base_model.model.line.lora_B.default").weight)  # trained
     with model.disable_adapter():
         assert (model(x) - expected).abs().max() <= allowed
+    mixed = model.eval()(x, adapter_names=["default", "__base__"] * 32)
+    assert (mixed[1::2] - expected[1::2]).abs().max() <= allowed
+    assert (mixed[::2] - model(x)[::2]).abs().max() <= allowed
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "adapter")(x), model(x))
     plain = PeftModel.from_pretrained(copy.deepcopy(base), export_plain(model, tmp_path / "plain").folder)
