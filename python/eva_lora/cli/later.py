@@ -77,22 +77,53 @@ def apply(plan_file: Path, model: str, output: Path, as_json: bool, **params: An
 @click.command(cls=Command, name="export")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
-@click.option("--rank", type=click.IntRange(1), help="Rank to pad to.  [default: the largest there is]")
+@click.option(
+    "--rank", type=click.IntRange(1), help="Rank to pad to; with --plain to cut down to.  [default: the largest]"
+)
 @click.option("--vllm", is_flag=True, help="Pad to the smallest rank that vLLM knows and that fits.")
+@click.option(
+    "--plain",
+    is_flag=True,
+    help="In place of that: give back what the adapter took from its base, in an ordinary adapter of twice "
+    "the rank for the base as it was, or of --rank.",
+)
+@click.option(
+    "--initial", type=click.Path(path_type=Path),
+    help="With --plain, of PEFT's own pissa, olora, corda and lora_ga: the adapter before training.",
+)  # fmt: skip
 @json_option
-def export(adapter: Path, output: Path, rank: int | None, vllm: bool, as_json: bool) -> None:
-    """Write ADAPTER anew with one rank and a scaling of 1, as serving engines need it."""
-    need_libraries("peft")
-    from ..adapters import VLLM_RANKS, export_uniform
+def export(
+    adapter: Path, output: Path, rank: int | None, vllm: bool, plain: bool, initial: Path | None, as_json: bool
+) -> None:
+    """Write ADAPTER anew with one rank and a scaling of 1, as serving engines need it.
 
+    With --plain: one that started by another method, whose base lacks what it took, as an ordinary LoRA.
+    """
     if rank is not None and vllm:
         raise click.UsageError("--rank and --vllm exclude each other")
+    if plain and vllm:
+        raise click.UsageError("--plain and --vllm exclude each other: export the plain adapter once more")
+    if initial is not None and not plain:
+        raise click.UsageError("--initial: is for --plain")
+    need_libraries("peft")
+    from ..adapters import VLLM_RANKS, export_plain, export_uniform
+
     if not (adapter / "adapter_config.json").is_file() and (adapter / "adapter").is_dir():
         adapter = adapter / "adapter"  # a folder that init wrote
     if output.resolve() == adapter.resolve():
         raise click.UsageError("--output: expected another folder than the adapter's own")
-    export_uniform(adapter, output, rank=rank, buckets=VLLM_RANKS if vllm else None)
-    if as_json:
-        print_json({"adapter": str(output)})
+    told: dict[str, Any] = {"adapter": str(output)}
+    if plain:
+        made = export_plain(adapter, output, rank=rank, initial=initial)
+        told |= {"ranks": made.ranks, "errors": made.errors}
     else:
-        click.echo(f"adapter  {output}")
+        export_uniform(adapter, output, rank=rank, buckets=VLLM_RANKS if vllm else None)
+    if as_json:
+        print_json(told)
+        return
+    facts = [("adapter", str(output))]
+    if plain:
+        layer, worst = max(made.errors.items(), key=lambda entry: entry[1])
+        lost = f"{worst:.2g} of its change at most, of {layer}" if worst else "nothing"
+        facts += [("largest rank", str(max(made.ranks.values()))), ("left out", lost)]
+    print_facts(facts)
