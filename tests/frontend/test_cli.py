@@ -521,10 +521,11 @@ def test_mistakes_about_repair_are_usage_errors(files, tmp_path, options, messag
 def test_the_command_line_knows_the_table():
     """But for what needs the batches' gradients, which a loss in Python gives."""
     from eva_lora import METHODS as TABLE
-    from eva_lora.cli.options import METHODS
+    from eva_lora.cli.options import METHODS, SCORED
 
     known = {name: method.data != "none" for name, method in TABLE.items() if method.data != "gradients"}
     assert {"eva": True, **known} == METHODS
+    assert ("eva", *(name for name in known if TABLE[name].scores)) == SCORED
 
 
 def plain_exports(run, out):
@@ -578,6 +579,26 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
     assert pissa["output_share"] is None
     done = invoke("compare", tmp_path / "corda", "--method", "corda", "--method", "milora")
     assert "milora" in done.stdout
+    for method in ("corda", "pissa"):
+        made = tmp_path / f"by {method}"
+        options = ["--method", method, "--budget", 40, "--rho", 2]
+        done = invoke("plan", tmp_path / "corda", *options, "--report", made, "--json")
+        assert done.exit_code == 0, done.output
+        ranks = json.loads(done.stdout)["ranks"]
+        assert sum(ranks.values()) == json.loads(done.stdout)["budget"] == 40
+        assert len(set(ranks.values())) > 2
+        assert StartReport.load(made).ranks == ranks
+    done = invoke(
+        "init", files / "base", "--output", tmp_path / "fewer", *options, "--rank", 4, "--quiet", "--json"
+    )  # fmt: skip
+    assert json.loads(done.stdout)["report"]["budget"] == 40
+    assert {name: rank for name, rank in ranks.items() if rank} == {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(a)
+        for name, a in load_file(tmp_path / "fewer" / "adapter" / "adapter_model.safetensors").items()
+        if name.endswith("lora_A.weight")
+    }
+    done = invoke("plan", tmp_path / "corda", "--method", "pissa", "--budget-parameters", 3000)
+    assert "parameters are spent" in done.output
     done = invoke("compare", tmp_path / "corda", "--method", "astra")
     assert done.exit_code == 1
     assert "need statistics with keep_moments=True" in done.output
@@ -606,6 +627,9 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
         (["init", "base", "--output", "out", "--method", "mica", "--dora"], "--dora: not with --method mica"),
         (["compare", "run"], "Missing argument 'SECOND'"),
         (["compare", "run", "other", "--method", "pissa"], "--method: compares methods on one run"),
+        (["plan", "run", "--method", "pissa", "--output", "x"], "--output: not with --method pissa"),
+        (["plan", "run", "--method", "milora"], "--method: milora has no scores to give ranks by"),
+        (["init", "base", "--output", "out", "--method", "mica", "--budget", "9"], "--budget: mica has no scores"),
     ],
 )
 def test_mistakes_about_methods_are_usage_errors(arguments, message):

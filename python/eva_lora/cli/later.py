@@ -5,7 +5,16 @@ from typing import Any
 
 import click
 
-from .options import PLANNING_FIELDS, config_options, lora_options, model_options, take_config, take_pretrained
+from .options import (
+    METHODS,
+    PLANNING_FIELDS,
+    SCORED,
+    config_options,
+    lora_options,
+    model_options,
+    take_config,
+    take_pretrained,
+)
 from .running import (
     Command,
     json_option,
@@ -22,13 +31,26 @@ from .running import (
 @click.option("--budget", type=click.IntRange(1), help="Ranks to give.  [default: the sum of the configured ranks]")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Plan file to write.")
 @click.option("--report", type=click.Path(file_okay=False, path_type=Path), help="Folder to write a report to.")
+@click.option("--method", type=click.Choice([*METHODS]), default="eva", show_default=True,
+              help="By the scores of another method, which need the weights of the model that init was called with: "
+                   "STATISTICS is init's folder then, and nothing but a report is written.")  # fmt: skip
 @json_option
 @config_options(PLANNING_FIELDS)
-def plan(statistics: Path, budget: int | None, output: Path | None, report: Path | None, **params: Any) -> None:
+def plan(
+    statistics: Path, budget: int | None, output: Path | None, report: Path | None, method: str, **params: Any
+) -> None:
     """Allot ranks anew from saved STATISTICS (a file, or a folder that init wrote). Runs no model."""
+    if method not in SCORED:
+        raise click.UsageError(f"--method: {method} has no scores to give ranks by; {', '.join(SCORED)} have")
+    if method != "eva":
+        if output is not None:
+            raise click.UsageError(
+                f"--output: not with --method {method}, whose start init writes with the same --budget"
+            )
+        _plan_by(method, statistics, budget, report, params)
+        return
     from .. import EvaReport, EvaStatistics
     from .. import plan as make_plan
-    from ..reporting import Grid
 
     path = statistics / "statistics.safetensors" if statistics.is_dir() else statistics
     loaded = EvaStatistics.load(path)
@@ -37,10 +59,37 @@ def plan(statistics: Path, budget: int | None, output: Path | None, report: Path
         made.save(output)
     if report is not None:
         EvaReport.of(loaded, made).save(report)
-    if params["as_json"]:
+    _tell(made, output, params["as_json"])
+
+
+def _plan_by(method: str, run: Path, budget: int | None, report: Path | None, params: dict[str, Any]) -> None:
+    """Ranks by the scores of another method than EVA."""
+    from dataclasses import replace
+
+    from .. import EvaConfig, EvaStatistics, initialize
+    from .pretrained import Pretrained
+
+    statistics = EvaStatistics.load(run / "statistics.safetensors") if METHODS[method] else None
+    config = take_config(
+        params, replace(EvaConfig() if statistics is None else statistics.config, budget_parameters=None)
+    )
+    quiet_progress_bars()
+    model = Pretrained(str(run / "lora")).load()
+    made = initialize(model, statistics, method, config, budget=budget, dry_run=True)
+    if report is not None:
+        made.save(report)
+    _tell(made, None, params["as_json"])
+
+
+def _tell(made: Any, output: Path | None, as_json: bool) -> None:
+    from ..reporting import Grid
+
+    if as_json:
         print_json({"budget": made.budget, "ranks": made.ranks, "output": None if output is None else str(output)})
         return
     print_facts([("budget", str(made.budget)), ("given", str(sum(made.ranks.values())))])
+    for note in made.notes:
+        click.echo(f"! {note}")
     click.echo()
     click.echo(Grid.of(made.ranks).text())
 
