@@ -348,7 +348,7 @@ def _fit(
     fits = {}
     for site, rank in zip(members, allocation.candidates.tolist(), strict=True):
         weight = bases[site.name].read()
-        if not bool(torch.isfinite(weight).all()):
+        if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
             raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
         moment, kept = (known.of(site.name) for known in moments)
         fits[site.name] = fit_method(method, weight, rank, moment, kept, beta)

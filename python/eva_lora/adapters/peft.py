@@ -211,7 +211,7 @@ class PeftAdapter:
         config = copy.deepcopy(self.config)
         config.init_lora_weights, config.eva_config = init, None
         self._configs[self.name] = config
-        refuse_combining(self._root)
+        refuse_combining(self._model, self._root)
 
     def move_back(self) -> None:
         """Give base weights back what was taken from them, to a rounding."""

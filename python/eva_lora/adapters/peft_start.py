@@ -241,14 +241,18 @@ def start_of(layer: Any, adapter: str) -> Start | None:
     return starts[adapter] if starts is not None and adapter in starts else None
 
 
-def refuse_combining(root: nn.Module) -> None:
+def refuse_combining(model: nn.Module, root: nn.Module) -> None:
     """Have the ``LoraModel`` around a base model refuse weighted sums with adapters that took part of it: PEFT makes
-    them of A and B alone."""
+    them of A and B alone.
+
+    Args:
+        model: Where it should be; the base model alone may have been given, and then it is wherever it is.
+    """
     from peft import LoraModel
 
-    for tuner in living(LoraModel):
-        if tuner.model is root:
-            tuner.add_weighted_adapter = partial(_combine, tuner)
+    inside = [module for module in model.modules() if isinstance(module, LoraModel) and module.model is root]
+    for tuner in inside or (tuner for tuner in living(LoraModel) if tuner.model is root):
+        tuner.add_weighted_adapter = partial(_combine, tuner)
 
 
 def _combine(tuner: Any, adapters: Sequence[str], *args: Any, **kwargs: Any) -> None:
@@ -305,15 +309,16 @@ def begin(layer: Any, adapter: str, a: Tensor | None = None, b: Tensor | None = 
     kept = [(x.detach() if given is None else given.to(x)).clone() for x, given in zip(parts, (a, b), strict=True)]
     start = Start(layer, adapter, *kept)
     base: Any = layer.get_base_layer()
-    whole, delta = _matrix_of(layer), start.delta()
-    left = (whole - delta).to(base.weight.dtype)
+    whole = _matrix_of(layer)
+    norm = torch.linalg.vector_norm(whole)
+    exact = whole.sub_(start.delta())
+    left = exact.to(base.weight.dtype)
     _fill(layer, left)
     if not hasattr(layer, STARTS):
         setattr(layer, STARTS, Starts(layer))
     getattr(layer, STARTS)[adapter] = start
     base.register_forward_hook(start.hook)
-    norm = torch.linalg.vector_norm(whole)
-    return float(torch.linalg.vector_norm(double(left) + delta - whole) / norm) if norm > 0 else 0.0
+    return float(torch.linalg.vector_norm(exact - left) / norm) if norm > 0 else 0.0
 
 
 def give_back(layer: Any, adapter: str) -> None:

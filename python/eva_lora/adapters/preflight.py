@@ -165,8 +165,8 @@ def _first_held(names: dict[int, str]) -> str | None:
 def living(kind: type) -> list[Any]:
     """All objects of a class that there are."""
     objects = gc.get_objects()
-    # By type, many objects at a time; isinstance would ask proxies for their __class__.
-    kinds = {each for each in set(map(type, objects)) if issubclass(each, kind)}
+    # By type, many objects at a time; isinstance would ask proxies for their __class__, and abstract classes anybody.
+    kinds = {each for each in set(map(type, objects)) if kind in each.__mro__}
     return [candidate for candidate in objects if type(candidate) in kinds] if kinds else []
 
 
