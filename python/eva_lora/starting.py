@@ -40,6 +40,7 @@ def initialize(
     *,
     keep: "Iterable[Any] | EvaStatistics | None" = None,
     beta: float = 0.5,
+    budget: int | None = None,
     loss_fn: LossFn | None = None,
     forward_fn: ForwardFn | None = None,
     row_mask_fn: RowMaskFn | None = None,
@@ -63,9 +64,12 @@ def initialize(
             is None.
         method: "eva" (:func:`eva_initialize`), or a name in ``eva_lora.METHODS``.
         config: As in :func:`eva_initialize`. Of its ranks' options ``rho`` moves ranks between layers for methods that
-            score directions ("pissa", "corda"); None: every layer keeps its own, but for "eva".
+            score directions ("pissa", "corda"), and ``budget_parameters`` spends parameters; None: every layer keeps
+            its own, but for "eva".
         keep: For "sc-lora": batches or statistics of what is to be kept.
         beta: For "sc-lora": how much those count, in [0, 1]. What is best is not known: it is chosen, not derived.
+        budget: For methods that score directions: ranks to give over all layers, to the directions that hold most of
+            their layer's weight ("pissa") or output energy ("corda"). None: the sum of the configured ranks.
         loss_fn: For methods that start from gradients: (model, batch) → the loss, a tensor of one number. None: what
             the model returns as ``loss``.
         forward_fn, row_mask_fn, sites, progress, overwrite: As in :func:`eva_initialize`. Methods that start from
@@ -86,6 +90,8 @@ def initialize(
         _refuse_second_set(method, keep)
         if dry_run:
             raise ValueError("dry_run: expected False with method='eva', whose plan tells: eva_lora.plan")
+        if budget is not None:
+            raise ValueError("budget: expected None with method='eva', whose plan takes it: eva_lora.plan")
         return _eva(
             model, loader_or_statistics, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, sites=sites,
             progress=progress, overwrite=overwrite,
@@ -109,7 +115,8 @@ def initialize(
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
         require_whole(model)
-        moves_ranks = chosen.moves_ranks or (isinstance(row, GradientMethod) and row.moves_ranks)
+        _require_budget(row, chosen, budget)
+        moves_ranks = chosen.moves_ranks or budget is not None or (isinstance(row, GradientMethod) and row.moves_ranks)
         require_changeable(model, ranks_change=moves_ranks)
         if loader_or_statistics is None or isinstance(row, GradientMethod):  # else the pass tells
             tell_left_alone(adapter, method, stacklevel=2)
@@ -138,9 +145,13 @@ def initialize(
         statistics, kept = statistics_of(loader_or_statistics), statistics_of(keep)
         members = _members(adapter, bases, statistics, kept)
         moments = _Moments(row, members, statistics), _Moments(row, members, kept)
+        directions = [min(bases[site.name].in_features, bases[site.name].out_features) for site in members]
+        allocation = Allocation(
+            [replace(site, in_features=most) for site, most in zip(members, directions, strict=True)], chosen
+        )
         with Visits(adapter, model, chosen).still():
-            fits = _fit(row, members, bases, moments, chosen, beta)
-        made = _planned(row, adapter, members, fits, chosen)
+            fits = _fit(row, members, bases, moments, allocation, beta)
+        made = _planned(row, adapter, members, fits, chosen, allocation, budget)
         rounding = {} if dry_run else _write(adapter, made, row)
     layers = {site.name: _layer(fits[site.name], made.sites[site.name], rounding.get(site.name)) for site in members}
     return StartReport(
@@ -248,6 +259,20 @@ def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaC
     return replace(chosen, keep_moments=True) if method.data == "all" else chosen
 
 
+def _require_budget(method: Method, config: EvaConfig, budget: int | None) -> None:
+    """Raise unless a budget of ranks can be given out."""
+    if budget is None:
+        return
+    if not method.scores:
+        raise ValueError(f"budget: expected None with method={method.name!r}, whose directions have no scores")
+    if budget < 1:
+        raise ValueError(f"budget: expected at least 1, got {budget}")
+    if config.budget_parameters is not None:
+        raise ValueError("budget: expected None with budget_parameters, which is the budget then")
+    if not config.adjust_scaling_factors:
+        raise ValueError(f"adjust_scaling_factors: expected True with method={method.name!r} where ranks may change")
+
+
 def _members(
     adapter: LoraAdapter, bases: Mapping[str, BaseWeight], *known: EvaStatistics | None
 ) -> list[SiteStatistics]:
@@ -317,28 +342,32 @@ def _fit(
     members: Sequence[SiteStatistics],
     bases: Mapping[str, BaseWeight],
     moments: tuple[_Moments, _Moments],
-    config: EvaConfig,
+    allocation: Allocation,
     beta: float,
 ) -> dict[str, MethodFit]:
     fits = {}
-    for site, candidates in zip(members, Allocation(members, config).candidates.tolist(), strict=True):
+    for site, rank in zip(members, allocation.candidates.tolist(), strict=True):
         weight = bases[site.name].read()
-        if not bool(torch.isfinite(weight).all()):
+        if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
             raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
-        rank = min(candidates, *weight.shape)
         moment, kept = (known.of(site.name) for known in moments)
         fits[site.name] = fit_method(method, weight, rank, moment, kept, beta)
     return fits
 
 
 def _planned(
-    method: Method, adapter: Any, members: Sequence[SiteStatistics], fits: Mapping[str, MethodFit], config: EvaConfig
+    method: Method,
+    adapter: Any,
+    members: Sequence[SiteStatistics],
+    fits: Mapping[str, MethodFit],
+    config: EvaConfig,
+    allocation: Allocation,
+    budget: int | None,
 ) -> EvaPlan:
-    budget = sum(site.rank for site in members)
+    budget = budget or sum(site.rank for site in members)
     scores = [_scores(method, fits[site.name]).numpy() for site in members]
     ranks, notes = {site.name: site.rank for site in members}, []
     if method.scores:
-        allocation = Allocation(members, config)
         ranks, notes = allocation.ranks(scores, budget), allocation.notes
     budget = budget if config.budget_parameters is None else sum(ranks.values())
     scalings: dict[str, float] = adapter.scalings()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,13 +14,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import AutoPeftModelForCausalLM, PeftConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from eva_kernels._devices import driver_version
 from eva_kernels._double import home_of
 from eva_kernels.kernel_check import KernelCheck
-from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, RepairReport, StartReport, plan
+from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, RepairReport, StartReport, export_plain, plan
 from eva_lora.cli import COMMANDS, main
 from eva_lora.cli.pretrained import Pretrained
 from eva_lora.cli.running import duration, is_refusal
@@ -83,6 +84,8 @@ def test_every_option_of_the_config_is_an_option_of_init():
         (["report"], "Missing argument 'PATH'"),
         (["report", "x", "--plots", "png"], "--plots needs --output"),
         (["export", "x", "--output", "y", "--rank", "8", "--vllm"], "--rank and --vllm exclude each other"),
+        (["export", "x", "--output", "y", "--plain", "--vllm"], "--plain and --vllm exclude each other"),
+        (["export", "x", "--output", "y", "--initial", "z"], "--initial: is for --plain"),
     ],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(arguments, message):
@@ -518,10 +521,40 @@ def test_mistakes_about_repair_are_usage_errors(files, tmp_path, options, messag
 def test_the_command_line_knows_the_table():
     """But for what needs the batches' gradients, which a loss in Python gives."""
     from eva_lora import METHODS as TABLE
-    from eva_lora.cli.options import METHODS
+    from eva_lora.cli.options import METHODS, SCORED
 
     known = {name: method.data != "none" for name, method in TABLE.items() if method.data != "gradients"}
     assert {"eva": True, **known} == METHODS
+    assert ("eva", *(name for name in known if TABLE[name].scores)) == SCORED
+
+
+def plain_exports(run, out):
+    """Of the adapter that init wrote, as if it had been trained."""
+    file = run / "adapter" / "adapter_model.safetensors"
+    trained = {name: x + ("lora_B" in name) * x.square() for name, x in load_file(file).items()}
+    save_file(trained, file)
+    done = invoke("export", run, "--output", out / "plain", "--plain", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert set(told["ranks"].values()) == {8}
+    assert set(told["errors"].values()) == {0.0}
+    done = invoke("export", run / "adapter", "--output", out / "small", "--plain", "--rank", 1)
+    assert re.search(r"largest rank  1\nleft out      0\.\d+ of its change at most, of model\.layers", done.output)
+    expected = export_plain(run / "adapter", out / "by the library", rank=1)
+    small, by_the_library = (load_file(out / name / file.name) for name in ("small", "by the library"))
+    assert all(torch.equal(value, by_the_library[name]) for name, value in small.items())
+    assert f"{max(expected.errors.values()):.2g} of" in done.output
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    ends = ("lora_A.weight", "lora_B.weight", "lora_start.kept_a", "lora_start.kept_b")
+    a, b, a0, b0 = (trained[f"{name}.{end}"] for end in ends)
+    a2, b2 = (load_file(out / "plain" / file.name)[f"{name}.lora_{which}.weight"] for which in "AB")
+    torch.testing.assert_close(
+        b2.double() @ a2.double(), b.double() @ a.double() - b0.double() @ a0.double(), rtol=0, atol=1e-12
+    )
+    done = invoke("export", run, "--output", out / "served")
+    assert "export_plain makes an ordinary adapter of it first" in done.output
+    done = invoke("export", out / "plain", "--output", out / "again", "--plain")
+    assert "leaves the base as it is" in done.output
 
 
 def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, tmp_path):
@@ -534,6 +567,7 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
         *options,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
+    plain_exports(tmp_path / "pissa", tmp_path)
     report = StartReport.load(tmp_path / "corda" / "report")
     weights = load_file(tmp_path / "corda" / "adapter" / "adapter_model.safetensors")
     assert {len(a) for name, a in weights.items() if name.endswith("lora_A.weight")} == {4}
@@ -545,6 +579,26 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
     assert pissa["output_share"] is None
     done = invoke("compare", tmp_path / "corda", "--method", "corda", "--method", "milora")
     assert "milora" in done.stdout
+    for method in ("corda", "pissa"):
+        made = tmp_path / f"by {method}"
+        options = ["--method", method, "--budget", 40, "--rho", 2]
+        done = invoke("plan", tmp_path / "corda", *options, "--report", made, "--json")
+        assert done.exit_code == 0, done.output
+        ranks = json.loads(done.stdout)["ranks"]
+        assert sum(ranks.values()) == json.loads(done.stdout)["budget"] == 40
+        assert len(set(ranks.values())) > 2
+        assert StartReport.load(made).ranks == ranks
+    done = invoke(
+        "init", files / "base", "--output", tmp_path / "fewer", *options, "--rank", 4, "--quiet", "--json"
+    )  # fmt: skip
+    assert json.loads(done.stdout)["report"]["budget"] == 40
+    assert {name: rank for name, rank in ranks.items() if rank} == {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(a)
+        for name, a in load_file(tmp_path / "fewer" / "adapter" / "adapter_model.safetensors").items()
+        if name.endswith("lora_A.weight")
+    }
+    done = invoke("plan", tmp_path / "corda", "--method", "pissa", "--budget-parameters", 3000)
+    assert "parameters are spent" in done.output
     done = invoke("compare", tmp_path / "corda", "--method", "astra")
     assert done.exit_code == 1
     assert "need statistics with keep_moments=True" in done.output
@@ -573,6 +627,9 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
         (["init", "base", "--output", "out", "--method", "mica", "--dora"], "--dora: not with --method mica"),
         (["compare", "run"], "Missing argument 'SECOND'"),
         (["compare", "run", "other", "--method", "pissa"], "--method: compares methods on one run"),
+        (["plan", "run", "--method", "pissa", "--output", "x"], "--output: not with --method pissa"),
+        (["plan", "run", "--method", "milora"], "--method: milora has no scores to give ranks by"),
+        (["init", "base", "--output", "out", "--method", "mica", "--budget", "9"], "--budget: mica has no scores"),
     ],
 )
 def test_mistakes_about_methods_are_usage_errors(arguments, message):

@@ -1,6 +1,8 @@
 """Every method of the table, against its paper's formula in dense float64, written here from the paper."""
 
 import copy
+import itertools
+import re
 import warnings
 
 import pytest
@@ -434,6 +436,9 @@ def test_a_convolution_s_inputs_are_its_patches(method, tmp_path):
     nn.init.ones_(model.get_submodule("base_model.model.line.lora_B.default").weight)  # trained
     with model.disable_adapter():
         assert (model(x) - expected).abs().max() <= allowed
+    mixed = model.eval()(x, adapter_names=["default", "__base__"] * 32)
+    assert (mixed[1::2] - expected[1::2]).abs().max() <= allowed
+    assert (mixed[::2] - model(x)[::2]).abs().max() <= allowed
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "adapter")(x), model(x))
     plain = PeftModel.from_pretrained(copy.deepcopy(base), export_plain(model, tmp_path / "plain").folder)
@@ -564,7 +569,99 @@ def test_corda_on_every_layer_of_a_real_model_is_the_dense_formula():
         assert (scaling * b @ a - wanted).norm() <= 1e-6 * wanted.norm(), site.name
 
 
-# --- a budget of parameters
+# --- budgets
+
+
+class Chain(nn.Module):
+    """Layers of different shapes, wide and narrow."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.wide = nn.Linear(6, 20, bias=False), nn.Linear(20, 3, bias=False)
+        self.last = nn.Linear(3, 7)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.wide(torch.tanh(self.first(x)))))
+
+    def scores(self, x):
+        """Of each layer's directions, from its paper's decomposition: shares of ‖W‖², and of E‖W x‖²."""
+        found = {}
+        for name, layer in self.named_children():
+            w, rows = layer.weight.double(), x.double()
+            _, d, _ = svd(w)
+            moment = rows.T @ rows / len(rows)
+            left = svd(w @ moment)[0]
+            energies = ((left.T @ w) @ moment * (left.T @ w)).sum(1)
+            found[name] = d.square() / d.square().sum(), energies / energies.sum()
+            x = torch.tanh(layer(x))
+        return {"pissa": {n: one for n, (one, _) in found.items()}, "corda": {n: two for n, (_, two) in found.items()}}
+
+
+def budgeted(method, config=None, **options):
+    base, x = Chain().requires_grad_(False), torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["first", "wide", "last"]))
+    scores = Chain().requires_grad_(False).scores(x)[method]
+    data = statistics_of(model, [x], keep_moments=True) if method == "corda" else None
+    report = initialize(model, data, method, config or EvaConfig(rho=2.0), **options)
+    return model, report, {name: [0.0, *score[:4].cumsum(0).tolist()] for name, score in scores.items()}
+
+
+def best(scores, allowed):
+    """The most that any ranks hold among those allowed, by trying all."""
+    choices = itertools.product(*(range(len(score)) for score in scores.values()))
+    sums = {ranks: sum(s[rank] for s, rank in zip(scores.values(), ranks, strict=True)) for ranks in choices}
+    return max(held for ranks, held in sums.items() if allowed(ranks))
+
+
+@pytest.mark.parametrize("budget", [None, 1, 3, 4, 7, 11])
+@pytest.mark.parametrize("method", ["pissa", "corda"])
+def test_a_budget_goes_to_the_directions_that_hold_most(method, budget):
+    """In any layer no more than its weight has: three in the one of three outputs, and in that of three inputs."""
+    model, report, scores = budgeted(method, budget=budget)
+    given = min(budget or 6, 10)
+    held = sum(scores[name][rank] for name, rank in report.ranks.items())
+    assert sum(report.ranks.values()) == given
+    assert report.budget == (budget or 6)
+    assert held == pytest.approx(best(scores, lambda ranks: sum(ranks) == given), rel=1e-6)
+    for name, rank in report.ranks.items():
+        layer = model.get_base_model().get_submodule(name)
+        assert (layer.r["default"] if rank else 0) == rank
+
+
+@pytest.mark.parametrize("parameters", [30, 51, 77, 120, 163])
+@pytest.mark.parametrize("method", ["pissa", "corda"])
+def test_a_budget_of_parameters_is_an_optimum_or_says_how_far_it_may_be_from_one(method, parameters):
+    costs = (26, 23, 10)
+    _, report, scores = budgeted(method, EvaConfig(rho=2.0, budget_parameters=parameters))
+    spent = sum(rank * cost for rank, cost in zip(report.ranks.values(), costs, strict=True))
+    assert spent <= parameters
+    held = sum(scores[name][rank] for name, rank in report.ranks.items())
+    most = best(scores, lambda ranks: sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) <= parameters)
+    told = [float(re.search(r"sum to ([\d.e-]+) more", note).group(1)) for note in report.notes if "sum to" in note]
+    assert held <= most * (1 + 1e-6)
+    assert most <= held * (1 + 1e-6) + sum(told) * 1.05  # printed in two digits
+
+
+def test_a_budget_that_cannot_be_given_is_refused():
+    for method in (name for name, row in METHODS.items() if not row.scores and row.data == "none"):
+        with pytest.raises(ValueError, match=f"budget: expected None with method='{method}', whose directions have no"):
+            initialize(get_peft_model(Chain(), LoraConfig(r=2, target_modules=["first"])), method=method, budget=3)
+    for options, message in (
+        ({"budget": 0}, "budget: expected at least 1, got 0"),
+        (
+            {"budget": 3, "config": EvaConfig(budget_parameters=99)},
+            "budget: expected None with budget_parameters, which is the budget then",
+        ),
+        (
+            {"budget": 3, "config": EvaConfig(rho=1.0, adjust_scaling_factors=False)},
+            "adjust_scaling_factors: expected True with method='pissa' where ranks may change",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            budgeted("pissa", **options)
+    with pytest.raises(ValueError, match="budget: expected None with method='eva', whose plan takes it"):
+        initialize(get_peft_model(Chain(), LoraConfig(r=2, target_modules=["first"])), [], budget=3)
 
 
 @pytest.mark.parametrize("method", ["eva", "pissa", "corda"])

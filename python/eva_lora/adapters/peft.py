@@ -18,7 +18,7 @@ from .outline import ModelOutline, plain_modules
 from .parameters import check_plan
 from .peft_layers import base_weight_of, factors, magnitude_of, parameters_of, parts_of, renew_magnitude, site_of
 from .peft_roots import base_models
-from .peft_start import LOADED_BY, begin, give_back, holders_of_memory, require_movable
+from .peft_start import LOADED_BY, begin, give_back, holders_of_memory, refuse_combining, require_movable
 from .peft_writing import PlanWriter
 from .sharded import fill_
 from .sites import LeftAlone, LoraSite
@@ -203,10 +203,15 @@ class PeftAdapter:
         except BaseException:
             self.move_back()
             raise
-        config = copy.deepcopy(self.config)
-        config.init_lora_weights, config.eva_config = f"{LOADED_BY}{method}", None
-        self._configs[self.name] = config
+        self.name_start(f"{LOADED_BY}{method}")
         return errors
+
+    def name_start(self, init: str) -> None:
+        """Have the ``LoraConfig`` say what the adapter started as, and PEFT not combine it with others."""
+        config = copy.deepcopy(self.config)
+        config.init_lora_weights, config.eva_config = init, None
+        self._configs[self.name] = config
+        refuse_combining(self._model, self._root)
 
     def move_back(self) -> None:
         """Give base weights back what was taken from them, to a rounding."""

@@ -4,7 +4,10 @@ What is kept is in the adapter's state dict, so that every way to save the adapt
 initialisation that PEFT does not know, so that PEFT refuses to load such an adapter onto W, where it would be wrong.
 """
 
+import sys
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from eva_kernels._double import double
 
 from .peft_layers import factors
+from .preflight import living
 
 __all__ = [
     "LOADED_BY",
@@ -21,6 +25,7 @@ __all__ = [
     "begin",
     "give_back",
     "holders_of_memory",
+    "refuse_combining",
     "require_movable",
     "samples_of",
     "start_of",
@@ -29,6 +34,16 @@ __all__ = [
 LOADED_BY = "eva_lora.load_adapter: "  # begins ``init_lora_weights`` of such an adapter; the method follows
 STARTS = "lora_start"  # PEFT saves what is named after its prefix
 SAMPLES = 32
+
+_INSTEAD = "eva_lora.export_plain makes an ordinary adapter of it, for the base as it was, which does"
+_NEUTRAL = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that neither read the base nor change it
+
+#: What of PEFT takes a model's state to do with it what would be wrong → why.
+_STATE_TAKEN_BY = {
+    "hotswap_adapter_from_state_dict": f"it cannot be swapped for another, which does not make up for that. {_INSTEAD}",
+    "get_base_model_state_dict": "these weights are what is left; unload() gives back the base",
+    "set_base_model_state_dict": "on these weights, from which nothing is taken, it would be wrong; unload() first",
+}
 
 
 class Start(nn.Module):
@@ -64,11 +79,9 @@ class Start(nn.Module):
         return self.scaling * double(self.kept_b.flatten(1)) @ double(self.kept_a.flatten(1))
 
     def hook(self, base: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The base layer's output, what it lacks added unless the adapter does that."""
-        (layer,) = self._layer
-        merged = layer.merged_adapters
-        acts = self._adapter in merged if merged else not layer.disable_adapters
-        if acts and (merged or self._adapter in layer.active_adapters):
+        """The base layer's output, what it lacks added: what of s B₀ A₀ x the adapter does not bring itself."""
+        lacking = self._lacking()
+        if not any(lacking):
             return output
         (x, *_) = args
         x, a, b = x.to(self.kept_a.dtype), self.kept_a, self.kept_b
@@ -77,25 +90,65 @@ class Start(nn.Module):
             added = convolved(base._conv_forward(x, a, None), b)
         else:
             added = nn.functional.linear(nn.functional.linear(x, a), b)
-        return output + (added * self.scaling).to(output.dtype)
+        one, *more = lacking
+        scale = added.new_tensor(lacking).view(-1, *[1] * (added.ndim - 1)) if more else one
+        return output + (added * scale).to(output.dtype)
+
+    def acts_with(self) -> float:
+        """What the adapter's B A is multiplied with in the base weight, where it is merged into it; else 0.
+
+        Raises:
+            ValueError: the scaling was changed, and nothing tells whether before it was merged or after.
+        """
+        (layer,) = self._layer
+        if self._adapter not in layer.merged_adapters:
+            return 0.0
+        if float(layer.scaling[self._adapter]) != self.scaling:
+            raise ValueError(
+                f"the scaling of adapter {self._adapter!r}, which took part of its base weight, is {self.scaling}, and "
+                f"{float(layer.scaling[self._adapter])} where it is merged, which may be since: unmerge it first"
+            )
+        return self.scaling
+
+    def _lacking(self) -> list[float]:
+        """What B₀ A₀ x has to be multiplied with: one number, or one for each sample of a mixed batch."""
+        (layer,) = self._layer
+        if layer.merged_adapters:
+            return [self.scaling - self.acts_with()]
+        if layer.disable_adapters:
+            return [self.scaling]
+        without = self.scaling - float(layer.scaling[self._adapter])  # 0, unless somebody scales the adapter
+        mixed = getattr(layer, STARTS).mixed
+        names = [self._adapter if self._adapter in layer.active_adapters else ""] if mixed is None else mixed
+        return [without if name == self._adapter else self.scaling for name in names]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing: it is what the base was changed by, which :meth:`Starts.compare` has seen to."""
 
 
 class Starts(nn.ModuleDict):
-    """Adapter → :class:`Start`, of one layer. The base gets its part back when PEFT takes out an adapter, or the layer.
+    """Adapter → :class:`Start`, of one layer. The base gets its part back when PEFT takes out an adapter, or the layer;
+    what PEFT would do beside them wrongly is refused, or done right, by methods of the layer's own.
 
     Args:
         layer: PEFT's.
+
+    Attributes:
+        mixed: Inside of a forward with ``adapter_names=``: the adapter of each sample.
     """
+
+    mixed: Sequence[str] | None = None
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self._layer = (layer,)
         layer.other_param_names = (*layer.other_param_names, STARTS)  # what PEFT deletes of an adapter
         layer.unload_and_optionally_merge_module = self.unload
+        layer.update_layer = self.update_layer
+        layer.supports_lora_conversion = self.supports_lora_conversion
+        layer._mixed_batch_forward = self.mixed_batch_forward
         layer.register_load_state_dict_pre_hook(self.compare)
+        layer.register_state_dict_pre_hook(self.require_kept)
 
     @torch.no_grad()
     def __delitem__(self, adapter: str) -> None:
@@ -106,21 +159,63 @@ class Starts(nn.ModuleDict):
         for key, hook in [*base._forward_hooks.items()]:
             if getattr(hook, "__self__", None) is start:
                 del base._forward_hooks[key]
-        if adapter not in layer.merged_adapters:
+        if not start.acts_with():
             _fill(layer, _matrix_of(layer) + start.delta())
 
+    def mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """PEFT's, the base's output being that of W for every sample whose adapter does not make up for it."""
+        (layer,) = self._layer
+        self.mixed = adapter_names
+        try:
+            output: Tensor = type(layer)._mixed_batch_forward(layer, x, *args, adapter_names=adapter_names, **kwargs)
+            return output
+        finally:
+            self.mixed = None
+
+    def update_layer(self, adapter: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's: add an adapter, or make one anew; raise ValueError where that reads or changes the base's weight."""
+        (layer,) = self._layer
+        config = kwargs["config"]
+        if len(self) and (config.init_lora_weights not in _NEUTRAL or config.use_dora):
+            what = "DoRA" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
+            raise ValueError(
+                f"adapter {adapter!r}: {what} computes with the base weight itself, of which {next(iter(self))!r} took "
+                "part; add it to a base of its own"
+            )
+        type(layer).update_layer(layer, adapter, *args, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` can be right: not of an adapter that is more than its B A."""
+        (layer,) = self._layer
+        return adapter_name not in self and bool(type(layer).supports_lora_conversion(layer, adapter_name))
+
+    def require_kept(self, _: nn.Module, prefix: str, __: bool) -> None:
+        """Before a layer's state is taken: raise ValueError where PEFT does so to go on past every hook.
+
+        Who saves an adapter takes the state in the same way: only the stack tells them apart.
+        """
+        frame = sys._getframe()
+        while frame.f_back is not None and frame.f_code.co_name not in _STATE_TAKEN_BY:
+            frame = frame.f_back
+        why = _STATE_TAKEN_BY.get(frame.f_code.co_name)
+        swapped = frame.f_locals.get("adapter_name", "")  # PEFT takes for an adapter's own whatever holds its name
+        for adapter, start in self.items():
+            if why is not None and any(swapped in f"{prefix}{STARTS}.{adapter}.{key}" for key in start._buffers):
+                raise ValueError(f"adapter {adapter!r} took part of its base weight: {why}")
+
     def compare(self, _: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Before a layer's state is loaded: raise ValueError where A and B are of another start than its base."""
+        """Before a layer's state is loaded: raise ValueError where A and B, or the base, are of another start."""
         for adapter, start in self.items():
             kept: dict[str, Any] = {
                 f"{prefix}{STARTS}.{adapter}.{name}": getattr(start, name) for name in ("kept_a", "kept_b")
             }
             given = {key: state_dict[key] for key in kept if key in state_dict}
-            if f"{prefix}lora_A.{adapter}.weight" in state_dict and not given:
-                raise ValueError(
-                    f"{prefix}lora_A.{adapter} comes without what it started from, and this model's base was changed "
-                    "by a start of its own; load an ordinary adapter into a fresh base"
-                )
+            for key in (f"{prefix}lora_A.{adapter}.weight", f"{prefix}base_layer.weight"):
+                if key in state_dict and not given:
+                    raise ValueError(
+                        f"{key.removesuffix('.weight')} comes without what it started from, and this model's base was "
+                        "changed by a start of its own; load an ordinary adapter into a fresh base"
+                    )
             if any(
                 x.shape != kept[key].shape or not torch.equal(x.to(kept[key]), kept[key]) for key, x in given.items()
             ):
@@ -144,6 +239,30 @@ def start_of(layer: Any, adapter: str) -> Start | None:
     """What a layer's adapter started with, if that was taken from its base."""
     starts: Any = getattr(layer, STARTS, None)
     return starts[adapter] if starts is not None and adapter in starts else None
+
+
+def refuse_combining(model: nn.Module, root: nn.Module) -> None:
+    """Have the ``LoraModel`` around a base model refuse weighted sums with adapters that took part of it: PEFT makes
+    them of A and B alone.
+
+    Args:
+        model: Where it should be; the base model alone may have been given, and then it is wherever it is.
+    """
+    from peft import LoraModel
+
+    inside = [module for module in model.modules() if isinstance(module, LoraModel) and module.model is root]
+    for tuner in inside or (tuner for tuner in living(LoraModel) if tuner.model is root):
+        tuner.add_weighted_adapter = partial(_combine, tuner)
+
+
+def _combine(tuner: Any, adapters: Sequence[str], *args: Any, **kwargs: Any) -> None:
+    for adapter in adapters:
+        if any(start_of(module, adapter) is not None for module in tuner.modules()):
+            raise ValueError(
+                f"adapter {adapter!r} cannot be part of a weighted sum: it took part of its base weight, and is more "
+                f"than its B A. {_INSTEAD}"
+            )
+    type(tuner).add_weighted_adapter(tuner, adapters, *args, **kwargs)
 
 
 def holders_of_memory(root: nn.Module) -> Counter[int]:
@@ -190,15 +309,16 @@ def begin(layer: Any, adapter: str, a: Tensor | None = None, b: Tensor | None = 
     kept = [(x.detach() if given is None else given.to(x)).clone() for x, given in zip(parts, (a, b), strict=True)]
     start = Start(layer, adapter, *kept)
     base: Any = layer.get_base_layer()
-    whole, delta = _matrix_of(layer), start.delta()
-    left = (whole - delta).to(base.weight.dtype)
+    whole = _matrix_of(layer)
+    norm = torch.linalg.vector_norm(whole)
+    exact = whole.sub_(start.delta())
+    left = exact.to(base.weight.dtype)
     _fill(layer, left)
     if not hasattr(layer, STARTS):
         setattr(layer, STARTS, Starts(layer))
     getattr(layer, STARTS)[adapter] = start
     base.register_forward_hook(start.hook)
-    norm = torch.linalg.vector_norm(whole)
-    return float(torch.linalg.vector_norm(double(left) + delta - whole) / norm) if norm > 0 else 0.0
+    return float(torch.linalg.vector_norm(exact - left) / norm) if norm > 0 else 0.0
 
 
 def give_back(layer: Any, adapter: str) -> None:

@@ -163,7 +163,7 @@ def load_adapter(
         starts[name] = a, b
     for name, layer in adapter.layers.items():
         begin(layer, adapter_name, *starts[name])
-    adapter.config.init_lora_weights = init
+    adapter.name_start(init)
     return loaded
 
 

@@ -3,6 +3,7 @@
 import gc
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .outline import ModelOutline
 
 __all__ = [
+    "living",
     "require_changeable",
     "require_loaded",
     "require_ordinary",
@@ -156,13 +158,15 @@ def _held_by_optimizer(names: dict[int, str]) -> str | None:
 
 
 def _first_held(names: dict[int, str]) -> str | None:
-    return next((names[id(p)] for optimizer in _optimizers() for p in _held(optimizer) if id(p) in names), None)
+    optimizers = living(torch.optim.Optimizer)
+    return next((names[id(p)] for optimizer in optimizers for p in _held(optimizer) if id(p) in names), None)
 
 
-def _optimizers() -> list[torch.optim.Optimizer]:
+def living(kind: type) -> list[Any]:
+    """All objects of a class that there are."""
     objects = gc.get_objects()
-    # By type, many objects at a time; isinstance would ask proxies for their __class__.
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.optim.Optimizer)}
+    # By type, many objects at a time; isinstance would ask proxies for their __class__, and abstract classes anybody.
+    kinds = {each for each in set(map(type, objects)) if kind in each.__mro__}
     return [candidate for candidate in objects if type(candidate) in kinds] if kinds else []
 
 

@@ -6,7 +6,16 @@ from typing import Any
 import click
 
 from ..config import DEFAULT_MAX_BATCHES, EvaConfig
-from .options import METHODS, QUANTIZERS, config_options, lora_options, model_options, take_config, take_pretrained
+from .options import (
+    METHODS,
+    QUANTIZERS,
+    SCORED,
+    config_options,
+    lora_options,
+    model_options,
+    take_config,
+    take_pretrained,
+)
 from .running import (
     EXIT_NOT_CONVERGED,
     Command,
@@ -32,7 +41,8 @@ PREDICTION_BATCHES = 100  # the paper needs about 90
 @click.option("--data", multiple=True, metavar="PATH",
               help="jsonl, text, csv or parquet files, or one folder that datasets saved; repeatable.")  # fmt: skip
 @click.option("--method", type=click.Choice([*METHODS]), default="eva", show_default=True,
-              help="How A and B start; all but eva keep each layer's rank, unless --rho is given.")  # fmt: skip
+              help="How A and B start; all but eva keep ranks unless --rho or a budget is given.")  # fmt: skip
+@click.option("--budget", type=click.IntRange(1), help="Ranks to give.  [default: the sum of the configured ranks]")
 @click.option("--keep-data", multiple=True, metavar="PATH", help="For sc-lora: data of what is to be kept.")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder to write; must be new or empty."
@@ -198,7 +208,7 @@ def _initialize(
         if not is_refusal(error):
             _require_forward(model, batches, pretrained)
         raise
-    eva_plan = plan(statistics)
+    eva_plan = plan(statistics, budget=params["budget"])
     apply(model, eva_plan)
     report = EvaReport.of(statistics, eva_plan, run={"command": command_line(), **run})
     if not writes:
@@ -219,6 +229,8 @@ def _require_data(params: dict[str, Any]) -> None:
         raise click.UsageError(f"--data: --method {method} takes none")
     if (method == "sc-lora") != bool(params["keep_data"]):
         raise click.UsageError("--keep-data: is for --method sc-lora, which needs it")
+    if params["budget"] and method not in SCORED:
+        raise click.UsageError(f"--budget: {method} has no scores to give ranks by; {', '.join(SCORED)} have")
     if method != "eva":
         for name in ("checkpoint", "require_convergence", "plots", "dora", "dry_run", "quantize", "repair"):
             if params[name]:
@@ -245,7 +257,7 @@ def _start(pretrained: Any, config: EvaConfig, output: Path, params: dict[str, A
         return collect(model, batches, wanted, progress=not quiet)
 
     statistics, kept = (known(params[name]) if params[name] else None for name in ("data", "keep_data"))
-    report = initialize(model, statistics, method, wanted, keep=kept)
+    report = initialize(model, statistics, method, wanted, keep=kept, budget=params["budget"])
     pretrained.lora_config.save_pretrained(output / "lora")
     for name, one in (("statistics", statistics), ("statistics-to-keep", kept)):
         if one is not None:
@@ -262,7 +274,7 @@ def _start(pretrained: Any, config: EvaConfig, output: Path, params: dict[str, A
 def _require_repairable(params: dict[str, Any]) -> None:
     if not params["quantize"]:
         raise click.UsageError("--repair: needs --quantize, which says how the base is quantised")
-    for name in ("checkpoint", "require_convergence", "plots"):
+    for name in ("checkpoint", "require_convergence", "plots", "budget"):
         if params[name]:
             raise click.UsageError(f"--{name.replace('_', '-')}: not with --repair")
 

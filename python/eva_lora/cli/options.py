@@ -41,6 +41,9 @@ METHODS = {
     "sc-lora": True, "lora-null": True,
 }  # fmt: skip
 
+#: Those whose directions have scores that ranks can be given by.
+SCORED = ("eva", "pissa", "corda")
+
 
 def config_options(only: Iterable[str] | None = None) -> Decorator:
     """One option for every field of ``EvaConfig`` (or those named); what is not given is left out."""
