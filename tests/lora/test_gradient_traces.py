@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import itertools
 import random
 
 import numpy as np
@@ -15,6 +14,7 @@ from eva_lora import METHODS, EvaConfig, initialize
 from eva_lora.adapters import find_adapter
 from eva_lora.collecting import GradientPasses
 from eva_lora.fitting import fit_leading
+from harness.memory import tensor_bytes
 from support.gradients import labelled
 from support.models import lora, tiny_llama
 from support.tiny import state_of
@@ -80,12 +80,7 @@ def allocated(run):
     """Bytes of PyTorch's allocator beyond those before: at most during a run, and after it, where a graph would hold
     activations."""
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-        gc.collect()
-    events = (event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    held = [0, *itertools.accumulate(events)]
-    return max(held), held[-1]
+    return tensor_bytes(lambda: (run(), gc.collect()))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no more"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
