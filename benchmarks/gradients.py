@@ -3,6 +3,7 @@
     python benchmarks/gradients.py schemes [--every N] [--rank R] [--output FILE]
     python benchmarks/gradients.py starts [--every N] [--rank R] [--batches N] [--methods lora-ga ...]
     python benchmarks/gradients.py cost [--rank R] [--batches N]
+    python benchmarks/gradients.py share [--rank R]
 
 ``schemes`` takes the exact gradients of four batches of 4 × 128 tokens, each from one backward pass in float32,
 decomposes them in float64, and lets each scheme see products of them with its columns alone. Of each scheme: what it
@@ -13,9 +14,17 @@ side, and what of their energy is lost; the worst of all layers.
 the first step of plain gradient descent on A and B and the gradient that full fine-tuning would follow, beside the best
 that so many directions of the exact gradient could have.
 
-``cost`` runs the five passes of LoRA-GA and as many plain forwards and backwards of the same batches, each in a process
-of its own, on one thread: seconds of the processor's time, and the highest memory above that of model and batches
-(VmHWM, set back before). With gradient checkpointing and without.
+``cost`` runs the five passes of LoRA-GA with their algebra, and as many plain forwards and backwards of the same
+batches, each in a process of its own, on one thread, with gradient checkpointing and without: seconds of the
+processor's time, and two peaks of memory above that of model and batches: what tensors took, by PyTorch's allocator,
+to the byte, and what the process held, which is also what the C library keeps for reuse. The plain ones are those of
+the frozen model, and those that form each weight's gradient and let go of it at once: what a method that holds G has
+beside G.
+
+``share`` says what a compiled form of the products could gain: of a block of SmolLM2's linear layers and 512 tokens, by
+turns in one process, the processor's time of a forward and a backward of the frozen layers, and of the sketch's parts,
+and how fast either multiplies. A compiled form would at best be as fast as the layers' own products: the last column is
+what that would save of all this.
 """
 
 import argparse
@@ -33,7 +42,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from eva_kernels.gradient_sketch import leading_part, random_basis, range_basis
+from eva_kernels.gradient_sketch import leading_part, outer_add_, projected, random_basis, range_basis
 from eva_lora import METHODS, initialize
 from eva_lora.adapters import find_adapter
 from eva_lora.cli.demo import load_smollm2, packed_text
@@ -41,7 +50,7 @@ from eva_lora.collecting import Asked, GradientPasses
 from eva_lora.config import EvaConfig
 from eva_lora.fitting import GradientMethod, fit_leading
 from eva_lora.planning import versions
-from methods import memory
+from harness.memory import resident_peak, tensor_bytes
 
 RANK = 8
 BATCHES = 4
@@ -50,6 +59,9 @@ SCHEMES = [
     *((1, 16), (2, 4), (2, 8), (2, 16), (3, 4), (3, 8), (4, 4), (4, 5), (4, 6), (4, 8)),
     *((5, 3), (5, 4), (5, 5), (5, 6), (6, 3), (6, 4)),
 ]
+
+#: Forwards and backwards of the frozen model; those that form each weight's gradient; ours.
+SIDES = ["frozen", "formed", "sketches"]
 
 Pair = tuple[Tensor, Tensor]  # U (m, k) and V (n, k)
 
@@ -160,8 +172,8 @@ def starts(rank: int, count: int, methods: list[str], every: int) -> str:
     return "\n".join(lines)
 
 
-def measure(side: str, rank: int, count: int, checkpointing: bool) -> dict[str, Any]:
-    """One side, in this process."""
+def measure(side: str, rank: int, count: int, checkpointing: bool, *, tensors: bool) -> dict[str, Any]:
+    """One side, in this process: seconds and what the process held, or what its tensors took."""
     model, batches, layers = load(count)
     mine = adapted(model, layers, rank)
     if checkpointing:
@@ -169,12 +181,9 @@ def measure(side: str, rank: int, count: int, checkpointing: bool) -> dict[str, 
         mine.train()
     adapter: Any = find_adapter(mine)
     passes = GradientPasses(adapter, mine, batches)
-    shapes = {n: tuple(model.get_submodule(n).base_layer.weight.shape) for n in layers}
+    weights: dict[str, Any] = {n: model.get_submodule(n).base_layer.weight for n in layers}
+    shapes = {n: tuple(w.shape) for n, w in weights.items()}
     seconds: list[float] = []
-
-    def plain() -> None:
-        for batch in batches:
-            mine(**batch).loss.backward()
 
     def run(asked: Mapping[str, Asked]) -> dict[str, Tensor]:
         tick = time.process_time()
@@ -182,55 +191,125 @@ def measure(side: str, rank: int, count: int, checkpointing: bool) -> dict[str, 
         seconds.append(time.process_time() - tick)
         return products
 
+    def sketched() -> None:
+        method: Any = METHODS["lora-ga"]
+        fit_leading(method, run, shapes, dict.fromkeys(layers, rank), adapter.scalings(), EvaConfig(rho=1.0))
+
+    def plain() -> None:
+        for _ in range(1 if tensors else 5):  # each takes what the first does
+            tick = time.process_time()
+            for batch in batches:
+                mine(**batch).loss.backward()
+            seconds.append(time.process_time() - tick)
+
+    call = sketched if side == "sketches" else plain
     embedding = mine.get_base_model().get_input_embeddings()
     with passes.frozen():
-        if side == "without":
+        if side == "frozen":
             embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-        before = memory("VmRSS")
-        mine(**batches[0])  # what is done once
+        for weight in weights.values() if side == "formed" else ():
+            weight.requires_grad_(True)
+            weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        if tensors:
+            return {"tensors": tensor_bytes(call)[0]}
+        with torch.no_grad():
+            mine(**batches[0])  # what is done once, and the weights' pages, which were not read before
         tick = time.process_time()
-        if side == "without":
-            for _ in range(5):
-                start = time.process_time()
-                plain()
-                seconds.append(time.process_time() - start)
-        else:
-            method: Any = METHODS["lora-ga"]
-            fit_leading(method, run, shapes, dict.fromkeys(layers, rank), adapter.scalings(), EvaConfig(rho=1.0))
+        peak = resident_peak(call, "cpu")
         whole = time.process_time() - tick
-    peak = memory("VmHWM") - before
     return {"seconds": whole, "passes": seconds, "peak": peak, "gradients": 4 * sum(m * n for m, n in shapes.values())}
+
+
+def in_a_process(side: str, rank: int, count: int, *flags: str) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        __file__,
+        "measure",
+        "--side",
+        side,
+        "--rank",
+        str(rank),
+        "--batches",
+        str(count),
+        *flags,
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def cost(rank: int, count: int) -> str:
     lines = [
-        "| | passes, seconds each | all, with the algebra | memory | the same, of G |",
-        "| --- | --- | --- | --- | --- |",
+        "| | passes, seconds each | all, with the algebra | tensors | the process | the sketches' beyond it, of G |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for checkpointing in (False, True):
-        found = {}
-        for side in ("without", "sketches"):
-            command = [
-                sys.executable,
-                __file__,
-                "measure",
-                "--side",
-                side,
-                "--rank",
-                str(rank),
-                "--batches",
-                str(count),
-            ]
-            command += ["--checkpointing"] if checkpointing else []
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[side] = one = json.loads(done.stdout.splitlines()[-1])
-            more = one["peak"] - found["without"]["peak"]
-            share = f"{more / one['gradients']:.3f} more" if side == "sketches" else ""
-            each = ", ".join(f"{s:.1f}" for s in one["passes"])
-            name = f"{side}{', checkpointing' * checkpointing}"
-            lines.append(f"| {name} | {each} | {one['seconds']:.1f} s | {one['peak'] / 2**20:.0f} MiB | {share} |")
+    for flags in ((), ("--checkpointing",)):
+        found: dict[str, dict[str, Any]] = {}
+        for side in reversed(SIDES):
+            one = found[side] = in_a_process(side, rank, count, *flags)
+            one |= in_a_process(side, rank, count, *flags, "--tensors")
+            each = f"{min(one['passes']):.1f} to {max(one['passes']):.1f}"
+            memories = " | ".join(f"{one[kind] / 2**20:.0f} MiB" for kind in ("tensors", "peak"))
+            beyond = [(found["sketches"][kind] - one[kind]) / one["gradients"] for kind in ("tensors", "peak")]
+            share = "" if side == "sketches" else f"{beyond[0]:.3f}, {beyond[1]:.3f}"
+            lines.append(f"| {' '.join((side, *flags))} | {each} | {one['seconds']:.1f} s | {memories} | {share} |")
             print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+#: A block's layers, (out, in): query and output, key and value, gate and up, down.
+BLOCK = [*[(576, 576)] * 2, *[(192, 576)] * 2, *[(1536, 576)] * 2, (576, 1536)]
+TOKENS, TURNS = 512, 40
+
+
+def share_of(dtype: torch.dtype, columns: int) -> str:
+    layers = []
+    for m, n in BLOCK:
+        x, delta, weight = (torch.randn(*shape).to(dtype) for shape in ((TOKENS, n), (TOKENS, m), (m, n)))
+        sides = random_basis(n, columns), random_basis(m, columns), torch.zeros(m, columns), torch.zeros(n, columns)
+        layers.append((x, delta, weight, *sides))
+
+    def own() -> None:
+        for x, delta, weight, *_ in layers:
+            torch.nn.functional.linear(x, weight)
+            torch.mm(delta, weight)
+
+    def right() -> None:
+        for x, delta, _, omega, _, product, _ in layers:
+            outer_add_(product, delta, projected(x, omega))
+
+    def left() -> None:
+        for x, delta, _, _, psi, _, product in layers:
+            outer_add_(product, x, projected(delta, psi))
+
+    def copied() -> None:
+        for _, delta, *_ in layers:
+            delta.clone()
+
+    seconds: dict[Any, list[float]] = {part: [] for part in (own, right, left, copied)}
+    for _ in range(TURNS):
+        for part, found in seconds.items():
+            tick = time.process_time()
+            part()
+            found.append(time.process_time() - tick)
+    least = {part: min(found[TURNS // 4 :]) for part, found in seconds.items()}
+    sketch = (3 * least[right] + 2 * least[left]) / 5  # three of five passes are the one, two the other
+    work = 4 * TOKENS * sum(m * n for m, n in BLOCK)
+    few = 2 * TOKENS * columns * sum(m + n for m, n in BLOCK)
+    saved = max(sketch - least[own] * few / work, 0) / (least[own] + sketch + least[copied])
+    times = " | ".join(f"{1e3 * least[part]:.1f} ms" for part in (own, right, left, copied))
+    rates = f"{work / least[own] / 1e9:.0f} | {few / sketch / 1e9:.0f}"
+    return f"| {str(dtype)[6:]} | {times} | {(sketch + least[copied]) / least[own]:.3f} | {rates} | {saved:.3f} |"
+
+
+def share(rank: int) -> str:
+    lines = [
+        "| | layers | x Ω, δᵀP | δ Ψ, xᵀ(δ Ψ) | copies | all over layers | GFLOP/s of layers | of the sketch | saved |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        lines.append(share_of(dtype, 5 * rank))
+        print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
@@ -246,23 +325,28 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["schemes", "starts", "cost", "measure"])
+    parser.add_argument("part", choices=["schemes", "starts", "cost", "share", "measure"])
     parser.add_argument("--every", type=int, default=1, help="of the layers, compare one in so many")
     parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument("--batches", type=int, default=BATCHES)
     known = [name for name, row in METHODS.items() if isinstance(row, GradientMethod)]
     parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--side", choices=["without", "sketches"], help="of measure")
+    parser.add_argument("--side", choices=SIDES, help="of measure")
     parser.add_argument("--checkpointing", action="store_true", help="of measure")
+    parser.add_argument("--tensors", action="store_true", help="of measure: the tensors' peak in place of seconds")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.part == "measure":
-        print(json.dumps(measure(options.side, options.rank, options.batches, options.checkpointing)))
+        measured = measure(options.side, options.rank, options.batches, options.checkpointing, tensors=options.tensors)
+        print(json.dumps(measured))
         return
     if options.part == "starts":
         print(f"\n{starts(options.rank, options.batches, options.methods, options.every)}")
+        return
+    if options.part == "share":
+        print(f"\n{share(options.rank)}")
         return
     if options.part == "cost":
         print(f"\n{cost(options.rank, options.batches)}")

@@ -17,19 +17,30 @@ def allocated_peak(call: Callable[[], object], device: str) -> int:
     if device != "cpu":
         return _of_cuda(call)
     of_python = 0
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+
+    def traced() -> None:
+        nonlocal of_python
         tracemalloc.start()
         try:
             call()
             of_python = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
+
+    most, _ = tensor_bytes(traced)
+    return most + of_python
+
+
+def tensor_bytes(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of PyTorch's allocator on the CPU beyond those before a call: the most during it, and those after it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
     standing = most = 0
     for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
             standing += event.nbytes()
             most = max(most, standing)
-    return most + of_python
+    return most, standing
 
 
 def resident_peak(call: Callable[[], object], device: str) -> int | None:

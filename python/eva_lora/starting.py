@@ -214,7 +214,7 @@ def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
             f"model: method={method.name!r} starts the LoRA layers of one PEFT model, a {type(adapter).__name__} does "
             "not say how to"
         )
-    bases, without = asked.base_weights(convolutions=not isinstance(method, GradientMethod))
+    bases, without = asked.base_weights(convolutions=True)
     if without:
         name, why = next(iter(without.items()))
         raise ValueError(f"model: method={method.name!r} cannot start {len(without)} layers; {name}: {why}")

@@ -15,18 +15,30 @@ import torch
 from click.testing import CliRunner
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForTokenClassification
 
 from eva_kernels._devices import driver_version
 from eva_kernels._double import home_of
 from eva_kernels.kernel_check import KernelCheck
-from eva_lora import EvaConfig, EvaPlan, EvaReport, EvaStatistics, RepairReport, StartReport, export_plain, plan
+from eva_lora import (
+    EvaConfig,
+    EvaPlan,
+    EvaReport,
+    EvaStatistics,
+    RepairReport,
+    StartReport,
+    export_plain,
+    initialize,
+    plan,
+)
 from eva_lora.cli import COMMANDS, main
+from eva_lora.cli.options import FROM_GRADIENTS
 from eva_lora.cli.pretrained import Pretrained
 from eva_lora.cli.running import duration, is_refusal
 from support.command import EVA_LORA, eva_lora
 from support.files import paragraphs, write_jsonl
-from support.models import tiny_llama
+from support.gradients import cosine
+from support.models import lora, tiny_llama
 from support.simulated_device import SimulatedDevice
 from support.versions import LOADS_BITSANDBYTES, needs
 
@@ -519,7 +531,6 @@ def test_mistakes_about_repair_are_usage_errors(files, tmp_path, options, messag
 
 
 def test_the_command_line_knows_the_table():
-    """But for what needs the batches' gradients, which a loss in Python gives."""
     from eva_lora import METHODS as TABLE
     from eva_lora.cli.options import METHODS, SCORED
 
@@ -555,6 +566,9 @@ def plain_exports(run, out):
     assert "export_plain makes an ordinary adapter of it first" in done.output
     done = invoke("export", out / "plain", "--output", out / "again", "--plain")
     assert "leaves the base as it is" in done.output
+    assert {"eva": True, **{name: method.data != "none" for name, method in TABLE.items()}} == METHODS
+    from_gradients = {name: method.base == "kept" for name, method in TABLE.items() if method.data == "gradients"}
+    assert from_gradients == FROM_GRADIENTS
 
 
 def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, tmp_path):
@@ -613,6 +627,66 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
         done = invoke("report", path, "--output", tmp_path / "copy", "--plots", "svg")
         assert done.exit_code == 2
         assert "--plots: only reports of EVA" in done.output
+
+
+@pytest.mark.parametrize("method", FROM_GRADIENTS)
+def test_init_starts_from_gradients_of_the_model_s_own_loss_on_the_tokens_that_count(files, tmp_path, method):
+    """As Python does, of batches whose labels are made here: padding is no label."""
+    options = ["--rank", "2", "--target-modules", "q_proj,down_proj", "--max-length", "32", "--quiet", "--no-shuffle"]
+    done = invoke(
+        "init", files / "base", "--method", method, "--data", files / "train.jsonl", "--output", tmp_path / "run",
+        "--max-batches", 2, "--batch-size", 3, *options,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = StartReport.load(tmp_path / "run" / "report")
+    assert str(report) in done.output
+    assert report.num_batches == 2
+    assert report.losses[1] < report.losses[0]
+    assert not (tmp_path / "run" / "statistics.safetensors").exists()
+    tokenizer = AutoTokenizer.from_pretrained(files / "base")
+    texts = [json.loads(line)["text"] for line in (files / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    batches = []
+    for start in (0, 3):
+        tokens = [tokenizer(text, truncation=True, max_length=32)["input_ids"] for text in texts[start : start + 3]]
+        width = max(map(len, tokens))
+        padded, labels = (torch.tensor([row + [value] * (width - len(row)) for row in tokens]) for value in (0, -100))
+        batches.append({"input_ids": padded, "attention_mask": (labels >= 0).long(), "labels": labels})
+    assert any((batch["labels"] == -100).any() for batch in batches)
+    targets = ["q_proj", "down_proj"]
+    base = LlamaForCausalLM.from_pretrained(files / "base")
+    model = lora(base, r=2, lora_alpha=2, target_modules=targets)
+    mine = initialize(model, batches, method)
+    assert report.losses == pytest.approx(mine.losses, rel=1e-5)
+    assert report.ranks == mine.ranks
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for name, value in model.state_dict().items():
+        key = name.replace(".default", "")
+        if "lora_B" in name:
+            assert cosine(weights[key], value) >= 0.99, name
+
+
+def test_methods_from_gradients_need_a_loss_of_tokens_and_some_a_base_in_floats(files, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaForCausalLM.from_pretrained(files / "base").config
+    LlamaForTokenClassification(config).save_pretrained(tmp_path / "classes")
+    options = ["--data", files / "train.jsonl", "--output", tmp_path / "run"]
+    done = invoke("init", tmp_path / "classes", "--method", "lora-one", *options)
+    assert done.exit_code == 1
+    assert "method='lora-one' takes the loss that a language model returns, a LlamaForTokenClass" in done.output
+    done = invoke("init", files / "base", "--method", "lora-ga", "--quantize", "nf4", *options)
+    assert done.exit_code == 2
+    assert "--quantize: not with --method lora-ga" in done.output
+
+
+@needs(LOADS_BITSANDBYTES)
+def test_init_starts_quantised_bases_from_gradients(files, tmp_path):
+    done = invoke(
+        "init", files / "base", "--method", "lora-one", "--quantize", "nf4", "--data", files / "train.jsonl",
+        "--output", tmp_path / "run", "--rank", 2, "--max-batches", 1, "--max-length", 16, "--quiet",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    before, after = StartReport.load(tmp_path / "run" / "report").losses
+    assert after < before
 
 
 @pytest.mark.parametrize(

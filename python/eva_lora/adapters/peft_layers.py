@@ -33,6 +33,10 @@ class ConvSite(LoraSite):
     def rows(self) -> Rows | None:
         return self.patches
 
+    def output_rows(self, output: Tensor) -> Tensor:
+        spatial = 0 if self.patches is None else len(self.patches.stride)
+        return output.movedim(-1 - spatial, -1)  # of one sample without its batch dimension, too
+
 
 @dataclass(frozen=True)
 class AttentionSite(LoraSite):

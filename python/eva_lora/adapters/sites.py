@@ -93,6 +93,11 @@ class LoraSite:
         """
         return (LayerInput(first_tensor(self.name, args, kwargs)),)
 
+    def output_rows(self, output: Tensor) -> Tensor:
+        """What :attr:`module` puts out, or its gradient, as (..., out): a view, in the order of the rows of what it
+        was called with."""
+        return output
+
 
 def first_tensor(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The first tensor of a call.

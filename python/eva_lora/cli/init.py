@@ -7,6 +7,7 @@ import click
 
 from ..config import DEFAULT_MAX_BATCHES, EvaConfig
 from .options import (
+    FROM_GRADIENTS,
     METHODS,
     QUANTIZERS,
     SCORED,
@@ -33,6 +34,7 @@ from .running import (
 )
 
 MAX_LENGTH = 512
+UNCOUNTED = -100  # the label that losses leave out
 PREDICTION_BATCHES = 100  # the paper needs about 90
 
 
@@ -41,7 +43,7 @@ PREDICTION_BATCHES = 100  # the paper needs about 90
 @click.option("--data", multiple=True, metavar="PATH",
               help="jsonl, text, csv or parquet files, or one folder that datasets saved; repeatable.")  # fmt: skip
 @click.option("--method", type=click.Choice([*METHODS]), default="eva", show_default=True,
-              help="How A and B start; all but eva keep ranks unless --rho or a budget is given.")  # fmt: skip
+              help="How A and B start; all but eva and gora keep ranks unless --rho or a budget is given.")  # fmt: skip
 @click.option("--budget", type=click.IntRange(1), help="Ranks to give.  [default: the sum of the configured ranks]")
 @click.option("--keep-data", multiple=True, metavar="PATH", help="For sc-lora: data of what is to be kept.")
 @click.option(
@@ -79,6 +81,8 @@ def init(context: click.Context, /, model: str, output: Path | None, **params: A
     """Initialise LoRA for MODEL from data; write adapter, plan, statistics and report.
 
     With --method A and B start by another method (docs: Methods); some look at weights alone and take no --data.
+    lora-ga, lora-ga-a2r, lora-one and gora start from gradients of a language model's own loss, whose labels are the
+    data's tokens that count (docs: Gradients), of --max-batches batches, 32 if not given.
 
     With --quantize and --repair A and B undo most of what quantising the base did to its layers' outputs (docs:
     Quantised bases); adapter and report are written then.
@@ -118,7 +122,10 @@ def _run(
     if params["method"] != "eva":
         assert output is not None
         if ranks > 1:
-            raise ValueError("method: expected one process; several make statistics with eva_lora.collect")
+            raise ValueError(
+                "method: expected one process; several start in Python: statistics of eva_lora.collect, or batches "
+                "where gradients are taken, and eva_lora.initialize on each"
+            )
         _start(pretrained, config, output, params)
         return
     batches, num_records = _batches(pretrained, config, params, (rank, ranks))
@@ -153,7 +160,9 @@ def _run(
         context.exit(EXIT_NOT_CONVERGED)
 
 
-def _batches(pretrained: Any, config: EvaConfig, params: dict[str, Any], shard: tuple[int, int]) -> tuple[Any, int]:
+def _batches(
+    pretrained: Any, config: EvaConfig, params: dict[str, Any], shard: tuple[int, int], *, for_loss: bool = False
+) -> tuple[Any, int]:
     from .datafiles import read_records
     from .textdata import TextBatches
 
@@ -164,10 +173,11 @@ def _batches(pretrained: Any, config: EvaConfig, params: dict[str, Any], shard: 
     max_length = _max_length(params["max_length"], limits.context)
     batches = TextBatches(
         records, tokenizer, batch_size=params["batch_size"], max_length=max_length,
-        text_field=params["text_field"], assistant_only=params["assistant_only"], with_labels=pretrained.takes_labels,
-        label_mask_value=config.label_mask_value, seed=config.seed if params["shuffle"] else None,
-        shard=shard, vocabulary=limits.vocabulary, paths=params["data"],
-        checked_batches=config.max_batches or DEFAULT_MAX_BATCHES,
+        text_field=params["text_field"], assistant_only=params["assistant_only"],
+        with_labels="always" if for_loss else pretrained.takes_labels,
+        label_mask_value=UNCOUNTED if for_loss else config.label_mask_value,
+        seed=config.seed if params["shuffle"] else None, shard=shard, vocabulary=limits.vocabulary,
+        paths=params["data"], checked_batches=config.max_batches or DEFAULT_MAX_BATCHES,
     )  # fmt: skip
     return batches, len(records)
 
@@ -233,7 +243,7 @@ def _require_data(params: dict[str, Any]) -> None:
         raise click.UsageError(f"--budget: {method} has no scores to give ranks by; {', '.join(SCORED)} have")
     if method != "eva":
         for name in ("checkpoint", "require_convergence", "plots", "dora", "dry_run", "quantize", "repair"):
-            if params[name]:
+            if params[name] and not (name == "quantize" and FROM_GRADIENTS.get(method)):
                 raise click.UsageError(f"--{name.replace('_', '-')}: not with --method {method}")
 
 
@@ -242,25 +252,34 @@ def _start(pretrained: Any, config: EvaConfig, output: Path, params: dict[str, A
     from dataclasses import replace
 
     from .. import METHODS as TABLE
-    from .. import collect, initialize
+    from .. import EvaStatistics, collect, initialize
     from ..adapters import find_adapter
+    from ..descending import DEFAULT_BATCHES
     from ..starting import config_for
 
     method, quiet = params["method"], params["quiet"] or params["as_json"]
+    from_gradients = method in FROM_GRADIENTS
+    if from_gradients and not pretrained.predicts_tokens:
+        raise ValueError(
+            f"model: method={method!r} takes the loss that a language model returns, a "
+            f"{pretrained.model_class.__name__} has none of its tokens; call eva_lora.initialize with a loss_fn"
+        )
     model = pretrained.load()
     if params["rho"] is None:
         config = replace(config, rho=1.0)
+    if from_gradients:
+        config = replace(config, max_batches=config.max_batches or DEFAULT_BATCHES)
     wanted = config_for(find_adapter(model), TABLE[method], config)
 
     def known(paths: Any) -> Any:
-        batches, _ = _batches(pretrained, config, {**params, "data": paths}, (0, 1))
-        return collect(model, batches, wanted, progress=not quiet)
+        batches, _ = _batches(pretrained, config, {**params, "data": paths}, (0, 1), for_loss=from_gradients)
+        return batches if from_gradients else collect(model, batches, wanted, progress=not quiet)
 
-    statistics, kept = (known(params[name]) if params[name] else None for name in ("data", "keep_data"))
-    report = initialize(model, statistics, method, wanted, keep=kept, budget=params["budget"])
+    data, kept = (known(params[name]) if params[name] else None for name in ("data", "keep_data"))
+    report = initialize(model, data, method, wanted, keep=kept, budget=params["budget"])
     pretrained.lora_config.save_pretrained(output / "lora")
-    for name, one in (("statistics", statistics), ("statistics-to-keep", kept)):
-        if one is not None:
+    for name, one in (("statistics", data), ("statistics-to-keep", kept)):
+        if isinstance(one, EvaStatistics):
             one.save(output / f"{name}.safetensors")
     model.save_pretrained(output / "adapter")
     report.save(output / "report")

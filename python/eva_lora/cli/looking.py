@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import METHODS
+from .options import FROM_GRADIENTS, METHODS
 from .running import Command, json_option, print_facts, print_json, print_table
 
 
@@ -57,7 +57,8 @@ def _saved(path: Path) -> Any:
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--method", "methods", multiple=True, type=click.Choice([name for name in METHODS if name != "eva"]),
+    "--method", "methods", multiple=True,
+    type=click.Choice([name for name in METHODS if name not in ("eva", *FROM_GRADIENTS)]),
     help="Say what a method would take, from FIRST's statistics and its model's weights; repeatable.",
 )  # fmt: skip
 @json_option

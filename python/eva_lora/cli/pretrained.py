@@ -177,6 +177,11 @@ class Pretrained:
         """Whether the model's forward accepts per-token labels."""
         return str(self.lora_config.task_type).rpartition(".")[2] in ("CAUSAL_LM", "TOKEN_CLS")
 
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model returns a loss where labels are the tokens themselves."""
+        return str(self.lora_config.task_type).rpartition(".")[2] == "CAUSAL_LM"
+
     def tokenizer(self) -> Any:
         """Raises ValueError if the model comes with none."""
         import transformers

@@ -4,7 +4,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ _GIVEN = {"messages", "prompt", "completion", "tools", "chat_template_kwargs"}
 
 
 class TextBatches:
-    """Records as padded batches: input_ids, attention_mask, and labels where not every token counts.
+    """Records as padded batches: input_ids, attention_mask, and labels where not every token counts, or always.
 
     A record is a chat ("messages"), a "prompt" with its "completion" (text or chats), or a text. Chats are rendered by
     the tokenizer's chat template, with the record's "tools" and what its "chat_template_kwargs" hold, as TRL does.
@@ -33,7 +33,7 @@ class TextBatches:
         max_length: Tokens per record, cut behind.
         text_field: The field that holds the text. None: found by the rules above.
         assistant_only: Count only what the assistant says; the chat template must mark it.
-        with_labels: Whether the model takes labels; without, every token counts.
+        with_labels: Whether the model takes labels; without, every token counts. "always": every batch has them.
         label_mask_value: The label of tokens that do not count.
         seed: Order of the records. None: as they are.
         shard: (rank, ranks): every ``ranks``-th batch, from number ``rank`` on.
@@ -55,7 +55,7 @@ class TextBatches:
         max_length: int = 512,
         text_field: str | None = None,
         assistant_only: bool = False,
-        with_labels: bool = True,
+        with_labels: bool | Literal["always"] = True,
         label_mask_value: int = -100,
         seed: int | None = None,
         shard: tuple[int, int] = (0, 1),
@@ -145,7 +145,7 @@ class TextBatches:
             counted = torch.tensor(counts, dtype=torch.bool, device="cpu")
             labels[row, : len(tokens)] = torch.where(counted, ids[row, : len(tokens)], self._uncounted)
         batch = {"input_ids": ids, "attention_mask": mask}
-        if self._with_labels and not all(all(counts) for _, counts in encoded):
+        if self._with_labels == "always" or (self._with_labels and not all(all(counts) for _, counts in encoded)):
             batch["labels"] = labels
         return batch
 

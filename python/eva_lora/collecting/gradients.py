@@ -213,28 +213,38 @@ class _Layer:
         x, right = given.tensor.detach(), self._asked.right
         if right is not None:
             with torch.no_grad(), without_autocast(x.device):
-                x = projected(x, self._on(x, right), dtype=_kept_in(x))
+                basis, dtype = right.to(x.device), _kept_in(x)
+                images = [projected(piece, basis, dtype=dtype) for piece in self._pieces(x)]
+                x = images[0] if len(images) == 1 else torch.cat(images)
         made: Tensor = _Handing.apply(output, self._anchor, x, self)  # type: ignore[no-untyped-call]
         return made
 
     def add(self, gradient: Tensor, kept: Tensor) -> None:
-        """Rows δ, and what was kept of the rows x."""
-        left, whole = self._asked.left, self._asked.whole
-        dtype = _kept_in(gradient)
+        """The outputs' gradient, whose rows are δ, and what was kept of the rows x."""
+        left, dtype = self._asked.left, _kept_in(gradient)
         with torch.no_grad(), without_autocast(gradient.device):
-            rows, weights = gradient, kept
-            if left is not None:
-                rows, weights = kept, projected(gradient, self._on(gradient, left), dtype=dtype)
-            elif whole:
-                weights = kept.reshape(-1, kept.shape[-1])
-            if self.product is None:
-                shape = rows.shape[-1], weights.shape[-1]
-                self.product = torch.zeros(shape, dtype=dtype, device=gradient.device)
-            outer_add_(self.product, rows, weights)
+            rows = self._site.output_rows(gradient)
+            if self._asked.right is not None:
+                self._add(rows, kept, dtype)
+                return
+            rows = (
+                rows.reshape(-1, rows.shape[-1]) if left is None else projected(rows, left.to(rows.device), dtype=dtype)
+            )
+            done = 0
+            for piece in self._pieces(kept):
+                mine = rows[done : done + len(piece)]
+                self._add(*((mine, piece) if left is None else (piece, mine)), dtype)
+                done += len(piece)
 
-    @staticmethod
-    def _on(x: Tensor, basis: Tensor) -> Tensor:
-        return basis.to(x.device)
+    def _add(self, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> None:  # (..., a), (n, b)
+        if self.product is None:
+            self.product = torch.zeros(rows.shape[-1], weights.shape[-1], dtype=dtype, device=rows.device)
+        outer_add_(self.product, rows, weights)
+
+    def _pieces(self, x: Tensor) -> Iterable[Tensor]:  # each (n, d)
+        """The rows x, in order: all at once, or of a convolution so many patches at a time."""
+        rows = self._site.rows
+        return (x.reshape(-1, x.shape[-1]),) if rows is None else rows.pieces(x)
 
 
 class _Handing(torch.autograd.Function):

@@ -22,7 +22,9 @@ from .run import Run
 __all__ = ["Change", "Outputs", "Visits"]
 
 Visit = Callable[[str, Tensor], None]  # a layer's name, some of its rows (n, d)
-Change = Callable[[Tensor], Tensor]  # a layer's inputs (..., d) -> what is added to its outputs
+Change = Callable[
+    [Tensor], Tensor
+]  # a layer's inputs (..., d), or rows (n, d) -> what is added to its outputs (..., out)
 
 
 class Outputs(NamedTuple):
@@ -152,7 +154,12 @@ def own(batch: Any) -> Any:
 def _adding(site: LoraSite, change: Change) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         (given,) = site.inputs(args, kwargs)
-        return output + change(given.tensor).to(output.dtype)
+        x, rows = given.tensor, site.rows
+        added = change(x) if rows is None else torch.cat([change(piece) for piece in rows.pieces(x)])
+        changed = output.clone()
+        of_rows = site.output_rows(changed)
+        of_rows += added.reshape(of_rows.shape).to(output.dtype)
+        return changed
 
     return hook
 
