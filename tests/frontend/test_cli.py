@@ -534,9 +534,10 @@ def test_the_command_line_knows_the_table():
     from eva_lora import METHODS as TABLE
     from eva_lora.cli.options import METHODS, SCORED
 
-    known = {name: method.data != "none" for name, method in TABLE.items() if method.data != "gradients"}
-    assert {"eva": True, **known} == METHODS
-    assert ("eva", *(name for name in known if TABLE[name].scores)) == SCORED
+    assert {"eva": True, **{name: method.data != "none" for name, method in TABLE.items()}} == METHODS
+    from_gradients = {name: method.base == "kept" for name, method in TABLE.items() if method.data == "gradients"}
+    assert from_gradients == FROM_GRADIENTS
+    assert ("eva", *(name for name, method in TABLE.items() if method.scores)) == SCORED
 
 
 def plain_exports(run, out):
@@ -566,9 +567,6 @@ def plain_exports(run, out):
     assert "export_plain makes an ordinary adapter of it first" in done.output
     done = invoke("export", out / "plain", "--output", out / "again", "--plain")
     assert "leaves the base as it is" in done.output
-    assert {"eva": True, **{name: method.data != "none" for name, method in TABLE.items()}} == METHODS
-    from_gradients = {name: method.base == "kept" for name, method in TABLE.items() if method.data == "gradients"}
-    assert from_gradients == FROM_GRADIENTS
 
 
 def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, tmp_path):
