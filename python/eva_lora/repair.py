@@ -90,7 +90,8 @@ def fit_quantization_error(
             model. None: no inputs are known and R = I, which ``method="loftq"`` asks for by name.
         float_weights: The base's weights before it was quantised: a folder with safetensors, which are read layer by
             layer, a model's id on the hub, a state dict, or the float model. None: what the model says it was loaded
-            from.
+            from. Where the model's norms are others than there, as AWQ leaves them, a layer's rows and columns are
+            scaled until they are like those of its base.
         config: :class:`EvaConfig` (or PEFT's), for the pass over the batches and for ranks: with ``rho`` above 1 ranks
             move to the layers where they give back most of the output's energy, E‖W x‖², under the same total; with 1
             every layer keeps its own. None: as in :func:`eva_lora.eva_initialize`.
@@ -140,13 +141,18 @@ def fit_quantization_error(
         require_whole(model)
         require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
-        source = LayerWeights(bases, floats, dequantize, tied_weights(model))
+        norm = rescaled_norm(model, floats)
+        source = LayerWeights(bases, floats, dequantize, tied_weights(model), rescaled=norm is not None)
         if passes > 1 and chosen.rho != 1:
             raise ValueError(f"passes: expected 1 where ranks move, got {passes}; give config=EvaConfig(rho=1)")
         if rounds > 1:
             if chosen.rho != 1:
                 raise ValueError(f"rounds: expected 1 where ranks move, got {rounds}; give config=EvaConfig(rho=1)")
             source.require_requantizable(requantize)
+            if norm is not None:
+                raise ValueError(
+                    f"rounds: expected 1 on a base whose weights were rescaled, got {rounds}: {norm} differs"
+                )
 
         held: list[Any] = []
         visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
@@ -203,6 +209,12 @@ def fit_quantization_error(
             of_model = model_errors(visits, held, source.error_of, factors)
         adapter.apply(plan)
     notes = plan.notes
+    if norm is not None:
+        notes = (
+            *notes,
+            f"{norm} is another than with the float weights: the quantiser has moved scales between layers, as AWQ "
+            "does, and the float weights' rows and columns were scaled likewise",
+        )
     if of_model.reason:
         notes = (*notes, f"What becomes of it at the model's end was not measured: {of_model.reason}")
     layers = {name: _layer(fit, plan.sites[name], split, errors.get(name)) for name, fit in fits.items()}
@@ -383,6 +395,17 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     names = {id(module): name for name, module in inner.named_modules()}
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     return {names[id(head)]: names[id(embedding)]} if id(head) in names and id(embedding) in names else {}
+
+
+def rescaled_norm(model: nn.Module, floats: FloatWeights) -> str | None:
+    """The first norm of a model whose weight is another than among the float weights; None where all are the same."""
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
+    for name, parameter in inner.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and parameter.ndim == 1 and floats.has_another(layer, parameter):
+            return str(layer)
+    return None
 
 
 def loaded_from(model: nn.Module) -> str:

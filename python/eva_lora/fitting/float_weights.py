@@ -18,6 +18,9 @@ SAME_DIRECTION = 0.5  # cosine of a weight and what a quantiser made of it; that
 
 SAME_LENGTH = 2.0  # times: more is a scale that was left out
 
+SAME_NORM = 2.0**-6  # of a norm's largest entry: what short dtypes round off
+RESCALING_STEPS = 30  # each of them two small sums over the weight
+
 
 class FloatWeights:
     """The weights of a model's layers by the layers' names, read when they are asked for.
@@ -87,13 +90,31 @@ class FloatWeights:
             )
         return found[0]
 
-    def read(self, name: str, quantized: Tensor, *, fan_in_fan_out: bool = False) -> Tensor:  # (out, in) float32
+    def has_another(self, name: str, weight: Tensor) -> bool:  # (n,)
+        """Whether there is a weight of a norm of that name, and it is another than this, beyond rounding."""
+        try:
+            here = self._get(self.key_of(name)).detach()
+        except ValueError:
+            return False
+        if (
+            here.shape != weight.shape
+            or not here.is_floating_point()
+            or "meta" in (here.device.type, weight.device.type)
+        ):
+            return False
+        here, there = here.float().cpu(), weight.detach().float().cpu()
+        return bool((here - there).abs().max() > SAME_NORM * here.abs().max())
+
+    def read(
+        self, name: str, quantized: Tensor, *, fan_in_fan_out: bool = False, rescale: bool = False
+    ) -> Tensor:  # (out, in) float32
         """A layer's weight, on the device of what a quantiser made of it.
 
         Args:
             name: The layer's.
             quantized: (out, in), what the layer computes with.
             fan_in_fan_out: Whether weights are kept as (in, out).
+            rescale: Whether rows and columns are scaled to be like those of ``quantized``.
 
         Raises:
             ValueError: there is none, it has another shape or is quantised itself, or is no weight that this could be
@@ -111,6 +132,8 @@ class FloatWeights:
                 f"{tuple(matrix.shape)}"
             )
         matrix = matrix.to(quantized.device, torch.float32, copy=True)
+        if rescale:
+            rescale_like_(matrix, quantized)
         product = torch.dot(matrix.flatten(), quantized.flatten())  # without a third matrix
         cosine = float(product / (matrix.norm() * quantized.norm()).clamp_min(1e-30))
         longer = float(matrix.norm() / quantized.norm().clamp_min(1e-30))
@@ -122,6 +145,20 @@ class FloatWeights:
         return matrix
 
 
+def rescale_like_(matrix: Tensor, quantized: Tensor) -> None:  # (out, in) float32, both
+    """Scale a matrix's rows and columns, in place, until it is as near to another as that brings it.
+
+    By alternating least squares: out + in numbers are fitted to out · in, which leaves all of the other's rounding
+    error but about one part in out, and one in in.
+    """
+    squares, products = matrix.square(), matrix * quantized
+    rows, columns = matrix.new_ones(len(matrix)), matrix.new_ones(matrix.shape[1])
+    for _ in range(RESCALING_STEPS):
+        columns = (rows @ products) / (rows.square() @ squares).clamp_min(1e-30)
+        rows = (products @ columns) / (squares @ columns.square()).clamp_min(1e-30)
+    matrix.mul_(rows[:, None]).mul_(columns)
+
+
 class LayerWeights:
     """Layers' float weights and what their bases compute with, read one layer at a time.
 
@@ -130,6 +167,8 @@ class LayerWeights:
         floats: The weights before they were quantised.
         dequantize: As in :func:`eva_lora.fit_quantization_error`.
         tied: Layer → the module whose weight it has, which a file may hold instead.
+        rescaled: Whether the base's weights were scaled before they were quantised, with norms or layers before them
+            scaled back, as AWQ does; the float weights are then scaled likewise.
 
     Raises:
         ValueError: a layer has no float weight.
@@ -141,8 +180,9 @@ class LayerWeights:
         floats: FloatWeights,
         dequantize: Dequantize | None = None,
         tied: Mapping[str, str] | None = None,
+        rescaled: bool = False,
     ) -> None:
-        self._bases, self._floats, self._dequantize = bases, floats, dequantize
+        self._bases, self._floats, self._dequantize, self._rescaled = bases, floats, dequantize, rescaled
         self._kept_as = {name: name if floats.has(name) else (tied or {}).get(name, name) for name in bases}
         for name in self._kept_as.values():
             floats.key_of(name)
@@ -151,7 +191,10 @@ class LayerWeights:
         """W, and Q that the layer computes with, on the layer's device."""
         base = self._bases[name]
         quantized = base.read(self._dequantize)
-        return self._floats.read(self._kept_as[name], quantized, fan_in_fan_out=base.fan_in_fan_out), quantized
+        weight = self._floats.read(
+            self._kept_as[name], quantized, fan_in_fan_out=base.fan_in_fan_out, rescale=self._rescaled
+        )
+        return weight, quantized
 
     def bias_beside(self, name: str) -> bool:
         """Whether a layer's adapter has a bias."""
