@@ -212,8 +212,8 @@ def fit_quantization_error(
     if norm is not None:
         notes = (
             *notes,
-            f"{norm} is another than with the float weights: the quantiser has moved scales between layers, as AWQ "
-            "does, and the float weights' rows and columns were scaled likewise",
+            f"{norm} is another than with the float weights, as where a quantiser moves scales between layers (AWQ): "
+            "the float weights' rows and columns were scaled to be like the base's",
         )
     if of_model.reason:
         notes = (*notes, f"What becomes of it at the model's end was not measured: {of_model.reason}")
