@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_kernels._double import double
+from eva_kernels._transfer import sent
 
 from .peft_layers import factors
 from .preflight import living
@@ -91,8 +92,12 @@ class Start(nn.Module):
         else:
             added = nn.functional.linear(nn.functional.linear(x, a), b)
         one, *more = lacking
-        scale = added.new_tensor(lacking).view(-1, *[1] * (added.ndim - 1)) if more else one
-        return output + (added * scale).to(output.dtype)
+        if more:
+            scale = sent(torch.tensor(lacking, dtype=added.dtype, device="cpu"), added.device)
+            added *= scale.view(-1, *[1] * (added.ndim - 1))
+        else:
+            added *= one
+        return output + added.to(output.dtype)
 
     def acts_with(self) -> float:
         """What the adapter's B A is multiplied with in the base weight, where it is merged into it; else 0.
