@@ -78,7 +78,7 @@ STARTS = {
     "milora": Start("MiLoRA", "#1f7a8c", method="milora"),
     "mica": Start("MiCA", "#b5651d", method="mica"),
     "lora_ga": Start("LoRA-GA", "#d1495b", method="lora-ga"),
-    "lora_one": Start("LoRA-One", "#00798c", method="lora-one"),
+    "lora_one": Start("LoRA-One", "#6a994e", method="lora-one"),
     "nf4_lora": Start("nf4, default LoRA", "#999999", quantised=True),
     "nf4_eva": Start("nf4, EVA", "#56a0d3", eva=RHO1, quantised=True),
     "nf4_loftq": Start("nf4, LoftQ", "#c96f16", method="loftq", quantised=True),
