@@ -111,8 +111,7 @@ def run(name: str, folder: Path, echo: Callable[[str], object] = print, *, short
 def run_all(names: Sequence[str], folder: Path, processes: int, *, short: bool = False) -> None:
     """The studies side by side, with one thread a process: runs are too small to share one between two cores.
 
-    Raises:
-        Whatever a study raises, when those that were running have ended.
+    What a study raises comes out when those that were running have ended; what they made is kept.
     """
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_alone) as pool:

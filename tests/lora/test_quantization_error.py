@@ -729,5 +729,9 @@ def test_float_weights_are_scaled_as_the_base_s_are(floats):
 
 
 def test_a_base_with_the_norms_of_its_float_weights_is_not_rescaled(floats):
+    floats, generator = copy.deepcopy(floats), torch.Generator().manual_seed(4)
+    for name, weight in floats.named_parameters():
+        if weight.ndim == 1 and "norm" in name:
+            weight.data = torch.rand(len(weight), generator=generator) + 0.5  # bfloat16 rounds them off
     report = repaired(lora(quantised(floats, group=16).bfloat16()), floats)
     assert not any("moves scales" in note for note in report.notes)
