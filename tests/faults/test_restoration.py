@@ -1,5 +1,6 @@
 """Whatever fails, and wherever, the model and the process are afterwards what they were before."""
 
+import contextlib
 import gc
 import inspect
 import random
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:EVA stopped at")
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (eva_lora, eva_kernels))
 #: What gives things back; an exception of its own inside it is not a failed pass any more.
-RESTORING = {"restore", "borrowed", "disabled", "hooks", "_set_submodule"}
+RESTORING = {"restore", "_switch_cache", "borrowed", "disabled", "hooks", "_set_submodule"}
 #: Asked, too, of a tensor that has come to lie where another has been: how often is up to the memory.
 NOT_COUNTED_ON = {"is_same"}
 
@@ -169,6 +170,33 @@ def test_gradient_checkpointing_is_off_while_the_pass_runs():
     collect(model, token_batches(2), EvaConfig(max_batches=2), progress=False, forward_fn=look)
     assert seen == [[False] * len(switched)] * 2
     assert all(m.gradient_checkpointing for m in switched)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+def test_no_keys_and_values_are_kept_and_the_configs_switch_is_given_back(fails):
+    base = tiny_llama()
+    model, kept = lora(base), []
+
+    def look(inner, batch):
+        kept.append(inner(**batch).past_key_values)
+        if fails:
+            raise RuntimeError("no further")
+
+    assert base.config.use_cache
+    with pytest.raises(RuntimeError, match="no further") if fails else contextlib.nullcontext():
+        collect(model, token_batches(2), EvaConfig(max_batches=2), progress=False, forward_fn=look)
+    assert base.config.use_cache
+    assert kept == ([None] if fails else [None, None])
+
+
+def test_a_batch_that_asks_for_keys_and_values_has_them():
+    kept = []
+    batch = {**token_batches(1)[0], "use_cache": True}
+    collect(
+        lora(tiny_llama()), [batch], EvaConfig(max_batches=1), progress=False,
+        forward_fn=lambda inner, fields: kept.append(inner(**fields).past_key_values),
+    )  # fmt: skip
+    assert kept[0].get_seq_length() == batch["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("statistic", ["gram", "subspace"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,15 +21,16 @@ _NOTHING = nullcontext()
 
 @contextmanager
 def borrowed(outline: ModelOutline, *, backward: bool = False) -> Iterator[None]:
-    """Within it the model is in eval mode, without gradients and without gradient checkpointing.
+    """Within it the model is in eval mode, without gradients, gradient checkpointing and a cache of keys and values.
 
-    With ``backward`` there are gradients, and modules that checkpoint activations stay as they are: many do so in
-    training mode alone.
+    That cache is for tokens to come, of which a pass has none; transformers' trainers switch it off likewise, and a
+    forward that asks for it has it. With ``backward`` there are gradients, and modules that checkpoint activations
+    stay as they are: many do so in training mode alone.
 
     Afterwards, also after an exception or Ctrl-C, these are what they were, whatever the loader or a ``forward_fn``
     did to them: every module's training flag, gradient checkpointing flag and (unless the model is compiled or
-    wrapped) hooks; the grad and autocast modes; the global random generators, torch's (also of the model's GPUs),
-    Python's and NumPy's. The kernels' scratch memory is let go.
+    wrapped) hooks; the configs' switch of that cache; the grad and autocast modes; the global random generators,
+    torch's (also of the model's GPUs), Python's and NumPy's. The kernels' scratch memory is let go.
     """
     devices = {parameter.device for parameter in outline.parameters}
     with ExitStack() as stack:
@@ -36,6 +38,9 @@ def borrowed(outline: ModelOutline, *, backward: bool = False) -> Iterator[None]
         stack.callback(_modes(devices))
         stack.enter_context(same_generators(devices))
         stack.callback(_module_flags(outline.modules))
+        caching = _caching_configs(outline.modules)
+        stack.callback(_switch_cache, caching, True)
+        _switch_cache(caching, False)
         if wrapped(outline) is None:  # wrappers hang hooks of their own on modules, some of them in the first forward
             stack.callback(_hooks(outline.modules))
         for module in outline.modules:
@@ -64,6 +69,16 @@ def _autocast_off(device: torch.device) -> Iterator[None]:
             if torch.amp.is_autocast_available(kind):  # "meta" has none
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def _caching_configs(modules: list[nn.Module]) -> list[Any]:
+    configs = {id(config): config for config in (vars(module).get("config") for module in modules)}
+    return [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+
+
+def _switch_cache(configs: list[Any], on: bool) -> None:
+    for config in configs:
+        config.use_cache = on
 
 
 def _module_flags(modules: list[nn.Module]) -> Callable[[], None]:
