@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import choose_impl
+from .core import core_runs, outer_core, projected_core
 from .power import LowRank, leading_part, random_basis, range_basis
 from .reference import outer_reference, projected_reference
 
@@ -41,6 +42,8 @@ def outer_add_(
         raise ValueError(f"product: expected shape {wanted}, got {tuple(product.shape)}")
     if choose_impl(impl, rows, product) == "triton":
         _outer_op(product, rows, weights, row_mask)
+    elif impl == "auto" and core_runs(rows, weights.shape[-1], product.dtype):
+        outer_core(product, rows, weights.to(product.dtype), row_mask)
     else:
         outer_reference(product, rows, weights, row_mask)
 
@@ -64,6 +67,8 @@ def projected(
         raise ValueError(f"basis: expected shape ({rows.shape[-1]}, q), got {tuple(basis.shape)}")
     if choose_impl(impl, rows, rows.new_empty(0, dtype=dtype)) == "triton":
         return _projected_op(rows, basis, row_mask)
+    if impl == "auto" and core_runs(rows, basis.shape[1], dtype, basis.dtype):
+        return projected_core(rows, basis, row_mask)
     return projected_reference(rows, basis, row_mask, dtype)
 
 

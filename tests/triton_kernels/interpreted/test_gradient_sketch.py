@@ -24,8 +24,8 @@ LAYOUTS = {
 
 
 def of_weights(dtype):
-    """What share of weights is lost at most: with bfloat16 rows they are two bfloat16, the second half of an ulp of the
-    first at most."""
+    """What share of weights is lost at most: with bfloat16 rows they are two bfloat16, and of half an ulp, which the
+    first leaves, half an ulp is left."""
     return UNIT_ROUNDOFF[torch.bfloat16] ** 2 / 2 if dtype == torch.bfloat16 else 0
 
 
