@@ -127,6 +127,10 @@ def test_it_is_taken_of_bfloat16_rows_alone_and_where_it_rounds_nothing(monkeypa
     outer_add_(product.double(), x, weights, mask)
     projected(x, basis, mask, torch.float64)
     projected(x, basis.float(), mask)
+    with monkeypatch.context() as traced:
+        traced.setattr(torch.compiler, "is_compiling", lambda: True)
+        outer_add_(product, x, weights, mask)
+        projected(x, basis, mask)
     assert not taken
     outer_add_(product, x, weights, mask)
     projected(x, basis, mask)
