@@ -19,12 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 
-from eva_kernels import _dispatch, _triton, gram, subspace
+from eva_kernels import _dispatch, _triton, gradient_sketch, gram, subspace
+from eva_kernels.gradient_sketch import triton as sketch_triton
 from eva_kernels.gram import triton as gram_triton
 from eva_kernels.subspace import triton as subspace_triton
 
 ARCHITECTURE, PROCESSORS, L2_BYTES = "sm_90", 132, 50 << 20  # of an H100 SXM
-MODULES = (_dispatch, _triton, gram, subspace, gram_triton, subspace_triton)
+MODULES = (_dispatch, _triton, gram, subspace, gradient_sketch, gram_triton, subspace_triton, sketch_triton)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Callable, Hashable
+from math import isqrt
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ VECTOR = 8  # elements: 16 bytes of a 16-bit dtype, the widest asynchronous copy
 # exception: where they start decides which kernel reads them.)
 FOREIGN = [
     "shift_ptr", "mask_ptr", "g_ptr", "basis_ptr", "column_sum_ptr", "square_sum_ptr", "target_ptr",
+    "factor_ptr",
 ]  # fmt: skip
 CONSTANTS_TOO = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # a compiled kernel is called with them
 TOTALS_ROWS, TOTALS_COLUMNS, TOTALS_STEP = 256, 128, 16  # of one program's float32 sums, and rows a pass
@@ -82,6 +84,15 @@ def launch_options(kernel: Any, warps: int = WARPS, stages: int = STAGES) -> dic
 def current_stream(device: torch.device) -> int:
     """The stream that launches on a device go to."""
     return 0 if INTERPRETED else int(driver.active.get_current_stream(device.index))
+
+
+def shares_of(steps: int, programs: int, processors: int) -> int:
+    """How many programs share the ``steps`` of a loop that each of ``programs`` would walk: until they fill the chip.
+
+    And no further than the root of what there is to share: adding up a share costs its program about as much as a step,
+    so that beyond it the last to arrive would take longer than sharing saves.
+    """
+    return max(1, min(processors // programs, isqrt(steps)))
 
 
 def kind_of(x: Tensor, row_mask: Tensor | None, target: Tensor) -> tuple[Hashable, ...]:
@@ -162,6 +173,13 @@ def rounded_to_tf32(x):
 
 
 @triton.jit
+def rounded_to_bfloat16(x):
+    """Float32 that bfloat16 holds, to nearest: a cast is to nearest on some devices and cuts on others."""
+    bits = x.to(tl.int32, bitcast=True) + 0x8000 & ~0xFFFF
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def _half(part, second: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """The first or second half of N columns."""
     left, right = tl.split(tl.permute(tl.reshape(part, (M, 2, N // 2)), (0, 2, 1)))
@@ -179,6 +197,16 @@ def piece_of(acc, piece: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COLUMNS
         if N >> level > COLUMNS:
             part = _half(part, (piece * COLUMNS // (N >> level + 1)) % 2, M, N >> level)
     return part
+
+
+@triton.jit
+def sum_of_shares(shares, splits, step: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of what programs have left, ``step`` apart, in order."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(splits):
+        total += tl.load(shares)
+        shares += step
+    return total
 
 
 @triton.jit

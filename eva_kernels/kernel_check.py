@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import choose_impl
+from .gradient_sketch import outer_add_, projected
 from .gram import gram_accumulate_
 from .subspace import subspace_accumulate_
 from .symmetric_eigen import symmetric_eigen
@@ -61,6 +62,8 @@ def check_kernels(device: torch.device | str) -> list[KernelCheck]:
             label = f"{str(dtype).removeprefix('torch.')} {n} x {d}"
             checks.append(_checked(f"gram {label}", _check_rows, device, x, mask))
             checks.append(_checked(f"subspace {label}", _check_rows, device, x, mask, basis))
+            weights = _normal(n, basis.shape[1], generator)
+            checks.append(_checked(f"gradient_sketch {label}", _check_sketch, device, x, mask, weights, basis))
     for k in _EIGEN_SIZES:
         root = _normal(8, k * k, generator).reshape(8, k, k)
         checks.append(_checked(f"symmetric_eigen float32 8 x {k} x {k}", _check_eigen, device, root @ root.mT))
@@ -96,6 +99,17 @@ def _check_rows(x: Tensor, mask: Tensor, basis: Tensor | None = None) -> tuple[f
     error = max(_relative(result, exact), _relative(totals[0], z.sum(0)), _relative(totals[1], z.square().sum()))
     rounding = 8 * len(z) ** 0.5 * torch.finfo(torch.float32).eps
     return error, max(ALLOWANCE * _relative(plain, exact), rounding)
+
+
+def _check_sketch(x: Tensor, mask: Tensor, weights: Tensor, basis: Tensor) -> tuple[float, float]:
+    """Error, and what may be: of float32 sums, as nothing that is multiplied is rounded to fewer than 16 bits."""
+    basis = basis.bfloat16()
+    product = weights.new_zeros(x.shape[1], weights.shape[1])
+    outer_add_(product, x, weights, mask, impl="triton")
+    z = x[mask].double()
+    images = projected(x, basis, mask, impl="triton")[mask]
+    error = max(_relative(product, z.mT @ weights[mask].double()), _relative(images, z @ basis.double()))
+    return error, 8 * max(x.shape) ** 0.5 * torch.finfo(torch.float32).eps
 
 
 def _check_eigen(matrix: Tensor) -> tuple[float, float]:  # error, and what may be

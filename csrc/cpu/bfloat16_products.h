@@ -22,7 +22,9 @@
 
 #include "gram.h"
 #include "memory.h"
+#include "parallel.h"
 #include "subspace_blocks.h"
+#include "thin.h"
 
 #define EVA_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
@@ -54,6 +56,18 @@ EVA_BF16 inline __m512i pairs(__m512i halves) {
   return _mm512_permutexvar_epi16(order, halves);
 }
 
+// `count` rows of a matrix, of q columns, rounded and as pairs of rows: (padded / 2, padded q), beyond the matrix zeros.
+EVA_BF16 inline void pair_rows(const float* from, int64_t count, int64_t q, uint32_t* to, int64_t padded,
+                               int64_t padded_q) {
+  for (int64_t j = 0; j < padded; j += 2)
+    for (int64_t c = 0; c < padded_q; c += kLanes) {
+      const __mmask16 lanes = first_lanes(q - c);
+      const __m512 even = j < count ? load(from + j * q + c, lanes) : _mm512_setzero_ps();
+      const __m512 odd = j + 1 < count ? load(from + (j + 1) * q + c, lanes) : _mm512_setzero_ps();
+      _mm512_storeu_si512(to + j / 2 * padded_q + c, pairs(halves(even, odd)));
+    }
+}
+
 inline int registers(int64_t c, int64_t q) { return static_cast<int>(std::min(kWide, (q - c) / kLanes)); }
 
 // A block of features, and what is done with it for one chunk of rows after the other. Widths are padded with zeros:
@@ -80,14 +94,7 @@ class Block {
   EVA_BF16 void prepare() {
     std::fill_n(std::copy_n(task_.shift + begin_, width_, shift_.get()), d_ - width_, 0.0f);
     fetch(task_.basis + begin_ * task_.q, width_ * task_.q * sizeof(float));
-    for (int64_t j = 0; j < d_; j += 2)
-      for (int64_t c = 0; c < q_; c += kLanes) {
-        const float* from = task_.basis + (begin_ + j) * task_.q + c;
-        const __mmask16 lanes = first_lanes(task_.q - c);
-        const __m512 even = j < width_ ? load(from, lanes) : _mm512_setzero_ps();
-        const __m512 odd = j + 1 < width_ ? load(from + task_.q, lanes) : _mm512_setzero_ps();
-        _mm512_storeu_si512(&basis_[j / 2 * q_ + c], pairs(halves(even, odd)));
-      }
+    pair_rows(task_.basis + begin_ * task_.q, width_, task_.q, basis_.get(), d_, q_);
   }
 
   // The block's part of P = Z Q for a chunk.
@@ -278,5 +285,139 @@ class Triangle {
   const Array<float> sum_, of_rows_;    // (d): of a chunk's z, and of its x
   const Array<double> squares_;         // (panels)
 };
+
+// The features begin … begin + width of rows in bfloat16 as they are, pairs of features; zeros in the place of rows that
+// are masked or beyond the end, and of features.
+EVA_BF16 inline void copy_rows(const ThinTask& task, Rows rows, int64_t begin, int64_t width, int64_t count,
+                               uint32_t* to) {
+  const uint16_t* x = task.x + begin;
+  for (int64_t r = 0; r < count; ++r, to += width / 2) {
+    const int64_t row = rows.begin + r;
+    const bool counts = row < rows.end && task.counts(row);
+    const uint16_t* from = x + (counts ? row * task.row_stride : 0);
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const __mmask16 lanes = counts ? first_lanes(task.d - begin - j) : static_cast<__mmask16>(0);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j / 2), _mm256_maskz_loadu_epi16(lanes, from + j));
+    }
+  }
+}
+
+// The same, as pairs of rows: (count / 2, padded).
+EVA_BF16 inline void pair_columns(const ThinTask& task, Rows rows, int64_t begin, int64_t width, int64_t padded,
+                                  int64_t count, uint32_t* to) {
+  const uint16_t* x = task.x + begin;
+  for (int64_t row = rows.begin; row < rows.end; ++row) fetch(x + row * task.row_stride, width * sizeof(uint16_t));
+  for (int64_t r = 0; r < count; r += 2, to += padded) {
+    const uint16_t* from[2];
+    bool counts[2];
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t row = rows.begin + r + i;
+      counts[i] = row < rows.end && task.counts(row);
+      from[i] = x + (counts[i] ? row * task.row_stride : 0);
+    }
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      const __mmask16 inside = first_lanes(width - j), none = 0;
+      const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(counts[0] ? inside : none, from[0] + j));
+      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(counts[1] ? inside : none, from[1] + j));
+      _mm512_storeu_si512(to + j, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+  }
+}
+
+// Rows of the factor as two bfloat16 each, the second what the first lacks, in pairs of rows as Product likes.
+template <typename Product>
+EVA_BF16 void split_factor(const ThinTask& task, Rows rows, int64_t count, int64_t q, int64_t stride, uint32_t* high,
+                           uint32_t* low) {
+  for (int64_t r = 0; r < count; r += Product::kRows)
+    for (int64_t c = 0; c < q; c += kLanes) {
+      __m512i first[Product::kRows / 2], second[Product::kRows / 2];
+      for (int64_t i = 0; i < Product::kRows / 2; ++i) {
+        __m512 value[2], rest[2];
+        for (int64_t k = 0; k < 2; ++k) {
+          const int64_t row = rows.begin + r + 2 * i + k;
+          const bool counts = row < rows.end && task.counts(row);
+          const __mmask16 lanes = counts ? first_lanes(task.q - c) : static_cast<__mmask16>(0);
+          value[k] = load(task.factor + (counts ? row * task.q : 0) + c, lanes);
+        }
+        const __m512i rounded = halves(value[0], value[1]);
+        const __m256i parts[2] = {_mm512_castsi512_si256(rounded), _mm512_extracti64x4_epi64(rounded, 1)};
+        for (int64_t k = 0; k < 2; ++k)
+          rest[k] = _mm512_sub_ps(
+              value[k], _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(parts[k]), 16)));
+        first[i] = pairs(rounded);
+        second[i] = pairs(halves(rest[0], rest[1]));
+      }
+      Product::settle(first, high, r / 2, stride, c, q);
+      Product::settle(second, low, r / 2, stride, c, q);
+    }
+}
+
+// X F of rows in bfloat16, with F rounded to it: threads share the rows.
+template <typename Product>
+void project_rows(const ThinTask& task, int max_threads) {
+  constexpr int64_t kRows = 64, kFeatures = 1024;  // of the rows that are copied at a time
+  static_assert(kRows % Product::kRows == 0 && kFeatures % Product::kFeatures == 0);
+  const int64_t d = round_up(task.d, Product::kFeatures), q = round_up(task.q, kLanes);
+  const int64_t shares = shares_of(task, divide_up(task.n, kRows), max_threads);
+  struct Buffers {
+    explicit Buffers(int64_t q) : rows(kRows * kFeatures / 2), sums(kRows * q), part(kRows * q) {}
+    Array<uint32_t> rows;     // (rows, features / 2) pairs of features
+    Array<float> sums, part;  // (rows, q)
+  };
+  const Array<uint32_t> basis(d / 2 * q);
+  std::vector<Buffers> buffers;  // memory is taken here, where an error can be reported
+  for (int64_t share = 0; share < shares; ++share) buffers.emplace_back(q);
+  run_in_parallel(shares, 2, shares, [&](int64_t step, int64_t share) {
+    if (step == 0)
+      return share_out(d, 2, shares, share, d, [&](int64_t begin, int64_t end) {
+        pair_rows(task.factor + begin * task.q, task.d - begin, task.q, &basis[begin / 2 * q], end - begin, q);
+      });
+    const Buffers& own = buffers[share];
+    const Product product;
+    share_out(task.n, kRows, shares, share, kRows, [&](int64_t begin, int64_t end) {
+      const int64_t count = Rows{begin, end}.padded(Product::kRows);
+      for (int64_t j = 0; j < d; j += kFeatures) {
+        const int64_t width = std::min(kFeatures, d - j);
+        copy_rows(task, {begin, end}, j, width, count, own.rows.get());
+        product.project(own.rows.get(), count, &basis[j / 2 * q], width / 2, q, (j ? own.part : own.sums).get());
+        for (int64_t i = 0; j && i < count * q; ++i) own.sums[i] += own.part[i];
+      }
+      for (int64_t row = begin; row < end; ++row)
+        std::copy_n(&own.sums[(row - begin) * q], task.q, task.product + row * task.q);
+    });
+  });
+}
+
+// product += Xᵀ F of rows in bfloat16, with F as two such, which add up to it but for 2⁻¹⁷: threads share the features.
+template <typename Product>
+void add_outer(const ThinTask& task, int max_threads) {
+  constexpr int64_t kRows = 256, kFeatures = 256;  // of the rows that are paired at a time
+  static_assert(kRows % Product::kRows == 0 && kFeatures % Product::kFeatures == 0);
+  const int64_t q = round_up(task.q, kLanes);
+  const int64_t shares = shares_of(task, task.d / kFewFeatures, max_threads);
+  struct Buffers {
+    explicit Buffers(int64_t q) : columns(kRows / 2 * kFeatures), high(kRows / 2 * q), low(kRows / 2 * q) {}
+    Array<uint32_t> columns;    // (rows / 2, features) pairs of rows
+    Array<uint32_t> high, low;  // (rows / 2, q) pairs of rows, as Product likes
+  };
+  std::vector<Buffers> buffers;
+  for (int64_t share = 0; share < shares; ++share) buffers.emplace_back(q);
+  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
+    const Buffers& own = buffers[share];
+    const Product product;
+    share_out(task.d, kLanes, shares, share, kFeatures, [&](int64_t begin, int64_t end) {
+      const int64_t width = round_up(end - begin, Product::kFeatures);
+      for (int64_t row = 0; row < task.n; row += kRows) {
+        const Rows rows{row, std::min(row + kRows, task.n)};
+        const int64_t count = rows.padded(Product::kRows);
+        pair_columns(task, rows, begin, end - begin, width, count, own.columns.get());
+        split_factor<Product>(task, rows, count, q, kRows / 2, own.high.get(), own.low.get());
+        for (const uint32_t* factor : {own.high.get(), own.low.get()})
+          product.accumulate(own.columns.get(), width, end - begin, count / 2, factor, kRows / 2, q,
+                             task.product + begin * task.q, task.q, 1);
+      }
+    });
+  });
+}
 
 }  // namespace eva::bfloat16

@@ -45,6 +45,20 @@ void subspace(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_st
   run.subspace(task, threads);
 }
 
+// X F, or where `outer` Xᵀ F is added.
+void thin(uintptr_t x, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t factor, int64_t q,
+          uintptr_t product, bool outer, int threads) {
+  require_sizes(d, q, threads);
+  const Null null = n == 0 ? Null::kMeansNone : Null::kRefused;
+  const eva::ThinTask task{static_cast<const uint16_t*>(rows(x, false, n, row_stride)), n, d, row_stride,
+                           address<uint8_t>("mask", mask, Null::kMeansNone),
+                           address<float>("factor", factor, outer ? null : Null::kRefused), q,
+                           address<float>("product", product, outer ? Null::kRefused : null)};
+  const eva::Code& run = eva::code();
+  py::gil_scoped_release unlocked;
+  (outer ? run.outer : run.project)(task, threads);
+}
+
 void gram(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t shift,
           float sign, uintptr_t gram, uintptr_t column_sum, uintptr_t square_sum, int threads) {
   require_sizes(d, 1, threads);
@@ -161,6 +175,8 @@ void bind_cpu(py::module_& module) {
              "q"_a, "sign"_a, "product"_a, "column_sum"_a, "square_sum"_a, "threads"_a);
   module.def("gram", &gram, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "shift"_a, "sign"_a, "gram"_a,
              "column_sum"_a, "square_sum"_a, "threads"_a);
+  module.def("thin", &thin, "x"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "factor"_a, "q"_a, "product"_a, "outer"_a,
+             "threads"_a);
   module.def("mirror", &mirror, "matrix"_a, "d"_a);
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,

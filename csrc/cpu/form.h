@@ -6,12 +6,13 @@
 #include "refresh_form.h"
 #include "sketch_form.h"
 #include "symmetric_eigen_form.h"
+#include "thin_form.h"
 
 namespace eva::EVA_FORM {
 
 Code code() {
   return {&accumulate_in_blocks<Block>, &accumulate_triangle<Triangle>, &sketch_add, &refresh,
-          &cholesky_qr, &symmetric_eigen_of_all};
+          &cholesky_qr, &symmetric_eigen_of_all, &project_rows, &add_outer};
 }
 
 }  // namespace eva::EVA_FORM

@@ -189,6 +189,8 @@ Code code() {
   Code own = avx512bf16::code();
   own.subspace = &accumulate_in_blocks<Block<Tiles>>;
   own.gram = &gram_accumulate;
+  own.project = &project_rows<Tiles>;
+  own.outer = &add_outer<Tiles>;
   return own;
 }
 

@@ -109,6 +109,8 @@ Code code() {
   Code own = avx512::code();
   own.subspace = &accumulate_in_blocks<Block<Dots>>;
   own.gram = &gram_accumulate;
+  own.project = &project_rows<Dots>;
+  own.outer = &add_outer<Dots>;
   return own;
 }
 

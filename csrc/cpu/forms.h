@@ -10,6 +10,7 @@
 #include "sketch.h"
 #include "subspace.h"
 #include "symmetric_eigen.h"
+#include "thin.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && (__GNUC__ >= 11 || defined(__clang__))
 #define EVA_X86 1
@@ -25,6 +26,8 @@ struct Code {
   Refresh* refresh;
   CholeskyQr* cholesky_qr;
   SymmetricEigen* symmetric_eigen;
+  ThinProduct* project;  // X F
+  ThinProduct* outer;    // Xᵀ F
 };
 
 // What a processor says of itself (CPUID's leaves 1, 7 and 7.1; whether 8 tiles of 16 rows of 64 bytes are among its

@@ -7,7 +7,6 @@ README.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from dataclasses import dataclass
-from math import isqrt
 
 import torch
 import triton
@@ -32,6 +31,8 @@ from .._triton import (
     one_view,
     operand_dtype,
     piece_of,
+    shares_of,
+    sum_of_shares,
     total_of,
 )
 from .._workspace import Workspace, workspace_of
@@ -100,16 +101,12 @@ class SubspacePlan:
 
 
 def plan_subspace(n: int, d: int, itemsize: int, tile: SubspaceTile, processors: int, cache: int) -> SubspacePlan:
-    """Chunks of half the L2 cache, every product split until it fills the multiprocessors once.
-
-    And no further than the root of what there is to split: adding up a share costs its program about as much as a
-    block of its loop, so that beyond it the last to arrive would take longer than splitting saves.
-    """
+    """Chunks of half the L2 cache, every product split until it fills the multiprocessors once."""
     fitting = cache // 2 // (d * itemsize) // tile.rows * tile.rows
     chunk = min(max(fitting, tile.rows), triton.cdiv(n, tile.rows) * tile.rows)
     blocks, columns = triton.cdiv(chunk, tile.rows), triton.cdiv(d, tile.columns)
-    column_splits = max(1, min(processors // blocks, isqrt(columns)))
-    row_splits = max(1, min(processors // columns, isqrt(blocks)))
+    column_splits = shares_of(columns, blocks, processors)
+    row_splits = shares_of(blocks, columns, processors)
     split_columns = triton.cdiv(columns, column_splits) * tile.columns
     split_rows = triton.cdiv(blocks, row_splits) * tile.rows
     return SubspacePlan(chunk, triton.cdiv(d, split_columns), split_columns, triton.cdiv(chunk, split_rows), split_rows)
@@ -151,16 +148,6 @@ def _in_use(wanted, columns, USED: tl.constexpr, PADDED: tl.constexpr):
         return wanted[:, None]
     else:
         return wanted[:, None] & (columns < USED)[None, :]
-
-
-@triton.jit
-def sum_of_shares(shares, splits, step: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum of what programs have left, ``step`` apart, in order."""
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(splits):
-        total += tl.load(shares)
-        shares += step
-    return total
 
 
 @triton.jit

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from eva_kernels import gram_accumulate_, subspace_accumulate_
+from eva_kernels.gradient_sketch import outer_add_, projected
 from eva_kernels.kernel_check import check_kernels
 from eva_kernels.symmetric_eigen import symmetric_eigen
-from support.bounds import likely
+from support.bounds import UNIT_ROUNDOFF, likely
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DEVICE = "cuda"
@@ -70,6 +71,29 @@ def test_subspace(n, d, q, dtype, masked):
     rough = plain.mT @ (plain @ basis.to(dtype))
     allowed = max(2 * error(rough, exact), likely(n))
     assert error(state[0], exact) <= allowed
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q", [1, 40, 80, 130])
+@pytest.mark.parametrize(("n", "d"), [(1, 8), (300, 384), (4099, 1027), (2048, 8192)])
+def test_gradient_sketch(n, d, q, dtype, masked):
+    x, _, mask = rows_like(n, d, dtype)
+    weights, basis = torch.randn(n, q, device=DEVICE), torch.randn(d, q, device=DEVICE).bfloat16()
+    own, mask = (mask, mask) if masked else (slice(None), None)
+    products = torch.zeros(2, d, q, device=DEVICE)
+    z, w = x[own].double(), weights[own].double()
+    if masked:
+        x[~mask], weights[~mask] = torch.nan, torch.inf
+    for product in products:
+        outer_add_(product, x, weights, mask, impl="triton")
+    assert torch.equal(*products)
+    lost = UNIT_ROUNDOFF[torch.bfloat16] ** 2 / 2 if dtype == torch.bfloat16 else 0  # weights are two bfloat16
+    assert ((products[0] - z.mT @ w).abs() <= (lost + likely(n)) * (z.abs().mT @ w.abs())).all()
+    found = projected(x, basis, mask, impl="triton")
+    exact, size = z @ basis.double(), z.abs() @ basis.double().abs()
+    assert ((found[own] - exact).abs() <= likely(d) * size).all()
+    assert masked is False or not found[~mask].any()
 
 
 @pytest.mark.parametrize("few", [True, False])

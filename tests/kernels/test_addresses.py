@@ -12,6 +12,7 @@ import eva_lora
 from eva_kernels import SubspaceStatistic
 from eva_kernels._build import cpu_form, use_core
 from eva_kernels._memory import address, cuda_address, readable
+from eva_kernels.gradient_sketch.core import outer_core
 from eva_kernels.gram.core import gram_core
 from eva_kernels.orthonormal.core import orthonormalize_core
 from eva_kernels.streaming_svd import refresh
@@ -53,8 +54,8 @@ def freed(tensor):
 
 
 def negated(tensor):
-    if tensor.dtype == torch.bool:
-        return spread(tensor)  # booleans have no negative
+    if tensor.dtype in (torch.bool, torch.bfloat16):
+        return spread(tensor)  # booleans have no negative, complex numbers no parts in bfloat16
     return torch.complex(tensor, tensor).conj().imag.as_strided(tensor.shape, tensor.stride())
 
 
@@ -129,7 +130,22 @@ def gram_arguments():
     return {name: value for name, value in given.items() if name not in ("product", "basis")}
 
 
-CALLS = {subspace_core: subspace_arguments, gram_core: gram_arguments, count_sketch_core: sketch_arguments}
+def outer_arguments():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "product": torch.zeros(D, Q),
+        "rows": torch.randn(N, D, generator=generator).bfloat16(),
+        "weights": torch.randn(N, Q, generator=generator),
+        "row_mask": torch.ones(N, dtype=torch.bool),
+    }
+
+
+CALLS = {
+    subspace_core: subspace_arguments,
+    gram_core: gram_arguments,
+    count_sketch_core: sketch_arguments,
+    outer_core: outer_arguments,
+}
 TENSORS = [(f, name) for f, make in CALLS.items() for name, value in make().items() if isinstance(value, torch.Tensor)]
 
 
@@ -145,8 +161,8 @@ def test_a_call_is_refused_by_name_or_gives_what_it_gives_of_plain_memory(functi
         given[name].copy_(plain)
     refusal = refusal_of(lambda: function(**given))
     if refusal is not None:
-        sized = spoil is longer and name in ("product", "sums")  # the others' sizes are taken from theirs
-        torchs_own = (spoil, name) == (freed, "signs")  # they are cut to the rows before
+        sized = spoil is longer and name in ("product", "sums", "rows")  # the others' sizes are taken from theirs
+        torchs_own = spoil is freed and name in ("signs", "weights")  # they are cut to the rows before
         assert f"{'' if sized else name}: expected " in refusal or (torchs_own and "storage of size 0" in refusal)
         return
     assert spoil in (spread, misaligned, negated), "what cannot be what was meant was taken"
@@ -248,6 +264,8 @@ def bindings():
         "subspace": {**rows, "shift": at, "basis": at, "q": Q, "sign": 1.0, "product": at, "column_sum": at,
                      "square_sum": at, "threads": 1},
         "gram": {**rows, "shift": at, "sign": 1.0, "gram": at, "column_sum": at, "square_sum": at, "threads": 1},
+        "thin": {"x": at, "n": N, "d": D, "row_stride": D, "mask": 0, "factor": at, "q": Q, "product": at,
+                 "outer": True, "threads": 1},
         "mirror": {"matrix": at, "d": D},
         "sketch": {**rows, "signs": at, "chunk_rows": 256, "before": 0, "column": 0, "q": Q, "sums": at, "tally": at,
                    "total": at, "threads": 1},

@@ -59,6 +59,23 @@ def test_rows_in_any_layout():
     )
 
 
+@pytest.mark.slow  # PyTorch's compiler is imported; test_gradient_sketch_core.py asks whether compiled code is passed by
+def test_what_is_compiled_gives_the_same():
+    """Traced tensors have no address: what compiled code wrote to one would be lost."""
+
+    def call(product, x, weights, basis):
+        outer_add_(product, x, weights)
+        return projected(x, basis)
+
+    x, weights, basis = rows_of(70, 20, dtype=torch.bfloat16), rows_of(70, 6, seed=1), random_basis(20, 6)
+    products = torch.zeros(2, 20, 6)
+    made = torch.compile(call, backend="aot_eager", fullgraph=True)(products[0], x, weights, basis)
+    plain, size = call(products[1], x, weights, basis), x.double().abs()
+    lost = UNIT_ROUNDOFF[torch.bfloat16] ** 2 / 2  # weights are two bfloat16 in some forms of the compiled code
+    assert ((products[0] - products[1]).abs() <= (lost + 2 * gamma(73)) * (size.T @ weights.double().abs())).all()
+    assert ((made - plain).abs() <= 2 * gamma(22) * (size @ basis.double().abs())).all()
+
+
 def test_what_processes_have_summed_adds_up():
     x, w = rows_of(400, 6), rows_of(400, 4, seed=1)
     whole, shares = torch.zeros(6, 4), [torch.zeros(6, 4) for _ in range(3)]
@@ -139,6 +156,9 @@ def test_what_does_not_fit_is_named():
         (lambda: outer_add_(product.T, x, w), ValueError, r"product: expected shape \(6, 4\)"),
         (lambda: outer_add_(product, x, w, torch.ones(5)), TypeError, "row_mask: expected dtype torch.bool"),
         (lambda: outer_add_(product, x, w, torch.ones(4).bool()), ValueError, r"row_mask: expected shape \(5,\)"),
+        (lambda: outer_add_(product, x, w, impl="triton"), ValueError, "impl: expected CUDA or HIP tensors"),
+        (lambda: projected(x, w[:0], impl="core"), ValueError, r"basis: expected shape \(6, q\)"),
+        (lambda: projected(x, x.T, impl="core"), ValueError, "impl: expected one of"),
         (lambda: projected(x, w), ValueError, r"basis: expected shape \(6, q\)"),
         (lambda: leading_part(x, w, 2), ValueError, "product: expected 6 columns"),
         (lambda: leading_part(w, w, 5), ValueError, "rank: expected 1 to 4, got 5"),

@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eva_kernels import GramStatistic, SubspaceStatistic
+from eva_kernels.gradient_sketch import outer_add_, projected
 from null_device import null_device
 
 KINDS = [GramStatistic, SubspaceStatistic]
@@ -90,3 +91,19 @@ def test_rows_that_start_elsewhere_get_their_own_kernel():
         for _ in range(2):
             other = launched(launches, lambda: statistic.accumulate_(odd))
     assert [call[4] for call in other] != [call[4] for call in aligned]  # the loaded function
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_two_launches_a_product_with_few_columns(dtype, masked):
+    x, weights, basis = torch.randn(600, 256).to(dtype), torch.randn(600, 40), torch.randn(256, 40).bfloat16()
+    product, mask = torch.zeros(256, 40), torch.ones(600, dtype=torch.bool) if masked else None
+    with null_device() as launches:
+        # What X F is written to is new each time.
+        for call, here in (
+            (lambda: outer_add_(product, x, weights, mask, impl="triton"), slice(None)),
+            (lambda: projected(x, basis, mask, impl="triton"), slice(0, 5)),
+        ):
+            first, second = launched(launches, call), launched(launches, call)
+            assert len(first) == len(second) == 2
+            assert [one[here] for one in first] == [one[here] for one in second]

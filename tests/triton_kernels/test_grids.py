@@ -7,6 +7,7 @@ import torch
 
 from eva_kernels._triton import Launch
 from eva_kernels._workspace import Workspace
+from eva_kernels.gradient_sketch import triton as gradient_sketch
 from eva_kernels.gram import triton as gram
 from eva_kernels.subspace import triton as subspace
 from eva_kernels.symmetric_eigen import MAX_SIZE
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter has tiles o
 )
 def workspace(request, monkeypatch):
     """Scratch memory that nobody has, on a device of so many multiprocessors."""
-    for module in (gram, subspace):
+    for module in (gram, subspace, gradient_sketch):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_80")
         monkeypatch.setattr(module, "multiprocessors", lambda device: request.param[0])
     monkeypatch.setattr(subspace, "l2_bytes", lambda device: request.param[1])
@@ -55,6 +56,20 @@ def test_of_the_subspace_product(n, aligned, workspace):
         update = subspace.SubspaceUpdate(x, aligned=aligned, masked=False, target=product, workspace=workspace)
         assert all(map(fits, grids(update))), (d, grids(update))
         assert fits((-(-d // subspace.PREPARE_ROWS), 1, 1))  # of what prepares a basis
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n", ROWS)
+def test_of_products_with_few_columns(n, dtype, workspace):
+    for d, q in ((1, 1), (8, 8), (64, 40), (4096, 80), (2**20, 320), (2**27, 16)):
+        if n * d > MOST_ENTRIES:
+            continue
+        sizes = {"x": (n, d), "basis": (d, q), "weights": (n, q)}
+        x, basis, weights = (torch.empty(*size, dtype=dtype, device="meta") for size in sizes.values())
+        for outer, factor, target in ((False, basis, weights), (True, weights, basis)):
+            kind = {"outer": outer, "masked": False, "workspace": workspace}
+            product = gradient_sketch.ThinProduct(x, factor, target.float(), **kind)
+            assert all(map(fits, grids(product))), (d, grids(product))
 
 
 @pytest.mark.parametrize("aligned", [True, False])

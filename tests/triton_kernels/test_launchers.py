@@ -15,6 +15,8 @@ from triton.runtime.jit import JITFunction
 
 from eva_kernels import _triton
 from eva_kernels._cards import CARDS, card_named
+from eva_kernels._workspace import Workspace
+from eva_kernels.gradient_sketch import triton as gradient_sketch
 from eva_kernels.gram import triton as gram
 from eva_kernels.subspace import triton as subspace
 from eva_kernels.symmetric_eigen import triton as symmetric_eigen
@@ -26,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 
-MODULES = (_triton, gram, subspace, symmetric_eigen)
+MODULES = (_triton, gram, subspace, gradient_sketch, symmetric_eigen)
 KERNELS = {
     kernel.__name__
     for module in MODULES
@@ -69,6 +71,17 @@ def compiled(request, monkeypatch, tmp_path):
     vars(driver).update(before)  # to reset it would look for a device
 
 
+def multiply(x, mask, q):
+    """X times a basis in bfloat16, and its transpose times weights in float32."""
+    n, d = x.shape
+    for outer, factor, target in (
+        (False, torch.zeros(d, q, dtype=torch.bfloat16), torch.zeros(n, q)),
+        (True, torch.zeros(n, q), torch.zeros(d, q)),
+    ):
+        kind = {"outer": outer, "masked": mask is not None, "workspace": Workspace(x.device)}
+        gradient_sketch.ThinProduct(x, factor, target, **kind).launch(x, mask, factor, target, 0)
+
+
 @pytest.mark.parametrize(("dtype", "masked"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, masked):
     n, d = 600, 256
@@ -77,6 +90,7 @@ def test_every_kernel_compiles_as_it_is_launched(compiled, dtype, masked):
     gram.accumulate_triangle_(torch.zeros(d, d), *totals, x, shift, mask)
     gram.mirror_triangle_(torch.zeros(d, d))
     subspace.accumulate_product_(torch.zeros(d, 24), *totals, x, torch.zeros(d, 24), shift, mask)
+    multiply(x, mask, 24)
     symmetric_eigen.symmetric_eigen_triton(torch.eye(24)[None])
     assert compiled == KERNELS
 
@@ -87,7 +101,8 @@ def test_bases_of_every_width_compile(compiled):
     x, shift = torch.zeros(n, d, dtype=torch.bfloat16), torch.zeros(d)
     for q in (8, 40, 100, 200):  # padded to 32, 64, 128 and 256
         subspace.accumulate_product_(torch.zeros(d, q), *totals, x, torch.zeros(d, q), shift, None)
-    assert {"_prepare_kernel", "_project_kernel", "_lift_kernel"} <= compiled
+        multiply(x, None, q)
+    assert {"_prepare_kernel", "_project_kernel", "_lift_kernel", "_factor_kernel", "_thin_kernel"} <= compiled
 
 
 def test_the_gate_compiles_with_this_triton(monkeypatch, tmp_path):

@@ -57,8 +57,7 @@ def fraction(variant: Variant, code: Code) -> float | None:
         return None
     if isinstance(variant.tile, GramTile):
         return gram_pass(code, variant.tile, chip).fraction
-    assert isinstance(variant.tile, SubspaceTile)
-    return product_fraction(variant, code, chip)
+    return product_fraction(variant, code, chip) if isinstance(variant.tile, SubspaceTile) else None
 
 
 def product_fraction(variant: Variant, code: Code, chip: Chip) -> float:

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 
 from eva_kernels import _triton
 from eva_kernels._cards import CARDS
+from eva_kernels.gradient_sketch import triton as gradient_sketch
 from eva_kernels.gram import triton as gram
 from eva_kernels.subspace import triton as subspace
 from eva_kernels.symmetric_eigen import triton as symmetric_eigen
@@ -36,7 +38,7 @@ class Variant:
     base16: bool = True
     warps: int = _triton.WARPS
     stages: int = _triton.STAGES
-    tile: gram.GramTile | subspace.SubspaceTile | None = None
+    tile: gram.GramTile | subspace.SubspaceTile | gradient_sketch.ThinTile | None = None
 
     @property
     def tiles(self) -> str:
@@ -54,12 +56,17 @@ class Variant:
     @property
     def barred(self) -> bool:
         """Whether the bars for aligned 16-bit products hold: not the slower generic variants."""
-        return bool(self.flags.get("FOLD")) and self.name in ("gram", "project", "lift")
+        folds = bool(self.flags.get("FOLD")) and self.name in ("gram", "project", "lift")
+        return folds or bool(self.flags.get("FAST"))
 
     def describe(self) -> str:
         flags = self.flags
-        block = [f"{flags[k]}" for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "COLUMNS", "PADDED") if k in flags]
-        names = [k.lower() for k in ("ALIGNED", "FOLD", "MASKED") if flags.get(k)]
+        block = [
+            f"{flags[k]}"
+            for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "BLOCK", "DEPTH", "COLUMNS", "PADDED")
+            if k in flags
+        ]
+        names = [k.lower() for k in ("ALIGNED", "FOLD", "MASKED", "OUTER", "SPLIT") if flags.get(k)]
         names += ["tf32"] if flags.get("PRECISION") == "tf32" else []
         names += [] if self.base16 else ["odd base"]
         return f"{self.name} {self.dtype} {'x'.join(block)} {' '.join(names)}".strip()
@@ -83,6 +90,10 @@ class Variant:
     def _element(self, name: str) -> str:
         if name == "counter_ptr":
             return "i32"
+        if name == "factor_ptr":
+            return "fp32" if self.flags["SPLIT"] else self.dtype
+        if name == "operand_ptr" and self.name in ("thin", "factor"):
+            return "bf16" if self.dtype == "bf16" else "fp32"
         if name in ("column_sum_ptr", "square_sum_ptr"):
             return "fp64"
         if name == "mask_ptr":
@@ -140,6 +151,23 @@ def subspace_variants(architecture: str) -> Iterator[Variant]:
                 yield make(subspace._prepare_kernel, architecture, dtype, prepare)
 
 
+def thin_variants(architecture: str) -> Iterator[Variant]:
+    """With bfloat16 rows a basis is one bfloat16, weights are two."""
+    for dtype, flags, base16 in row_kinds():
+        narrow = dtype == "bf16"
+        fast = narrow and flags["ALIGNED"]
+        for outer, columns in product((False, True), PADDED[:3] if fast else (gradient_sketch.GENERIC_COLUMNS,)):
+            split = narrow and outer
+            tile = gradient_sketch.choose_tile(tiles_of(architecture), fast, 2 * columns if split else columns)
+            constants = {**flags, "COLUMNS": columns, "FAST": fast, "OUTER": outer, "SPLIT": split}
+            block = {"BLOCK": tile.block, "DEPTH": tile.depth}
+            shape = {"base16": base16, "warps": tile.warps, "stages": tile.stages, "tile": tile}
+            kind = dtype if narrow else "fp32"
+            yield make(gradient_sketch._thin_kernel, architecture, dtype, {**constants, **block}, **shape)
+            prepare = {"ROWS": gradient_sketch.PREPARE_ROWS, "COLUMNS": columns, "SPLIT": split}
+            yield make(gradient_sketch._factor_kernel, architecture, kind, prepare)
+
+
 def totals_variants(architecture: str) -> Iterator[Variant]:
     for dtype, flags, base16 in row_kinds():
         block = {"ROWS": _triton.TOTALS_ROWS, "COLUMNS": _triton.TOTALS_COLUMNS, "STEP": _triton.TOTALS_STEP}
@@ -159,7 +187,7 @@ def all_variants(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Variant
     """Each distinct variant once; what does not depend on the rows' dtype is listed for one."""
     unique: dict[Variant, None] = {}
     for architecture in architectures:
-        for variants in (gram_variants, subspace_variants, totals_variants, eigen_variants):
+        for variants in (gram_variants, subspace_variants, thin_variants, totals_variants, eigen_variants):
             for variant in variants(architecture):
                 if not TYPED & set(variant.kernel.arg_names):
                     variant = replace(variant, dtype="fp32")
@@ -172,7 +200,8 @@ def representative(variants: list[Variant]) -> list[Variant]:
     widest tile, with a mask. Where tiles are an architecture's own, every tile too, as models of updates take it."""
     most: dict[Any, Variant] = {}
     for variant in variants:
-        key = variant.architecture, variant.name, variant.flags.get("FOLD"), variant.flags.get("PRECISION")
+        kind = (variant.flags.get(name) for name in ("FOLD", "PRECISION", "FAST", "OUTER"))
+        key = variant.architecture, variant.name, *kind
         most[key] = max(most.get(key, variant), variant, key=_asks_for)
     chosen = set(most.values())
     for variant in variants:
@@ -185,5 +214,6 @@ def representative(variants: list[Variant]) -> list[Variant]:
 def _asks_for(variant: Variant) -> tuple[int, bool, bool]:
     """More of what fills registers and shared memory; float16 has a scale to find, float64 twice the bytes."""
     flags = variant.flags
-    size = int(flags.get("PADDED", 1)) * int(flags.get("BLOCK_M", 1)) * int(flags.get("BLOCK_N", 1))
+    widths = "PADDED", "COLUMNS", "BLOCK_M", "BLOCK_N"
+    size = prod(int(flags.get(name, 1)) for name in widths)
     return size, bool(flags.get("MASKED")), variant.dtype in ("fp16", "fp64")

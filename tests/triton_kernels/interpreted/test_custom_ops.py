@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eva_kernels import gram_accumulate_, subspace_accumulate_
+from eva_kernels.gradient_sketch import outer_add_, projected
 
 
 def arguments(name, masked):
@@ -46,3 +47,19 @@ def test_one_graph(op):
     result = torch.compile(call, backend="aot_eager", fullgraph=True)(*compiled)
     assert torch.equal(result, expected)
     assert torch.equal(compiled[0], plain[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_with_few_columns(masked):
+    x, weights, basis = torch.randn(9, 8), torch.randn(9, 2), torch.randn(8, 2)
+    mask = torch.rand(9) < 0.5 if masked else None
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for name, arguments in (("outer_add_", (torch.zeros(8, 2), x, weights, mask)), ("projected", (x, basis, mask))):
+        torch.library.opcheck(getattr(torch.ops.eva_kernels, name).default, arguments, test_utils=tests)
+
+    def call(product, x, weights, basis):
+        outer_add_(product, x, weights, mask, impl="triton")
+        return product * 2, projected(x, basis, mask, impl="triton") * 2
+
+    made = torch.compile(call, backend="aot_eager", fullgraph=True)(torch.zeros(8, 2), x, weights, basis)
+    assert all(map(torch.equal, made, call(torch.zeros(8, 2), x, weights, basis)))

@@ -1,6 +1,7 @@
 """The check users run on their own device, here in the interpreter; and that it can fail."""
 
 import pytest
+import torch
 
 from eva_kernels import kernel_check
 
@@ -13,7 +14,7 @@ def _small(monkeypatch):
 
 def test_every_kernel_passes():
     checks = kernel_check.check_kernels("cpu")
-    assert len(checks) == 2 * 2 * 3 + 1
+    assert len(checks) == 2 * 3 * 3 + 1
     assert all(check.passed for check in checks), checks
 
 
@@ -28,6 +29,22 @@ def test_a_kernel_that_forgets_the_shift_fails(monkeypatch):
     assert {check.passed for check in kernel_check.check_kernels("cpu") if check.name.startswith("gram")} == {False}
 
 
+@pytest.mark.parametrize("forgotten", ["mask", "half of the weights"])
+def test_a_sketch_that_forgets_something_fails(forgotten, monkeypatch):
+    for name, value in (("_SHAPES", ((77, 13),)), ("_DTYPES", (torch.bfloat16,)), ("_EIGEN_SIZES", ())):
+        monkeypatch.setattr(kernel_check, name, value)
+
+    def forgetful(product, rows, weights, row_mask, *, impl):
+        if forgotten == "mask":
+            right(product, rows.nan_to_num(1), weights, impl=impl)
+        else:
+            right(product, rows, weights.bfloat16(), row_mask, impl=impl)
+
+    right = kernel_check.outer_add_
+    monkeypatch.setattr(kernel_check, "outer_add_", forgetful)
+    assert {check.passed for check in kernel_check.check_kernels("cpu") if check.name.startswith("grad")} == {False}
+
+
 def test_a_kernel_that_does_not_run_leaves_the_others_to_be_checked(monkeypatch):
     monkeypatch.setattr(kernel_check, "_SHAPES", ((77, 13),))
 
@@ -36,7 +53,7 @@ def test_a_kernel_that_does_not_run_leaves_the_others_to_be_checked(monkeypatch)
 
     monkeypatch.setattr(kernel_check, "subspace_accumulate_", unable)
     checks = kernel_check.check_kernels("cpu")
-    assert len(checks) == 2 * 3 + 1
+    assert len(checks) == 3 * 3 + 1
     failed = [check for check in checks if not check.passed]
     assert {check.failure for check in failed} == {"RuntimeError: out of resource: shared memory"}
     assert {check.name.partition(" ")[0] for check in failed} == {"subspace"}
