@@ -5,12 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._double import double, like
 from ..orthonormal import orthonormalize
 from .iteration import leading_directions
 from .moment import SecondMoment
 from .reference import dense_directions
+from .steep import principal_axes, steep_directions
 
-__all__ = ["LowRankFit", "SecondMoment", "fit_low_rank"]
+__all__ = ["LowRankFit", "SecondMoment", "fit_image", "fit_low_rank"]
 
 DENSE_BLOCKS = 4  # so many blocks of the iteration's columns cost more than all directions at once
 
@@ -55,6 +57,86 @@ def fit_low_rank(
         TypeError: another dtype.
         ValueError: shapes that do not fit, or a rank out of range.
     """
+    _check(matrix, moment, rank)
+    rows, columns = matrix.shape[-2:]
+    flat = matrix.reshape(-1, rows, columns)
+    product = flat @ moment.factor
+    total = moment.energy(flat, product)
+    left, energies = _leading(flat, moment, rank, product, total, seed)
+    batch = matrix.shape[:-2]
+    right = left.mT @ flat
+    return LowRankFit(
+        left.reshape(*batch, rows, rank), right.reshape(*batch, rank, columns), energies.reshape(*batch, rank),
+        total.reshape(batch),
+    )  # fmt: skip
+
+
+def fit_image(
+    matrix: Tensor,  # (..., m, n) float32 or float64
+    moment: SecondMoment,
+    rank: int,
+    *,
+    seed: int = 0,
+) -> LowRankFit:
+    """U Uᵀ M with U the leading left singular vectors of M R, in place of those of a root of R: CorDA's.
+
+    They are those of M R² Mᵀ, where the leading directions of R count for more, so that all of M F is searched at once,
+    and little more is needed (README.md). Where that does not do, it is :func:`fit_low_rank`'s way with R².
+
+    Args:
+        matrix, rank, seed: As in :func:`fit_low_rank`.
+        moment: R, with one ``rest`` for all directions.
+
+    Returns:
+        ``energies`` are of M R² Mᵀ, squared singular values of M R; ``total`` is tr(M R Mᵀ) all the same.
+
+    Raises:
+        TypeError, ValueError: as :func:`fit_low_rank`.
+    """
+    _check(matrix, moment, rank)
+    if moment.rest.ndim:
+        raise ValueError(f"moment: expected one rest for all directions, got {tuple(moment.rest.shape)}")
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    factor, squares = principal_axes(moment)
+    product, rest = flat @ factor, double(moment.rest)
+    total = moment.energy(flat, product)
+    growth = like((squares + 2 * rest).sqrt(), flat)  # (λ + t)² = λ (λ + 2 t) + t²
+    product, found = product * growth, None
+    if product.shape[-1] >= rank and product.shape[-1] + rank <= min(flat.shape[1:]):
+        found = steep_directions(flat, rest, product, rank)
+    if found is None:
+        squared = SecondMoment(factor * growth, like(rest.square(), flat))
+        found = _leading(flat, squared, rank, product, squared.energy(flat, product), seed)
+    left, energies = found
+    batch = matrix.shape[:-2]
+    right = left.mT @ flat
+    return LowRankFit(
+        left.reshape(*batch, *left.shape[1:]), right.reshape(*batch, *right.shape[1:]),
+        energies.reshape(*batch, rank), total.reshape(batch),
+    )  # fmt: skip
+
+
+def _leading(
+    flat: Tensor,  # (b, m, n)
+    moment: SecondMoment,
+    rank: int,
+    product: Tensor,  # (b, m, k): M F
+    total: Tensor,  # (b,) float64
+    seed: int,
+) -> tuple[Tensor, Tensor]:  # (b, m, r), (b, r) float64
+    """The leading eigenvectors and eigenvalues of M R Mᵀ, by the way that costs less."""
+    rows, columns = flat.shape[1:]
+    width = min(rows, rank + max(8, rank // 2))  # of the iteration's blocks
+    if min(rows, columns) > DENSE_BLOCKS * width:
+        return leading_directions(flat, moment, rank, width, product, total, seed)
+    if rows <= columns:
+        return dense_directions(flat, moment, rank)
+    wide, triangle = torch.linalg.qr(flat)  # M = Q T, and U is Q times T's own
+    left, energies = dense_directions(triangle, moment, rank)
+    return orthonormalize(wide @ left), energies
+
+
+def _check(matrix: Tensor, moment: SecondMoment, rank: int) -> None:
     if matrix.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"matrix: expected float32 or float64, got {matrix.dtype}")
     if matrix.ndim < 2:
@@ -67,21 +149,3 @@ def fit_low_rank(
             f"moment: expected a factor ({columns}, k) and rest () or ({columns},), got "
             f"{tuple(moment.factor.shape)} and {tuple(moment.rest.shape)}"
         )
-    flat = matrix.reshape(-1, rows, columns)
-    product = flat @ moment.factor
-    total = moment.energy(flat, product)
-    width = min(rows, rank + max(8, rank // 2))  # of the iteration's blocks
-    if min(rows, columns) > DENSE_BLOCKS * width:
-        left, energies = leading_directions(flat, moment, rank, width, product, total, seed)
-    elif rows <= columns:
-        left, energies = dense_directions(flat, moment, rank)
-    else:  # M = Q T, and U is Q times T's own
-        wide, triangle = torch.linalg.qr(flat)
-        left, energies = dense_directions(triangle, moment, rank)
-        left = orthonormalize(wide @ left)
-    batch = matrix.shape[:-2]
-    right = left.mT @ flat
-    return LowRankFit(
-        left.reshape(*batch, rows, rank), right.reshape(*batch, rank, columns), energies.reshape(*batch, rank),
-        total.reshape(batch),
-    )  # fmt: skip

@@ -49,7 +49,7 @@ def leading_directions(
         grown, images = (space.new_empty(*space.shape[:2], DEPTH * width) for _ in range(2))
         grown[..., :width], images[..., :width] = space, times(space)
         for end in range(width, DEPTH * width, width):
-            block = _apart(images[..., end - width : end], grown[..., :end])
+            block = apart(images[..., end - width : end], grown[..., :end])
             grown[..., end : end + width], images[..., end : end + width] = block, times(block)
         projected = double(grown).mT @ double(images)
         values, vectors = symmetric_eigen((projected + projected.mT) / 2)
@@ -74,7 +74,7 @@ def _noise(moment: SecondMoment, count: int, seed: int) -> Tensor:  # (n, count)
     return factor @ drawn[n:] + (rest[:, None] if rest.ndim else rest) * drawn[:n]
 
 
-def _apart(block: Tensor, space: Tensor) -> Tensor:
+def apart(block: Tensor, space: Tensor) -> Tensor:
     """Orthonormal columns that span a block's part outside of a space, and others outside of it where that is less."""
     norms = torch.linalg.vector_norm(block, dim=-2, keepdim=True)
     block = block / norms.where(norms > 0, 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eva_kernels.low_rank_fit import SecondMoment, fit_low_rank
+from eva_kernels.low_rank_fit import SecondMoment, fit_image, fit_low_rank
 from eva_kernels.low_rank_fit.iteration import APART
 from support.bounds import deviation, orthonormality
 from support.models import load_minilm
@@ -170,3 +170,53 @@ def test_a_quantiser_s_error_of_real_weights_is_fitted_to_the_minimum():
 def test_mistakes_are_named(matrix, moment, rank, error, message):
     with pytest.raises(error, match=message):
         fit_low_rank(matrix, moment, rank)
+
+
+def image(matrix, moment):
+    """M R in float64."""
+    return matrix.double() @ torch.from_numpy(dense(moment))
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (96, 40), (40, 96), (2, 130, 150)], ids=str)
+@pytest.mark.parametrize("moment", ["streamed", "exact", "singular", "flat", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_image_s_directions_are_those_of_a_full_decomposition(shape, moment, dtype):
+    """Projections differ by what is off over the gap: products' roundings, and what the next block would bring."""
+    matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    if moment == "flat":  # t is no small part
+        r = SecondMoment(decaying(shape[-1], 12).factor, torch.ones(()))
+    else:
+        r = MOMENTS[moment](shape[-1])
+    r = SecondMoment(*(part.to(dtype) for part in r))
+    fit = fit_image(matrix, r, 6)
+    assert fit.left.dtype == dtype
+    flats = [part.reshape(-1, *part.shape[-2:]) for part in (matrix, fit.left, fit.right)]
+    for i, (m, left, right) in enumerate(zip(*flats, strict=True)):
+        u, s, _ = torch.linalg.svd(image(m, r), full_matrices=False)
+        u, q = u[:, :6], left.double()
+        rounding = 4 * shape[-1] * torch.finfo(dtype).eps
+        gap = float(1 - s[6] / s[5])
+        # fit_low_rank's way, for moments that are not steep, is bounded in energy: 1e-7 of all.
+        steep = moment in ("streamed", "exact", "singular")
+        allowed = (rounding + 1e-6) / gap if steep else (2e-7 * float(s.square().sum() / s[5].square()) / gap) ** 0.5
+        assert torch.linalg.matrix_norm(q - u @ (u.T @ q)) <= allowed
+        assert (right.double() - q.T @ m.double()).norm() <= rounding * m.double().norm()
+        torch.testing.assert_close(
+            fit.energies.reshape(-1, 6)[i], s[:6].square(), rtol=allowed**2 + 4 * rounding, atol=rounding * s[0] ** 2
+        )
+        total = objective(m.double().numpy(), dense(r))
+        assert float(fit.total.reshape(-1)[i]) == pytest.approx(total, rel=rounding)
+
+
+def test_images_of_zeros_and_of_few_directions_still_give_orthonormal_columns():
+    r = decaying(200, 50)
+    low = torch.randn(150, 3, generator=torch.Generator().manual_seed(4)) @ torch.ones(3, 200).cumsum(1).sin()
+    for matrix in (torch.zeros(150, 200), low):
+        fit = fit_image(matrix, r, 8)
+        assert deviation(fit.left).abs().max() <= orthonormality(150, 8, torch.float32)
+        assert (matrix - fit.left @ fit.right).norm() <= 1e-5 * matrix.norm()
+
+
+def test_an_image_takes_one_rest_for_all_directions():
+    with pytest.raises(ValueError, match=r"moment: expected one rest for all directions, got \(30,\)"):
+        fit_image(torch.zeros(20, 30), SecondMoment(torch.zeros(30, 2), torch.ones(30)), 2)

@@ -468,21 +468,24 @@ def test_a_weight_that_is_not_finite_is_named(base, method, value):
         initialize(model, data, method)
 
 
-def test_what_fails_half_way_leaves_the_model_as_it_was(base, monkeypatch):
-    from eva_lora.adapters import peft
+@pytest.mark.parametrize("within", ["a layer", "a weight"])
+def test_what_fails_half_way_leaves_the_model_as_it_was(base, monkeypatch, within):
+    from eva_lora.adapters import peft, peft_start
 
     model = lora(copy.deepcopy(base))
     x, state = token_batches(1)[0], {name: value.clone() for name, value in model.state_dict().items()}
     calls = []
 
-    def failing(layer, adapter):
-        calls.append(layer)
+    def failing(*args, **options):
+        calls.append(args)
         if len(calls) == 5:
             raise MemoryError("no more")
-        return real(layer, adapter)
+        return real(*args, **options)
 
-    real = peft.begin
-    monkeypatch.setattr(peft, "begin", failing)
+    monkeypatch.setattr(peft_start, "PIECE", 4 * 32)  # eight pieces of the first weight
+    where, name = (peft, "begin") if within == "a layer" else (torch, "addmm")
+    real = getattr(where, name)
+    monkeypatch.setattr(where, name, failing)
     with pytest.raises(MemoryError):
         initialize(model, method="pissa")
     after = model.state_dict()

@@ -4,6 +4,7 @@ What is kept is in the adapter's state dict, so that every way to save the adapt
 initialisation that PEFT does not know, so that PEFT refuses to load such an adapter onto W, where it would be wrong.
 """
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ __all__ = [
 LOADED_BY = "eva_lora.load_adapter: "  # begins ``init_lora_weights`` of such an adapter; the method follows
 STARTS = "lora_start"  # PEFT saves what is named after its prefix
 SAMPLES = 32
+PIECE = 2**17  # entries of a weight that are changed at a time: 1 MiB in float64, which a core's cache holds
 
 _INSTEAD = "eva_lora.export_plain makes an ordinary adapter of it, for the base as it was, which does"
 _NEUTRAL = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that neither read the base nor change it
@@ -75,9 +77,9 @@ class Start(nn.Module):
         self.register_buffer("kept_w", samples_of(layer.get_base_layer().weight))
         self._layer, self._adapter, self.scaling = (layer,), adapter, float(layer.scaling[adapter])
 
-    def delta(self) -> Tensor:  # (out, in) float64
-        """s B₀ A₀."""
-        return self.scaling * double(self.kept_b.flatten(1)) @ double(self.kept_a.flatten(1))
+    def factors(self) -> tuple[Tensor, Tensor]:  # (out, r), (r, in) float64
+        """s B₀ and A₀."""
+        return self.scaling * double(self.kept_b.flatten(1)), double(self.kept_a.flatten(1))
 
     def hook(self, base: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The base layer's output, what it lacks added: what of s B₀ A₀ x the adapter does not bring itself."""
@@ -165,7 +167,7 @@ class Starts(nn.ModuleDict):
             if getattr(hook, "__self__", None) is start:
                 del base._forward_hooks[key]
         if not start.acts_with():
-            _fill(layer, _matrix_of(layer) + start.delta())
+            _add(layer, start, 1.0)
 
     def mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """PEFT's, the base's output being that of W for every sample whose adapter does not make up for it."""
@@ -313,17 +315,12 @@ def begin(layer: Any, adapter: str, a: Tensor | None = None, b: Tensor | None = 
     parts: list[Any] = [weights[0], modules[0].weight]
     kept = [(x.detach() if given is None else given.to(x)).clone() for x, given in zip(parts, (a, b), strict=True)]
     start = Start(layer, adapter, *kept)
-    base: Any = layer.get_base_layer()
-    whole = _matrix_of(layer)
-    norm = torch.linalg.vector_norm(whole)
-    exact = whole.sub_(start.delta())
-    left = exact.to(base.weight.dtype)
-    _fill(layer, left)
+    rounding = _add(layer, start, -1.0)
     if not hasattr(layer, STARTS):
         setattr(layer, STARTS, Starts(layer))
     getattr(layer, STARTS)[adapter] = start
-    base.register_forward_hook(start.hook)
-    return float(torch.linalg.vector_norm(exact - left) / norm) if norm > 0 else 0.0
+    layer.get_base_layer().register_forward_hook(start.hook)
+    return rounding
 
 
 def give_back(layer: Any, adapter: str) -> None:
@@ -338,11 +335,29 @@ def samples_of(weight: Tensor) -> Tensor:  # (k,) float32
     return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().clone()
 
 
-def _matrix_of(layer: Any) -> Tensor:  # (out, in) float64
-    weight = double(layer.get_base_layer().weight.detach())
-    return (weight.T if getattr(layer, "fan_in_fan_out", False) else weight).flatten(1)
+def _add(layer: Any, start: Start, times: float) -> float:
+    """Add so many times s B₀ A₀ to a layer's base weight, in float64 and a few rows at a time: of a whole matrix that
+    would take longer, and scatter memory. All of it, or nothing but a rounding.
 
-
-def _fill(layer: Any, matrix: Tensor) -> None:  # (out, in)
-    weight = layer.get_base_layer().weight
-    weight.data.copy_((matrix.T if getattr(layer, "fan_in_fan_out", False) else matrix).reshape(weight.shape))
+    Returns:
+        What the weight's dtype rounds off, over the norm that the weight had.
+    """
+    weight = layer.get_base_layer().weight.data
+    left, right = start.factors()
+    if getattr(layer, "fan_in_fan_out", False):
+        left, right = right.T, left.T
+    rows, norm, rounding = max(1, PIECE // right.shape[1]), 0.0, 0.0
+    done = 0
+    try:
+        for part, of_left in zip(torch.split(weight, rows), torch.split(left, rows), strict=True):
+            before = double(part).flatten(1)
+            exact = torch.addmm(before, of_left, right, alpha=times)
+            part.copy_(exact.view(part.shape))
+            done += len(part)
+            norm = math.hypot(norm, float(torch.linalg.vector_norm(before)))
+            rounding = math.hypot(rounding, float(torch.linalg.vector_norm(exact.sub_(double(part).flatten(1)))))
+    except BaseException:
+        back = double(weight[:done]).flatten(1) - times * (left[:done] @ right)
+        weight[:done] = back.view(weight[:done].shape).to(weight)
+        raise
+    return rounding / norm if norm > 0 else 0.0

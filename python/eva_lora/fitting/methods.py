@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eva_kernels._double import double
-from eva_kernels.low_rank_fit import SecondMoment
+from eva_kernels.low_rank_fit import SecondMoment, fit_image
 from eva_kernels.singular_ends import SingularEnd, leading_singular, trailing_singular
 
 __all__ = ["METHODS", "GradientMethod", "Method", "MethodFit", "Moment", "fit_method", "known_directions"]
@@ -147,7 +147,8 @@ def fit_method(
     kept: Moment | None = None,
     beta: float = 0.0,
 ) -> MethodFit:
-    """The method's U, Uᵀ M and D for one layer, on the weight's device; in float64 where inputs count.
+    """The method's U, Uᵀ M and D for one layer, on the weight's device; in float64 where more is known of inputs than
+    leading directions.
 
     Args:
         moment: R; what the method does not ask for need not be known.
@@ -155,6 +156,8 @@ def fit_method(
             ordered by eigenvalues, which may be negative.
         beta: β.
     """
+    if isinstance(moment, SecondMoment) and (method.power, method.end, method.data) == (2, "top", "leading"):
+        return _fit_leading(weight, moment, rank)
     matrix = weight if method.data == "none" else double(weight)
     moment, kept = _beside(moment, matrix), _beside(kept, matrix)
     of_weight, of_kept = (None if known is None else _times(matrix, known) for known in (moment, kept))  # W R
@@ -181,6 +184,20 @@ def fit_method(
     return MethodFit(
         left.to(weight), right.to(weight), double(values).cpu(), shares[0],
         None if moment is None else shares[1], None if kept is None else shares[2],
+    )  # fmt: skip
+
+
+def _fit_leading(weight: Tensor, moment: SecondMoment, rank: int) -> MethodFit:
+    """Of M = W and p = 2, at the top."""
+    moment = SecondMoment(*(part.to(weight) for part in moment))
+    fit = fit_image(weight, moment, rank)
+    squares = double(torch.linalg.vector_norm(fit.right, dim=1)).square().cpu()
+    seen = double(torch.linalg.vector_norm(fit.right @ moment.factor, dim=1)).square().cpu()
+    of_weight = float(double(torch.linalg.vector_norm(weight, dim=1)).square().sum())
+    outputs = seen + squares * float(moment.rest)
+    return MethodFit(
+        fit.left, fit.right, fit.energies.sqrt().cpu(), squares / max(of_weight, NO_ENERGY),
+        outputs / max(float(fit.total), NO_ENERGY),
     )  # fmt: skip
 
 
