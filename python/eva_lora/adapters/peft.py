@@ -266,7 +266,10 @@ class PeftAdapter:
     def freeze_second(self) -> None:
         """Leave each B as it is in training: MiCA (arXiv 2604.01694), which PEFT does too where it knows it."""
         config = copy.deepcopy(self.config)
-        known = not config.lora_bias and not any(is_stacked(layer) for layer in self.layers.values())
+        # PEFT knows it of linear layers with nothing beside; elsewhere it could not load what was saved.
+        known = not (config.lora_bias or config.use_dora) and not any(
+            is_stacked(layer) or layer.get_base_layer().weight.ndim > 2 for layer in self.layers.values()
+        )
         for layer in self.layers.values():
             for module in factors(layer, self.name)[1]:
                 module.weight.requires_grad_(False)
