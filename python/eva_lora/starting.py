@@ -56,7 +56,10 @@ def initialize(
 
     Methods that move part of the base weight into A and B leave W − s B₀ A₀ there, in W's dtype. ``disable_adapter``
     still computes with W, to a rounding; the saved adapter holds A₀ and B₀, and loads with
-    :func:`eva_lora.load_adapter`; :func:`eva_lora.export_plain` makes an ordinary LoRA on the untouched W of it.
+    :func:`eva_lora.load_adapter`; :func:`eva_lora.export_plain` makes an ordinary LoRA on the untouched W of it. Where
+    the weight of any layer cannot give part of itself, all stay as they are: each layer has twice its rank, A beside A₀
+    and B beside −B₀, of which the first half is trained, and is saved and loaded as an ordinary LoRA. The report's
+    notes say so.
 
     Args:
         model: A model with LoRA layers, as in :func:`eva_initialize`. Call this before the optimizer is made.
@@ -211,7 +214,8 @@ def _require_gradients_only(
 
 def _bases(adapter: LoraAdapter, method: Method) -> tuple[dict[str, tuple[BaseWeight, ...]], str]:
     """For each of a layer's pairs of A and B the base weight that the method reads; and, of one that takes part of it,
-    why it has to stay as it is, or "" """
+    why it has to stay as it is, or "".
+    """
     if isinstance(adapter, SiteAdapter):
         adapter.writable()
     asked: Any = adapter

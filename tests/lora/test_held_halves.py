@@ -151,6 +151,26 @@ def test_what_would_be_wrong_is_refused(tmp_path):
         hotswap_adapter(model, tmp_path / "another", "default")
 
 
+def test_several_peft_models_hold_where_one_of_them_has_to():
+    towers = nn.ModuleDict({"left": tied()})
+    towers["right"] = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(r=2, target_modules=["0"]))
+    x, y = torch.arange(12)[None], torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    expected = outputs(towers["left"], x), outputs(towers["right"], y)
+    report = initialize(towers, method="pissa")
+    assert any("in left, of head" in note for note in report.notes)
+    assert near(outputs(towers["left"], x), expected[0])
+    assert near(outputs(towers["right"], y), expected[1])
+    assert len(towers["right"].get_base_model()[0].lora_A["default"].weight) == 4
+
+
+def test_a_step_of_gradients_is_held_where_a_weight_cannot_move():
+    model, x = tied(), torch.arange(12)[None]
+    report = initialize(model, [x], "lora-ga", loss_fn=lambda model, batch: model(batch).square().mean())
+    assert any("base weights stay as they are" in note for note in report.notes)
+    assert near(outputs(model, x), Tied()(x))
+    assert not near(outputs(trained(model, x), x), Tied()(x))
+
+
 # --- other libraries
 
 
@@ -189,6 +209,24 @@ def test_loralib_saves_merges_and_loads_an_ordinary_lora_of_twice_the_rank():
     assert {p.shape[0 if "lora_A" in n else 1] for n, p in model.named_parameters() if p.requires_grad} == {4}
 
 
+@needs("loralib")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layers_in_16_bits_are_asked_too(dtype):
+    model, (x, *_) = of(loralib_linear).to(dtype), sequences()
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
+    expected = outputs(model, x.to(dtype)).float()
+    initialize(model, method="pissa")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    # B A x and B₀ A₀ x, which are the same, are added up in another order, in three layers.
+    allowed = 16 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (outputs(model, x.to(dtype)).float() - expected).abs().max() <= allowed
+    layer = model.first
+    held = 2 * layer.lora_B.detach()[:, 4:].double() @ layer.lora_A.detach()[4:].double()
+    u, d, v = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
+    wanted = (u[:, :4] * d[:4]) @ v[:4]
+    assert (held + wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()  # of A, B, the scaling that is seen
+
+
 @needs("lycoris-lora")
 def test_lycoris_keeps_multipliers_and_scalings_and_gives_the_layer_back():
     model, (x, *_) = of(lycoris_layer), sequences()
@@ -215,12 +253,11 @@ def test_lycoris_keeps_multipliers_and_scalings_and_gives_the_layer_back():
     assert torch.equal(outputs(model, x), Net()(x))
 
 
-@pytest.mark.parametrize("name", ["litgpt LoRALinear"])
 @needs("litgpt")
-def test_litgpt_filters_and_merges_it(name):
+def test_litgpt_filters_and_merges_it():
     from litgpt.lora import LoRALinear, lora_filter, mark_only_lora_as_trainable
 
-    (kind,) = (kind for kind in INSTALLED if kind.name == name)
+    (kind,) = (kind for kind in INSTALLED if kind.name == "litgpt LoRALinear")
     model, (x, *_) = kind.model(), sequences()
     initialize(model, method="pissa")
     mark_only_lora_as_trainable(model)

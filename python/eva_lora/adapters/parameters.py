@@ -219,12 +219,12 @@ class ParameterSite(LoraSite):
         self._require(all(abs(other - scaling) <= ALIKE * abs(scaling) for other in scalings))
         clear()
         expected, taken = torch.zeros_like(base), iter(outputs)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         for mine, b in zip(groups, second, strict=True):
-            b.copy_(torch.randn(b.shape, generator=generator) * level)
+            b.copy_(torch.randn(b.shape, generator=generator, device="cpu") * level)
             start = 0
             for a in mine:
-                a.copy_(torch.randn(a.shape, generator=generator))
+                a.copy_(torch.randn(a.shape, generator=generator, device="cpu"))
                 where = next(taken)
                 rows = b[start : start + len(where)].float()
                 expected[where] += scaling * rows @ (a.float() @ row.float())

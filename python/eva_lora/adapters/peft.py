@@ -50,7 +50,6 @@ __all__ = ["PeftAdapter", "PeftAdapters", "find"]
 #: numbers, and "orthogonal", where B A is zero.
 _NEUTRAL_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
-_BIAS = "with which PEFT saves no start but its default"
 _OLDEST = (0, 20)  # earlier ones save no ranks of parameters, and make layers anew in another way
 
 
@@ -207,7 +206,9 @@ class PeftAdapter:
             ValueError: it cannot; the message names the layer and says why.
         """
         if getattr(self.config, "lora_bias", False):
-            raise ValueError(f"model: its LoraConfig sets lora_bias, {_BIAS}; make the adapter without")
+            raise ValueError(
+                "model: its LoraConfig sets lora_bias, and the weights it was saved with took part of a base"
+            )
         holders = holders_of_memory(self._root)
         for name, layer in self.layers.items():
             require_movable(name, layer, holders)
@@ -222,7 +223,7 @@ class PeftAdapter:
         for name, layer in self.layers.items():
             require_readable(name, layer)
         if getattr(self.config, "lora_bias", False):
-            return f"lora_bias is set, {_BIAS}"
+            return "lora_bias is set, with which PEFT saves no start but its default"
         holders = holders_of_memory(self._root)
         reasons = ((name, kept_whole(layer, holders)) for name, layer in self.layers.items())
         return next((f"of {name}: {reason}" for name, reason in reasons if reason), "")
@@ -390,11 +391,6 @@ class PeftAdapters:
     def scalings(self) -> dict[str, float]:
         """As of each adapter."""
         return {f"{path}.{n}": s for path, adapter in self._adapters.items() for n, s in adapter.scalings().items()}
-
-    def require_movable(self) -> None:
-        """As of each adapter."""
-        for adapter in self._adapters.values():
-            adapter.require_movable()
 
     def kept_whole(self) -> str:
         """As of the first adapter that has a reason: weights stay as they are in all of them then."""

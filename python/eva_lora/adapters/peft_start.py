@@ -285,12 +285,9 @@ def require_movable(name: str, layer: Any, holders: Counter[int]) -> None:
         holders: Of the model, as :func:`holders_of_memory` says.
 
     Raises:
-        ValueError: :func:`require_readable` does, or :func:`kept_whole` has a reason.
+        ValueError: it cannot be read (:func:`require_readable`), or has to stay as it is (:func:`kept_whole`).
     """
-    require_readable(name, layer)
-    reason = kept_whole(layer, holders)
-    if reason:
-        raise _cannot_give(name, reason)
+    _require(name, _unreadable(layer) or kept_whole(layer, holders))
 
 
 def require_readable(name: str, layer: Any) -> None:
@@ -299,15 +296,24 @@ def require_readable(name: str, layer: Any) -> None:
     Raises:
         ValueError: it is quantised, not here, sharded, or part of it was moved already.
     """
-    base = layer.get_base_layer()
-    started = getattr(layer, STARTS, None)
+    _require(name, _unreadable(layer))
+
+
+def _require(name: str, reason: str) -> None:
+    if reason:
+        raise ValueError(f"model: the base weight of {name} cannot give part of itself to the adapter: {reason}")
+
+
+def _unreadable(layer: Any) -> str:
+    base, started = layer.get_base_layer(), getattr(layer, STARTS, None)
     if started:
-        raise _cannot_give(name, f"part of it is with the adapter {next(iter(started))!r} already")
+        return f"part of it is with the adapter {next(iter(started))!r} already"
     for weight in _base_tensors(layer):
         if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
-            raise _cannot_give(name, f"it is quantised ({type(base).__name__}, {type(weight).__name__})")
+            return f"it is quantised ({type(base).__name__}, {type(weight).__name__})"
         if weight.device.type == "meta" or hasattr(base, "_hf_hook"):
-            raise _cannot_give(name, "it is on the meta device or offloaded")
+            return "it is on the meta device or offloaded"
+    return ""
 
 
 def kept_whole(layer: Any, holders: Counter[int]) -> str:
@@ -328,10 +334,6 @@ def _base_tensors(layer: Any) -> list[Any]:
     if is_stacked(layer):
         return [base.in_proj_weight, layer.out_proj.weight]
     return [getattr(base, "weight", None)]
-
-
-def _cannot_give(name: str, reason: str) -> ValueError:
-    return ValueError(f"model: the base weight of {name} cannot give part of itself to the adapter: {reason}")
 
 
 @torch.no_grad()
