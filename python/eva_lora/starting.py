@@ -491,7 +491,7 @@ def _write(adapter: Any, made: EvaPlan, method: Method, kept_whole: str) -> dict
         if method.exponent is None:
             adapter.freeze_second()
         if kept_whole:
-            adapter.hold()
+            adapter.hold(made)
             return {}
         return dict(adapter.move(method.name, made)) if method.base == "less" else {}
     except BaseException:

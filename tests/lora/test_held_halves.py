@@ -9,10 +9,10 @@ import torch
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from eva_lora import initialize
+from eva_lora import EvaConfig, initialize
 from support.kinds import Kind, call
 from support.other_kinds import INSTALLED, Net, loralib_linear, lycoris_layer, patcher, sequences
-from support.peft_kinds import KINDS, LINEARS, LLAMA
+from support.peft_kinds import EXPERTS, KINDS, LINEARS, LLAMA, STACKED_EXPERTS
 from support.versions import needs
 
 SMALL = (
@@ -151,6 +151,34 @@ def test_what_would_be_wrong_is_refused(tmp_path):
         hotswap_adapter(model, tmp_path / "another", "default")
 
 
+@needs(STACKED_EXPERTS)
+def test_ranks_move_by_what_all_experts_of_a_layer_hold_and_removed_layers_are_left(tmp_path):
+    (kind,) = (kind for kind in KINDS if kind.name == "experts of Mixtral")
+    base, batch = kind.base().eval(), kind.batches()[0]
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=EXPERTS)
+    model = peft.get_peft_model(kind.base(), config).eval()
+    with torch.no_grad():  # one layer whose first directions hold least, which will be given none
+        for each in (base, model.get_base_model()):
+            flat = next(p for name, p in each.named_parameters() if "layers.1" in name and "down_proj" in name)
+            flat.copy_(torch.eye(*flat.shape[1:]).expand_as(flat))
+    report = initialize(model, method="pissa", config=EvaConfig(rho=2.0))
+    shares = {}
+    for name in report.layers:
+        stack = base.get_parameter(name).double()  # (experts, out, in)
+        squares = torch.linalg.svdvals(stack).square()
+        shares[name] = (squares.sum(0) / squares.sum())[:4]
+    least = torch.cat([*shares.values()]).sort().values[-8]
+    assert report.ranks == {name: int((share >= least).sum()) for name, share in shares.items()}
+    assert 0 in report.ranks.values()
+    for name, layer in report.layers.items():
+        assert layer.weight_share == pytest.approx(float(shares[name][: layer.rank].sum()), rel=1e-5)
+    expected = outputs(base, batch)
+    assert near(outputs(model, batch), expected)
+    mine = outputs(trained(model, batch), batch)
+    model.save_pretrained(tmp_path)
+    assert near(outputs(peft.PeftModel.from_pretrained(base, tmp_path).eval(), batch), mine)
+
+
 def test_several_peft_models_hold_where_one_of_them_has_to():
     towers = nn.ModuleDict({"left": tied()})
     towers["right"] = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(r=2, target_modules=["0"]))
@@ -207,6 +235,20 @@ def test_loralib_saves_merges_and_loads_an_ordinary_lora_of_twice_the_rank():
     assert near(outputs(model.train(), x), mine)
     loralib.mark_only_lora_as_trainable(model)
     assert {p.shape[0 if "lora_A" in n else 1] for n, p in model.named_parameters() if p.requires_grad} == {4}
+
+
+@needs("loralib")
+def test_ranks_move_between_layers_of_another_library():
+    model, (x, *_) = of(loralib_linear), sequences()
+    report = initialize(model, method="pissa", budget=9)
+    shares = {n: torch.linalg.svdvals(m.weight.detach().double()).square() for n, m in Net().named_children()}
+    shares = {name: (squares / squares.sum())[:4] for name, squares in shares.items()}  # rho is 1: as many candidates
+    least = torch.cat([*shares.values()]).sort().values[-9]
+    assert report.ranks == {name: max(1, int((share >= least).sum())) for name, share in shares.items()}
+    for name, layer in model.named_children():
+        assert layer.r == 2 * report.ranks[name] == 2 * len(dict(layer.named_parameters())["lora_A"])
+        assert layer.scaling == 2
+    assert near(outputs(model, x), Net()(x))
 
 
 @needs("loralib")

@@ -462,8 +462,8 @@ class SiteAdapter:
         """Why no part of a base weight is moved into A and B here."""
         return "what such a library saves of an adapter is A and B alone"
 
-    def hold(self) -> None:
-        """Have the first half of each rank trained, and hold the second."""
+    def hold(self, plan: EvaPlan) -> None:
+        """Have the first half of each rank trained, and hold the second; none of a plan's is 0 here."""
         for site in self.writable():
             site.hold()
 

@@ -228,10 +228,10 @@ class PeftAdapter:
         reasons = ((name, kept_whole(layer, holders)) for name, layer in self.layers.items())
         return next((f"of {name}: {reason}" for name, reason in reasons if reason), "")
 
-    def hold(self) -> None:
-        """Have the first half of each rank trained, and hold the second."""
-        for layer in self.layers.values():
-            if self.name in layer.r:
+    def hold(self, plan: EvaPlan) -> None:
+        """Have the first half of each rank that a plan has just made trained, and hold the second."""
+        for name, layer in self.layers.items():
+            if plan.sites[name].rank:
                 hold_halves(layer, self.name)
 
     def move(self, method: str, plan: EvaPlan) -> dict[str, float]:
@@ -397,10 +397,10 @@ class PeftAdapters:
         reasons = ((path, adapter.kept_whole()) for path, adapter in self._adapters.items())
         return next((f"in {path}, {reason}" for path, reason in [*reasons] if reason), "")
 
-    def hold(self) -> None:
+    def hold(self, plan: EvaPlan) -> None:
         """As of each adapter."""
-        for adapter in self._adapters.values():
-            adapter.hold()
+        for path, adapter in self._adapters.items():
+            adapter.hold(plan.part(path))
 
     def matrices(self) -> tuple[dict[str, tuple[BaseWeight, ...]], dict[str, str]]:
         """As of each adapter."""
