@@ -95,6 +95,7 @@ test-libraries: test-libraries-short $(VENV)/recipes/axolotl-unsloth/.done $(VEN
 # Without the recipes, whose environments are large.
 test-libraries-short: $(VENV)/libraries/.done $(VENV)/recipes/sentences/.done
 	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
+		tests/lora/test_methods_of_all_kinds.py tests/lora/test_held_halves.py \
 		-k "torchtune or litgpt"
 	PYTHONPATH=python $(VENV)/recipes/sentences/bin/python -m pytest tests/frontend/test_sentence_trainers.py
 

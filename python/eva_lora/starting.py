@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from eva_kernels.low_rank_fit import SecondMoment
 
 from .adapters import (
     BaseWeight,
@@ -54,7 +56,10 @@ def initialize(
 
     Methods that move part of the base weight into A and B leave W − s B₀ A₀ there, in W's dtype. ``disable_adapter``
     still computes with W, to a rounding; the saved adapter holds A₀ and B₀, and loads with
-    :func:`eva_lora.load_adapter`; :func:`eva_lora.export_plain` makes an ordinary LoRA on the untouched W of it.
+    :func:`eva_lora.load_adapter`; :func:`eva_lora.export_plain` makes an ordinary LoRA on the untouched W of it. Where
+    the weight of any layer cannot give part of itself, all stay as they are: each layer has twice its rank, A beside A₀
+    and B beside −B₀, of which the first half is trained, and is saved and loaded as an ordinary LoRA. The report's
+    notes say so.
 
     Args:
         model: A model with LoRA layers, as in :func:`eva_initialize`. Call this before the optimizer is made.
@@ -110,28 +115,30 @@ def initialize(
     started = time.perf_counter()
     with ordinary_tensors():
         adapter = find_adapter(model, sites)
-        bases = _bases(adapter, row)
+        bases, kept_whole = _bases(adapter, row)
         chosen = config_for(adapter, row, config)
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
         require_whole(model)
         _require_budget(row, chosen, budget)
         moves_ranks = chosen.moves_ranks or budget is not None or (isinstance(row, GradientMethod) and row.moves_ranks)
-        require_changeable(model, ranks_change=moves_ranks)
+        require_changeable(model, ranks_change=moves_ranks or bool(kept_whole))
         if loader_or_statistics is None or isinstance(row, GradientMethod):  # else the pass tells
             tell_left_alone(adapter, method, stacklevel=2)
         if isinstance(row, GradientMethod):
             _members(adapter, bases)
             assert loader_or_statistics is not None
-            found = descend(row, adapter, model, bases, loader_or_statistics, chosen, loss_fn)  # type: ignore[arg-type]
-            rounding = {} if dry_run else _write(adapter, found.plan, row)
+            only = {name: base for name, (base,) in bases.items()}
+            found = descend(row, adapter, model, only, loader_or_statistics, chosen, loss_fn)  # type: ignore[arg-type]
+            rounding = {} if dry_run else _write(adapter, found.plan, row, kept_whole)
             layers = {
                 site.name: LayerStart(site.rank, site.configured_rank, None, rounding=rounding.get(site.name))
                 for site in found.plan.sites.values()
             }
             return StartReport(
                 method=method, layers=layers, budget=found.plan.budget, base=row.base, num_batches=found.num_batches,
-                num_rows=0, seconds=time.perf_counter() - started, notes=found.plan.notes, config=chosen.to_dict(),
+                num_rows=0, seconds=time.perf_counter() - started, notes=(*found.plan.notes, *_held(kept_whole)),
+                config=chosen.to_dict(),
                 losses=found.losses,
             )  # fmt: skip
 
@@ -145,19 +152,20 @@ def initialize(
         statistics, kept = statistics_of(loader_or_statistics), statistics_of(keep)
         members = _members(adapter, bases, statistics, kept)
         moments = _Moments(row, members, statistics), _Moments(row, members, kept)
-        directions = [min(bases[site.name].in_features, bases[site.name].out_features) for site in members]
+        directions = [_directions(bases[site.name]) for site in members]
         allocation = Allocation(
             [replace(site, in_features=most) for site, most in zip(members, directions, strict=True)], chosen
         )
         with Visits(adapter, model, chosen).still():
             fits = _fit(row, members, bases, moments, allocation, beta)
         made = _planned(row, adapter, members, fits, chosen, allocation, budget)
-        rounding = {} if dry_run else _write(adapter, made, row)
+        rounding = {} if dry_run else _write(adapter, made, row, kept_whole)
     layers = {site.name: _layer(fits[site.name], made.sites[site.name], rounding.get(site.name)) for site in members}
     return StartReport(
         method=method, layers=layers, budget=made.budget, base=row.base,
         num_batches=statistics.num_batches if statistics else 0, num_rows=statistics.num_rows if statistics else 0,
-        seconds=time.perf_counter() - started, notes=made.notes, config=chosen.to_dict(),
+        seconds=time.perf_counter() - started, notes=(*made.notes, *_unseen(members, statistics), *_held(kept_whole)),
+        config=chosen.to_dict(),
     )  # fmt: skip
 
 
@@ -204,23 +212,58 @@ def _require_gradients_only(
             raise ValueError(f"{name}: expected None with method={method.name!r}, whose loss says what counts: loss_fn")
 
 
-def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
-    """Each layer's base weight, which the method can read, and change if it does."""
+def _bases(adapter: LoraAdapter, method: Method) -> tuple[dict[str, tuple[BaseWeight, ...]], str]:
+    """For each of a layer's pairs of A and B the base weight that the method reads; and, of one that takes part of it,
+    why it has to stay as it is, or "".
+    """
     if isinstance(adapter, SiteAdapter):
         adapter.writable()
     asked: Any = adapter
-    if not hasattr(adapter, "scalings") or (method.base == "less" and not hasattr(adapter, "move")):
+    from_gradients = isinstance(method, GradientMethod)
+    if not hasattr(adapter, "matrices") or (from_gradients and not hasattr(adapter, "move")):
+        of = "PEFT" if from_gradients else "PEFT, or such as keep A and B as parameters"
         raise TypeError(
-            f"model: method={method.name!r} starts the LoRA layers of one PEFT model, a {type(adapter).__name__} does "
-            "not say how to"
+            f"model: method={method.name!r} starts LoRA layers of {of}; a {type(adapter).__name__} does not say how to"
         )
-    bases, without = asked.base_weights(convolutions=True)
+    bases: dict[str, tuple[BaseWeight, ...]]
+    if from_gradients:
+        single, without = asked.base_weights(convolutions=True)
+        bases = {name: (base,) for name, base in single.items()}
+    else:
+        bases, without = asked.matrices()
     if without:
         name, why = next(iter(without.items()))
         raise ValueError(f"model: method={method.name!r} cannot start {len(without)} layers; {name}: {why}")
-    if method.base == "less" or not isinstance(method, GradientMethod):
-        asked.require_movable()
-    return dict(bases)
+    if from_gradients and method.base == "kept":
+        return bases, ""
+    kept_whole: str = asked.kept_whole()
+    return bases, kept_whole if method.base == "less" else ""
+
+
+def _held(kept_whole: str) -> tuple[str, ...]:
+    """What a report says where base weights stay as they are, though the method takes part of them."""
+    if not kept_whole:
+        return ()
+    return (
+        f"base weights stay as they are ({kept_whole}): each layer has twice its rank, of which half is trained and "
+        "half held; it saves and loads as an ordinary LoRA",
+    )
+
+
+def _unseen(members: Sequence[SiteStatistics], statistics: EvaStatistics | None) -> list[str]:
+    """What a report says of parts that saw no input."""
+    inputs = {site.name: site.inputs for site in statistics.sites} if statistics is not None else {}
+    empty = {name: [part for part, index in enumerate(mine) if index < 0] for name, mine in inputs.items()}
+    return [
+        f"{site.name}: experts {empty[site.name]} saw no input and start from those of all together"
+        for site in members
+        if empty.get(site.name)
+    ]
+
+
+def _directions(bases: Sequence[BaseWeight]) -> int:
+    """The most that every one of a layer's weights has."""
+    return min(min(base.in_features, base.out_features) for base in bases)
 
 
 def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaConfig:
@@ -274,21 +317,21 @@ def _require_budget(method: Method, config: EvaConfig, budget: int | None) -> No
 
 
 def _members(
-    adapter: LoraAdapter, bases: Mapping[str, BaseWeight], *known: EvaStatistics | None
+    adapter: LoraAdapter, bases: Mapping[str, Sequence[BaseWeight]], *known: EvaStatistics | None
 ) -> list[SiteStatistics]:
     """The layers to start, with the inputs that the first statistics know of them."""
     for statistics in filter(None, known):
         sites = {site.name: site for site in statistics.sites}
         for site in adapter.sites:
             theirs = sites.get(site.name)
-            if theirs is None or theirs.in_features != site.in_features:
+            if theirs is None or (theirs.in_features, len(theirs.inputs)) != (site.in_features, site.parts):
                 raise ValueError(
                     f"loader_or_statistics: they are of another model: they do not know {site.name} as it is here"
                 )
             if theirs.input < 0:
                 raise ValueError(f"loader_or_statistics: {site.name} saw no input")
     for site in adapter.sites:
-        smaller = min(bases[site.name].in_features, bases[site.name].out_features)
+        smaller = _directions(bases[site.name])
         if site.rank > smaller:
             raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {smaller} directions")
     return [described(site) for site in adapter.sites]
@@ -303,24 +346,44 @@ class _Moments:
 
     def __init__(self, method: Method, members: Sequence[SiteStatistics], statistics: EvaStatistics | None) -> None:
         self._statistics = statistics
-        self._last: tuple[int, Moment | None] = (-1, None)
-        sites = {} if statistics is None else {site.name: site.input for site in statistics.sites}
-        self._inputs = {member.name: sites.get(member.name, -1) for member in members}
+        self._last: tuple[tuple[int, ...], Moment | None] = ((), None)
+        sites = {} if statistics is None else {site.name: site.inputs for site in statistics.sites}
+        self._inputs = {member.name: sites.get(member.name, ()) for member in members}
         if method.data == "all" and statistics is not None:
-            first = {index: name for name, index in reversed(self._inputs.items())}
+            first = {index: name for name, mine in reversed(self._inputs.items()) for index in mine if index >= 0}
             for index, name in first.items():
                 _require_every_direction(name, statistics.inputs[index], method)
 
-    def of(self, name: str) -> Moment | None:
-        index = self._inputs[name]
-        if index >= 0 and index != self._last[0]:
-            entry = self._entry(index)
-            self._last = index, entry.second_moment() if entry.moment is None else entry.moment
-        return self._last[1] if index >= 0 else None
+    def of(self, name: str, part: int) -> Moment | None:
+        """That of the inputs of one of a layer's parts; of all together where it saw none."""
+        indices = self._indices(name, part)
+        if indices and indices != self._last[0]:
+            self._last = indices, _pooled(self._entries(indices))
+        return self._last[1] if indices else None
 
-    def _entry(self, index: int) -> InputStatistics:
+    def rows(self, name: str, part: int) -> int:
+        """How many rows that is of; 1 where no inputs are known."""
+        index = self._inputs[name][part] if self._inputs[name] else -1
+        return self._entries((index,))[0].num_rows if index >= 0 else int(not self._inputs[name])
+
+    def _indices(self, name: str, part: int) -> tuple[int, ...]:
+        mine = self._inputs[name]
+        return mine[part : part + 1] if mine and mine[part] >= 0 else tuple(index for index in mine if index >= 0)
+
+    def _entries(self, indices: Sequence[int]) -> list[InputStatistics]:
         assert self._statistics is not None
-        return self._statistics.inputs[index]
+        return [self._statistics.inputs[index] for index in indices]
+
+
+def _pooled(entries: Sequence[InputStatistics]) -> Moment:
+    """The second moment of the rows of all entries together."""
+    shares = [entry.num_rows / max(1, sum(other.num_rows for other in entries)) for entry in entries]
+    whole = [entry.moment for entry in entries if entry.moment is not None]
+    if len(whole) == len(entries):
+        return whole[0] if len(whole) == 1 else torch.stack([m * n for m, n in zip(whole, shares, strict=True)]).sum(0)
+    known = [entry.second_moment() for entry in entries]
+    factor = torch.cat([moment.factor * n**0.5 for moment, n in zip(known, shares, strict=True)], 1)
+    return SecondMoment(factor, torch.stack([m.rest * n for m, n in zip(known, shares, strict=True)]).sum())
 
 
 def _require_every_direction(name: str, entry: InputStatistics, method: Method) -> None:
@@ -337,21 +400,51 @@ def _require_every_direction(name: str, entry: InputStatistics, method: Method) 
         )
 
 
+@dataclass(frozen=True)
+class _Fits:
+    """Of one layer: each pair's fit, and how many rows of input that has."""
+
+    of_pairs: list[MethodFit]
+    rows: list[int]
+
+    def shares(self, which: str) -> Tensor | None:  # (r,) float64
+        """What each direction has of the weight, the outputs or those to keep, of all pairs together."""
+        place = ("weight_shares", "output_shares", "kept_shares").index(which)
+        known = [getattr(fit, which) for fit in self.of_pairs]
+        if known[0] is None:
+            return None
+        counts = [1] * len(known) if place == 0 else self.rows
+        of = [fit.totals[place] * n for fit, n in zip(self.of_pairs, counts, strict=True)]
+        total = sum(of)
+        if len(known) == 1 or not total > 0:
+            return known[0]
+        return torch.stack([share * n / total for share, n in zip(known, of, strict=True)]).sum(0)
+
+    def factors(self, method: Method, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+        """(pairs · rank, d) and (Σ out, rank): A and s B, pair after pair."""
+        pairs = [fit.factors(method, rank, scaling) for fit in self.of_pairs]
+        return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+
+
 def _fit(
     method: Method,
     members: Sequence[SiteStatistics],
-    bases: Mapping[str, BaseWeight],
+    bases: Mapping[str, Sequence[BaseWeight]],
     moments: tuple[_Moments, _Moments],
     allocation: Allocation,
     beta: float,
-) -> dict[str, MethodFit]:
+) -> dict[str, _Fits]:
     fits = {}
     for site, rank in zip(members, allocation.candidates.tolist(), strict=True):
-        weight = bases[site.name].read()
-        if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
-            raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
-        moment, kept = (known.of(site.name) for known in moments)
-        fits[site.name] = fit_method(method, weight, rank, moment, kept, beta)
+        of_pairs, rows = [], []
+        for base in bases[site.name]:
+            weight = base.read()
+            if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
+                raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
+            moment, kept = (known.of(site.name, base.part) for known in moments)
+            of_pairs.append(fit_method(method, weight, rank, moment, kept, beta))
+            rows.append(moments[0].rows(site.name, base.part))
+        fits[site.name] = _Fits(of_pairs, rows)
     return fits
 
 
@@ -359,7 +452,7 @@ def _planned(
     method: Method,
     adapter: Any,
     members: Sequence[SiteStatistics],
-    fits: Mapping[str, MethodFit],
+    fits: Mapping[str, _Fits],
     config: EvaConfig,
     allocation: Allocation,
     budget: int | None,
@@ -372,9 +465,10 @@ def _planned(
     budget = budget if config.budget_parameters is None else sum(ranks.values())
     scalings: dict[str, float] = adapter.scalings()
     factors = {site.name: fits[site.name].factors(method, ranks[site.name], scalings[site.name]) for site in members}
+    parts = {site.name: site.parts for site in adapter.sites}
     planned = {
         site.name: PlannedSite(
-            site.name, ranks[site.name], site.rank, site.in_features, tuple(score.clip(0).tolist()), 0
+            site.name, ranks[site.name], site.rank, site.in_features, tuple(score.clip(0).tolist()), 0, parts[site.name]
         )
         for site, score in zip(members, scores, strict=True)
     }
@@ -382,28 +476,47 @@ def _planned(
     return EvaPlan(planned, lora_a, config, budget, tuple(notes), lora_b)
 
 
-def _scores(method: Method, fit: MethodFit) -> Tensor:  # (r,) float64
+def _scores(method: Method, fits: _Fits) -> Tensor:  # (r,) float64
     """What ranks move by: of the weight or, where inputs count, of the output what each direction has."""
-    return fit.weight_shares if method.power == 0 or fit.output_shares is None else fit.output_shares
+    shares = fits.shares("output_shares") if method.power else None
+    shares = fits.shares("weight_shares") if shares is None else shares
+    assert shares is not None
+    return shares
 
 
-def _write(adapter: Any, made: EvaPlan, method: Method) -> dict[str, float]:
+def _write(adapter: Any, made: EvaPlan, method: Method, kept_whole: str) -> dict[str, float]:
     """The plan into the model, and what follows of it; returns what was rounded off of each base weight."""
-    back = adapter.apply(made)
+    back = adapter.apply(_doubled(made) if kept_whole else made)
     try:
         if method.exponent is None:
             adapter.freeze_second()
+        if kept_whole:
+            adapter.hold(made)
+            return {}
         return dict(adapter.move(method.name, made)) if method.base == "less" else {}
     except BaseException:
         back()
         raise
 
 
-def _layer(fit: MethodFit, site: PlannedSite, rounding: float | None) -> LayerStart:
-    def share(shares: Tensor | None) -> float | None:
+def _doubled(made: EvaPlan) -> EvaPlan:
+    """The plan with A beside A₀ and B beside −B₀, which are the same at first: twice the ranks, and B A of zero."""
+    sites = {name: replace(site, rank=2 * site.rank) for name, site in made.sites.items()}
+    lora_a, lora_b = {}, {}
+    for name, site in made.sites.items():
+        a = made.lora_a[name]
+        lora_a[name] = torch.cat([part.repeat(2, 1) for part in torch.split(a, site.rank)]) if site.rank else a
+        lora_b[name] = torch.cat([made.lora_b[name], -made.lora_b[name]], 1)
+    config = replace(made.config, adjust_scaling_factors=True)
+    return replace(made, sites=sites, lora_a=lora_a, lora_b=lora_b, config=config, budget=2 * made.budget)
+
+
+def _layer(fits: _Fits, site: PlannedSite, rounding: float | None) -> LayerStart:
+    def share(which: str) -> float | None:
+        shares = fits.shares(which)
         return None if shares is None else float(shares[: site.rank].sum())
 
     return LayerStart(
-        rank=site.rank, configured_rank=site.configured_rank, weight_share=share(fit.weight_shares) or 0.0,
-        output_share=share(fit.output_shares), kept_share=share(fit.kept_shares), rounding=rounding,
+        rank=site.rank, configured_rank=site.configured_rank, weight_share=share("weight_shares") or 0.0,
+        output_share=share("output_shares"), kept_share=share("kept_shares"), rounding=rounding,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from eva_lora import (
     load_adapter,
 )
 from support.bounds import gamma
+from support.method_formulas import BETA, FORMULAS, FROM_INPUTS, GAP, cosine, svd
 from support.models import (
     LINEARS,
     layer_inputs,
@@ -38,71 +39,7 @@ from support.models import (
 from support.pages import blocks
 from support.quantised import rounded
 
-BETA = 0.3
-#: Those that one statistic of inputs serves; of the others see test_gradients.py.
-FROM_INPUTS = [name for name, method in METHODS.items() if method.data != "gradients"]
-GAP = 0.01  # between the last direction and the next one, of the larger: below it neither is the answer
 UNIT = 2.0**-24
-
-
-def svd(matrix):
-    return torch.linalg.svd(matrix, full_matrices=False)
-
-
-def pissa(w, r, rank, s, **_):
-    u, d, v = svd(w)
-    root = (d[:rank] / s).sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank], d[rank - 1] - d[rank], d[rank - 1]
-
-
-def milora(w, r, rank, s, **_):
-    u, d, v = svd(w)
-    root = (d[-rank:] / s).sqrt()
-    return u[:, -rank:] * root, root[:, None] * v[-rank:], d[-rank - 1] - d[-rank], d[-rank - 1]
-
-
-def mica(w, r, rank, s, **_):
-    u, d, v = svd(w)
-    return u[:, -rank:], torch.zeros_like(v[-rank:]), d[-rank - 1] - d[-rank], d[-rank - 1]
-
-
-def corda(w, r, rank, s, **_):
-    """The decomposition of W C, multiplied back with the inverse of C, which is not damped: C is of full rank."""
-    u, d, v = svd(w @ r)
-    root = (d[:rank] / s).sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank] @ torch.linalg.inv(r), d[rank - 1] - d[rank], d[rank - 1]
-
-
-def corda_kpm(w, r, rank, s, **_):
-    u, d, v = svd(w @ r)
-    root = (d[-rank:] / s).sqrt()
-    return u[:, -rank:] * root, root[:, None] * v[-rank:] @ torch.linalg.inv(r), d[-rank - 1] - d[-rank], d[-rank - 1]
-
-
-def astra(w, r, rank, s, **_):
-    """The outputs' covariance at its small end, among the outputs that the weight can give."""
-    inside = svd(w)[0]
-    values, vectors = torch.linalg.eigh(inside.T @ w @ r @ w.T @ inside)
-    u = inside @ vectors[:, :rank]
-    return u, u.T @ w, values[rank].sqrt() - values[rank - 1].sqrt(), values[rank].sqrt()
-
-
-def sc_lora(w, r, rank, s, kept, **_):
-    values, u = torch.linalg.eigh((1 - BETA) * w @ r @ w.T - BETA * w @ kept @ w.T)
-    return u[:, -rank:], u[:, -rank:].T @ w, values[-rank] - values[-rank - 1], values[-rank].abs()
-
-
-def lora_null(w, r, rank, s, **_):
-    values, q = torch.linalg.eigh(r)
-    u, d, v = svd(w @ q[:, :rank] @ q[:, :rank].T)
-    root = (d[:rank] / s).sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank], values[rank] - values[rank - 1], values[rank]
-
-
-FORMULAS = {
-    "pissa": pissa, "milora": milora, "mica": mica, "corda": corda, "corda-kpm": corda_kpm, "astra": astra,
-    "sc-lora": sc_lora, "lora-null": lora_null,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +61,6 @@ def started(base, method, *, batches=None, kept=None, **options):
     data = statistics_of(model, batches, keep_moments=True) if batches else None
     keep = statistics_of(model, kept or token_batches(seed=9), keep_moments=True) if method == "sc-lora" else None
     return model, initialize(model, data, method, keep=keep, beta=BETA, progress=False)
-
-
-def cosine(left, right):
-    """The smallest of the angles between two column spaces, as its cosine."""
-    q, p = (torch.linalg.qr(matrix.double()).Q for matrix in (left, right))
-    return float(torch.linalg.svdvals(q.T @ p)[-1])
 
 
 def factors_of(model, name):
@@ -363,15 +294,8 @@ def test_layers_that_cannot_be_started_are_named_and_nothing_is_changed(base):
         return get_peft_model(Tied(), LoraConfig(**{"r": 2, **options}))
 
     for model, message in (
-        (tied(target_modules=["head"]), "head cannot give part of itself to the adapter: another module has the same"),
         (tied(target_modules=["conv"]), "cannot start 1 layers; conv: its A reads other patches than the layer"),
         (tied(target_modules=["grouped"]), "EVA applies to none of its LoRA layers: .*groups=2"),
-        (tied(target_modules=["attention"]), "cannot start 1 layers; attention: it is a MultiheadAttention"),
-        (
-            tied(target_modules=["middle"], use_dora=True),
-            "middle cannot give part of itself to the adapter: its adapter is DoRA",
-        ),
-        (tied(target_modules=["middle"], lora_bias=True), "its LoraConfig sets lora_bias"),
         (tied(target_modules=["middle"], r=9), "middle has rank 9, its weight has 8 directions"),
         (lora(copy.deepcopy(base), init_lora_weights="pissa"), "has already changed the base weights"),
     ):

@@ -83,7 +83,9 @@ class LoraAdapter(Protocol):
 
     One that also has ``zero_before_training()``, a mapping of layers' names to lists of tensors (most often B) that are
     zero until it is trained, is not overwritten in silence once it was. One that has ``acting()``, the same of what
-    is switched on as things are, may be watched while it is there.
+    is switched on as things are, may be watched while it is there. One that has ``matrices()``, ``scalings()``,
+    ``kept_whole()``, ``hold()``, ``freeze_second()`` and an ``apply`` that returns what undoes it, as
+    :class:`SiteAdapter` has them, can start by the other methods.
     """
 
     @property

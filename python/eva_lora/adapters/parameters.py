@@ -1,23 +1,41 @@
 """Adapters whose layers keep A and B as parameters: most implementations, and anybody's own."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..planning import EvaPlan, PlannedSite
-from .base_weights import BaseWeight
+from .base_weights import BaseWeight, KnownWeight
+from .held import Halves, hold, is_held
 from .preflight import require_no_optimizer
 from .sharded import fill_
-from .sites import LoraSite, Rows
+from .sites import LeftAlone, LoraSite, Patches, Rows
 
-__all__ = ["ParameterSite", "SiteAdapter", "check_plan"]
+__all__ = ["Answers", "ParameterSite", "SiteAdapter", "check_plan"]
 
 LARGER = 256.0  # than the base's output, what B A x is made to be while its scaling is looked for
+ALIKE = 2.0**-5  # of what is seen: what the rounding of a layer in 16 bits may be off by
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a layer makes of its matrices A and B, as it was seen.
+
+    Attributes:
+        scaling: What it multiplies B A x with.
+        outputs: For each pair of A and B, which of the layer's outputs (n,) int64 the rows of that B add to, in order.
+        base: (out,) float32: the output with B = 0 for some input.
+    """
+
+    scaling: float
+    outputs: list[Tensor]
+    base: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,8 @@ class ParameterSite(LoraSite):
     def write(self, rank: int, lora_a: Tensor | None, *, adjust_scaling: bool) -> None:
         """Set the rank, A to ``lora_a`` (parts · rank, d; None: as it is) and B to zero.
 
+        Where there are several pairs of A and B, fed the same rows, ``lora_a`` is that of all, or (pairs · rank, d).
+
         With ``adjust_scaling`` the layer's scaling stays what it was; without, alpha does.
         """
         if rank != self.rank:
@@ -131,47 +151,143 @@ class ParameterSite(LoraSite):
                     shape[along] = size
                     _replace(self.owner, path, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
             self.rescale(rank, adjust_scaling)
-        for new_a, new_b in zip(self.first, self.second, strict=True):
-            if lora_a is not None:
-                matrix = lora_a.repeat(self.groups, 1)
+        own = [None] * len(self.first) if lora_a is None else [lora_a] * len(self.first)
+        if lora_a is not None and len(lora_a) > rank:
+            own = [*lora_a.chunk(len(self.first))]
+        for new_a, new_b, mine in zip(self.first, self.second, own, strict=True):
+            if mine is not None:
+                matrix = mine if len(mine) > rank else mine.repeat(self.groups, 1)
                 fill_(new_a, matrix.T if self.transposed else matrix.view(new_a.shape))
             new_b.zero_()
 
     def write_second(self, lora_b: Tensor) -> None:
-        """Set B to what the layer scales to ``lora_b`` (out, rank); after :meth:`write`.
+        """Set each B to what the layer scales to its rows of ``lora_b`` (out, rank); after :meth:`write`.
 
         Raises:
             ValueError: what the layer adds to its base's output is no multiple of B A x.
         """
-        (b,) = self.second
-        fill_(b, lora_b.T if self.transposed else lora_b)
-        fill_(b, b / self._scaling(lora_b))
+        scaling = self.answers().scaling
+        sizes = [b.shape[1 if self.transposed else 0] for b in self.second]
+        for b, rows in zip(self.second, torch.split(lora_b, sizes), strict=True):
+            fill_(b, rows.T if self.transposed else rows.reshape(b.shape))
+            fill_(b, b / scaling)
 
-    def _scaling(self, lora_b: Tensor) -> float:
-        """What the layer multiplies B A x with: seen in what it makes of the input that A answers most.
+    @torch.no_grad()
+    def answers(self) -> Answers:
+        """What the layer makes of its matrices: seen in its answers to one input, with matrices that are written for a
+        moment.
 
         Raises:
-            ValueError: that is no multiple of B A x.
+            ValueError: what it adds to its base's output is no multiple of B A x.
         """
-        (a,), (b,) = self.first, self.second
-        matrix = a.T if self.transposed else a
-        x = torch.nn.functional.normalize(matrix.float().sum(0), dim=0).to(a.dtype)[None]
-        values = b.detach().clone()
-        with _without_dropout(self.module), torch.autocast(x.device.type, enabled=False):
-            expected = (x.float() @ matrix.float().T) @ lora_b.to(x.device).T
-            if not bool(expected.any()):
-                return 1.0
-            b.zero_()
-            base = self.module(x).float()
-            # So large that little of it is rounded off beside the base's output.
-            larger = max(1.0, LARGER * float(base.norm() / expected.norm()))
-            b.copy_(values * larger)
-            seen = (self.module(x).float() - base) / larger
-            b.copy_(values)
-        scaling = float((seen * expected).sum() / expected.square().sum())
-        if not scaling or bool((seen - scaling * expected).norm() > 2.0**-5 * seen.norm()):
+        values = [(factor, factor.detach().clone()) for factor in (*self.first, *self.second)]
+        try:
+            with _without_dropout(self.module, self.owner), torch.autocast(values[0][0].device.type, enabled=False):
+                return self._seen()
+        finally:
+            for factor, value in values:
+                factor.data.copy_(value)
+
+    def _seen(self) -> Answers:
+        first, second = ([_as_matrix(factor, self.transposed) for factor in part] for part in (self.first, self.second))
+        x, row, place = self._example(first[0])
+        groups = [a.chunk(self.groups) for a in first]  # each (rank, d)
+
+        def answer() -> Tensor:  # (out,) float32
+            y = self.module(x).float()
+            return y[0, 0] if self.row_maker is None else y.flatten(2)[0, :, place]
+
+        def clear() -> None:
+            for matrix in (*first, *second):
+                matrix.zero_()
+
+        clear()
+        base = answer()
+        level = LARGER * max(1.0, float(base.abs().max()))  # so that little is rounded off beside the base's output
+        outputs, scalings = [], []
+        for mine, b in zip(groups, second, strict=True):
+            for a in mine:
+                clear()
+                a[0], b[:, 0] = row, level
+                added = (answer() - base) / (level * float(row.float().square().sum()))
+                hit = added.abs() > added.abs().max() / 2
+                scalings.append(float(added[hit].mean()) if bool(hit.any()) else 0.0)
+                outputs.append(hit.nonzero().flatten())
+                self._require(scalings[-1] != 0 and _near(added, scalings[-1] * hit))
+            self._require(sum(map(len, outputs[-self.groups :])) == len(b))
+        scaling = scalings[0]
+        self._require(all(abs(other - scaling) <= ALIKE * abs(scaling) for other in scalings))
+        clear()
+        expected, taken = torch.zeros_like(base), iter(outputs)
+        generator = torch.Generator("cpu").manual_seed(0)
+        for mine, b in zip(groups, second, strict=True):
+            b.copy_(torch.randn(b.shape, generator=generator, device="cpu") * level)
+            start = 0
+            for a in mine:
+                a.copy_(torch.randn(a.shape, generator=generator, device="cpu"))
+                where = next(taken)
+                rows = b[start : start + len(where)].float()
+                expected[where] += scaling * rows @ (a.float() @ row.float())
+                start += len(where)
+        self._require(_near(answer() - base, expected))
+        return Answers(scaling, outputs, base)
+
+    def _example(self, a: Tensor) -> tuple[Tensor, Tensor, int]:
+        """An input, one of the rows that it makes, and where in the output that is."""
+        if self.row_maker is None:
+            row = a.new_full((self.in_features,), self.in_features**-0.5)
+            return row[None, None], row, 0
+        patches = self.row_maker
+        assert isinstance(patches, Patches)
+        reach = [d * (k - 1) + 1 for d, k in zip(patches.dilation, patches.kernel_size, strict=True)]
+        x = a.new_full((1, patches.channels, *reach), patches.width**-0.5)
+        rows = torch.cat([*patches.pieces(x)])
+        place = int(rows.float().norm(dim=1).argmax())
+        return x, rows[place].to(a), place
+
+    def _require(self, holds: bool) -> None:
+        if not holds:
             raise ValueError(f"layer {self.name}: what it adds to its base layer's output is no multiple of B A x")
-        return scaling
+
+    def matrices(self, answers: Answers) -> tuple[BaseWeight, ...]:
+        """For each pair of A and B, the rows of the base weight that it adds to.
+
+        Raises:
+            LeftAlone: they cannot be told.
+        """
+        base = self._base_convolution()
+        if self.row_maker is not None and base is None:
+            raise LeftAlone("its B A is not multiplied with the patches that its base layer sees")
+        if not bool(answers.base.any()):
+            raise LeftAlone("its module puts out nothing while B is zero: its base weight is elsewhere, or zero")
+        dtype, out = self.second[0].dtype, len(answers.base)
+        whole = BaseWeight(self.name, self.module, self.in_features, out, dtype, matrix_is_weight=False)
+        read = whole.read if base is None else partial(_flat_weight, base)
+        return tuple(
+            KnownWeight(
+                self.name, self.module, self.in_features, len(where), dtype, matrix=partial(_rows_of, read, where)
+            )
+            for where in answers.outputs
+        )
+
+    def _base_convolution(self) -> Any:
+        """The convolution whose patches the layer's rows are, if there is one."""
+        taken = [id(factor) for factor in (*self.first, *self.second)]
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        found = [m for m in self.module.modules() if isinstance(m, kinds) and id(m.weight) not in taken]
+        same = [m for m in found if m.groups == 1 and Patches.of(m) == self.row_maker]
+        return same[0] if len(same) == 1 else None
+
+    def hold(self) -> None:
+        """Have the first half of the rank trained, and hold the second: see :mod:`eva_lora.adapters.held`."""
+        halves: dict[nn.Module, dict[str, Halves]] = {}
+        along = 1 if self.transposed else 0
+        for paths, where in ((self.a, Halves(along, outer=self.groups)), (self.b, Halves(1 - along))):
+            for path in _paths(paths):
+                module, name = _holder(self.owner, path)
+                halves.setdefault(module, {})[name] = where
+        for module, mine in halves.items():
+            hold(module, mine)
 
     def rescale(self, rank: int, adjust: bool) -> None:
         """Set what of rank, alpha and scaling the layer keeps, for a new number of rows of A."""
@@ -283,8 +399,11 @@ class SiteAdapter:
         return writable
 
     @torch.no_grad()
-    def apply(self, plan: EvaPlan) -> None:
+    def apply(self, plan: EvaPlan) -> Callable[[], None]:
         """Write A, zero B and set the ranks: all of it, or nothing.
+
+        Returns:
+            What undoes it.
 
         Raises:
             TypeError: a site that cannot be written (no :class:`ParameterSite`).
@@ -293,6 +412,12 @@ class SiteAdapter:
         check_plan(plan, self.sites)
         writable = self.writable()
         snapshots = [site.snapshot() for site in writable]
+
+        @torch.no_grad()
+        def undo() -> None:
+            for site, snapshot in zip(writable, snapshots, strict=True):
+                site.restore(snapshot)
+
         try:
             for site in writable:
                 planned: PlannedSite = plan.sites[site.name]
@@ -300,9 +425,53 @@ class SiteAdapter:
                 if site.name in plan.lora_b:
                     site.write_second(plan.lora_b[site.name])
         except BaseException:
-            for site, snapshot in zip(writable, snapshots, strict=True):
-                site.restore(snapshot)
+            undo()
             raise
+        return undo
+
+    def matrices(self) -> tuple[dict[str, tuple[BaseWeight, ...]], dict[str, str]]:
+        """Layer → for each of its pairs of A and B, what of the base weight it is added to; and layer → why that is not
+        known: as they are within :meth:`disabled`.
+
+        Raises:
+            ValueError: what a layer adds to its base's output is no multiple of B A x.
+        """
+        found, without = {}, {}
+        for site in self.writable():
+            try:
+                found[site.name] = site.matrices(self._answers(site))
+            except LeftAlone as reason:
+                without[site.name] = str(reason)
+        return found, without
+
+    def scalings(self) -> dict[str, float]:
+        """Layer → what it multiplies B A x with."""
+        return {site.name: self._answers(site).scaling for site in self.writable()}
+
+    @staticmethod
+    def _answers(site: ParameterSite) -> Answers:
+        if site.parts > 1:
+            raise LeftAlone("it is a stack of experts' matrices, which cannot be asked what each computes with")
+        if not isinstance(site.row_maker, Patches | None):
+            raise LeftAlone("its B A is not multiplied with the patches that its base layer sees")
+        if getattr(site.owner, "merged", False):
+            raise LeftAlone("its adapter is merged, so that A and B do nothing; unmerge it first")
+        return site.answers()
+
+    def kept_whole(self) -> str:
+        """Why no part of a base weight is moved into A and B here."""
+        return "what such a library saves of an adapter is A and B alone"
+
+    def hold(self, plan: EvaPlan) -> None:
+        """Have the first half of each rank trained, and hold the second; none of a plan's is 0 here."""
+        for site in self.writable():
+            site.hold()
+
+    def freeze_second(self) -> None:
+        """Leave each B as it is in training."""
+        for site in self.writable():
+            for b in site.second:
+                b.requires_grad_(False)
 
 
 def check_plan(plan: EvaPlan, sites: Sequence[LoraSite]) -> None:
@@ -335,9 +504,25 @@ def check_plan(plan: EvaPlan, sites: Sequence[LoraSite]) -> None:
             )
 
 
+def _as_matrix(factor: Tensor, transposed: bool) -> Tensor:  # (rows, columns), of the same memory
+    return factor.data.T if transposed else factor.data.view(len(factor), -1)
+
+
+def _near(seen: Tensor, expected: Tensor) -> bool:
+    return bool((seen - expected).norm() <= ALIKE * expected.norm())
+
+
+def _flat_weight(layer: Any) -> Tensor:
+    return layer.weight.detach().flatten(1)
+
+
+def _rows_of(read: Callable[[], Tensor], where: Tensor) -> Tensor:
+    return read()[where]
+
+
 @contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    training = [member for member in module.modules() if member.training]
+def _without_dropout(*modules: nn.Module) -> Iterator[None]:
+    training = [member for module in modules for member in module.modules() if member.training]
     for member in training:
         member.training = False  # not eval(), in which some libraries merge weights
     try:
@@ -362,15 +547,25 @@ def _matrix(name: str, module: nn.Module, path: str, convolution: bool) -> Tenso
         value = _get(module, path)
     except AttributeError:
         raise ValueError(f"layer {name}: expected a parameter {path}, a {type(module).__name__} has none") from None
+    if is_held(_holder(module, path)[0]):
+        raise ValueError(
+            f"model: half of A and B of {name} is held, since it started from part of its base weight; to begin anew, "
+            "make the model anew"
+        )
     if not isinstance(value, nn.Parameter) or (value.ndim < 2 if convolution else value.ndim != 2):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"layer {name}: expected {path} to be a matrix parameter, got {got}")
     return value
 
 
-def _replace(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
+def _holder(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that has what a path leads to as its own, and its name there."""
     owner_path, _, name = path.rpartition(".")
-    owner = _get(module, owner_path) if owner_path else module
+    return (_get(module, owner_path) if owner_path else module), name
+
+
+def _replace(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    owner, name = _holder(module, path)
     setattr(owner, name, parameter)
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = parameter.shape

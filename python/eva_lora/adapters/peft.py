@@ -16,9 +16,30 @@ from .base_weights import BaseWeight
 from .fused import unfused
 from .outline import ModelOutline, plain_modules
 from .parameters import check_plan
-from .peft_layers import base_weight_of, factors, magnitude_of, parameters_of, parts_of, renew_magnitude, site_of
+from .peft_layers import (
+    base_weight_of,
+    factors,
+    hold_halves,
+    holds_halves,
+    is_stacked,
+    magnitude_of,
+    matrices_of,
+    parameters_of,
+    parts_of,
+    renew_magnitude,
+    site_of,
+)
 from .peft_roots import base_models
-from .peft_start import LOADED_BY, begin, give_back, holders_of_memory, refuse_combining, require_movable
+from .peft_start import (
+    LOADED_BY,
+    begin,
+    give_back,
+    holders_of_memory,
+    kept_whole,
+    refuse_combining,
+    require_movable,
+    require_readable,
+)
 from .peft_writing import PlanWriter
 from .sharded import fill_
 from .sites import LeftAlone, LoraSite
@@ -83,6 +104,11 @@ class PeftAdapter:
             if any(member.merged for member in parts_of(layer)):
                 raise ValueError(
                     f"model: the adapter of {layer_name} is merged into its base weight; call unmerge first"
+                )
+            if holds_halves(layer, self.name):
+                raise ValueError(
+                    f"model: half of A and B of {layer_name} is held, since it started from part of its base weight; "
+                    "to begin anew, make the adapter anew"
                 )
             try:
                 site = site_of(layer_name, layer, self.name)
@@ -181,12 +207,32 @@ class PeftAdapter:
         """
         if getattr(self.config, "lora_bias", False):
             raise ValueError(
-                "model: its LoraConfig sets lora_bias, with which PEFT saves no start but its default; make the "
-                "adapter without"
+                "model: its LoraConfig sets lora_bias, and the weights it was saved with took part of a base"
             )
         holders = holders_of_memory(self._root)
         for name, layer in self.layers.items():
             require_movable(name, layer, holders)
+
+    def kept_whole(self) -> str:
+        """Why base weights have to stay as they are, and what A and B start from is held beside them (:meth:`hold`);
+        "" where part of each can be moved (:meth:`move`).
+
+        Raises:
+            ValueError: a weight cannot be read; the message names the layer and says why.
+        """
+        for name, layer in self.layers.items():
+            require_readable(name, layer)
+        if getattr(self.config, "lora_bias", False):
+            return "lora_bias is set, with which PEFT saves no start but its default"
+        holders = holders_of_memory(self._root)
+        reasons = ((name, kept_whole(layer, holders)) for name, layer in self.layers.items())
+        return next((f"of {name}: {reason}" for name, reason in reasons if reason), "")
+
+    def hold(self, plan: EvaPlan) -> None:
+        """Have the first half of each rank that a plan has just made trained, and hold the second."""
+        for name, layer in self.layers.items():
+            if plan.sites[name].rank:
+                hold_halves(layer, self.name)
 
     def move(self, method: str, plan: EvaPlan) -> dict[str, float]:
         """Take s B A, as a plan has just made them, from each base weight: all or none. The adapter then loads with
@@ -221,12 +267,17 @@ class PeftAdapter:
     def freeze_second(self) -> None:
         """Leave each B as it is in training: MiCA (arXiv 2604.01694), which PEFT does too where it knows it."""
         config = copy.deepcopy(self.config)
+        # PEFT knows it of linear layers with nothing beside; elsewhere it could not load what was saved.
+        known = not (config.lora_bias or config.use_dora) and not any(
+            is_stacked(layer) or layer.get_base_layer().weight.ndim > 2 for layer in self.layers.values()
+        )
         for layer in self.layers.values():
             for module in factors(layer, self.name)[1]:
                 module.weight.requires_grad_(False)
-            if hasattr(layer, "frozen_peft_weight_names"):  # what PEFT does not switch on again
-                layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, self.name: ("lora_B",)}
-                config.init_lora_weights, config.eva_config = "mica", None
+            for member in parts_of(layer):
+                if hasattr(member, "frozen_peft_weight_names"):  # what PEFT does not switch on again
+                    member.frozen_peft_weight_names = {**member.frozen_peft_weight_names, self.name: ("lora_B",)}
+                    config.init_lora_weights, config.eva_config = "mica" if known else True, None
         self._configs[self.name] = config
 
     def base_weights(self, *, convolutions: bool = False) -> tuple[dict[str, BaseWeight], dict[str, str]]:
@@ -238,6 +289,17 @@ class PeftAdapter:
                 found[site.name] = base_weight_of(
                     site, self.layers[site.name], self.name, dtype, convolutions=convolutions
                 )
+            except LeftAlone as reason:
+                without[site.name] = str(reason)
+        return found, without
+
+    def matrices(self) -> tuple[dict[str, tuple[BaseWeight, ...]], dict[str, str]]:
+        """Layer → for each of its parts, its base weight; and layer → why it has none."""
+        found, without = {}, {}
+        dtype = next((p.dtype for p in self._root.parameters() if p.is_floating_point()), torch.float32)
+        for site in self.sites:
+            try:
+                found[site.name] = matrices_of(site, self.layers[site.name], self.name, dtype)
             except LeftAlone as reason:
                 without[site.name] = str(reason)
         return found, without
@@ -330,10 +392,28 @@ class PeftAdapters:
         """As of each adapter."""
         return {f"{path}.{n}": s for path, adapter in self._adapters.items() for n, s in adapter.scalings().items()}
 
-    def require_movable(self) -> None:
+    def kept_whole(self) -> str:
+        """As of the first adapter that has a reason: weights stay as they are in all of them then."""
+        reasons = ((path, adapter.kept_whole()) for path, adapter in self._adapters.items())
+        return next((f"in {path}, {reason}" for path, reason in [*reasons] if reason), "")
+
+    def hold(self, plan: EvaPlan) -> None:
         """As of each adapter."""
-        for adapter in self._adapters.values():
-            adapter.require_movable()
+        for path, adapter in self._adapters.items():
+            adapter.hold(plan.part(path))
+
+    def matrices(self) -> tuple[dict[str, tuple[BaseWeight, ...]], dict[str, str]]:
+        """As of each adapter."""
+        found: dict[str, tuple[BaseWeight, ...]] = {}
+        without: dict[str, str] = {}
+        for path, adapter in self._adapters.items():
+            weights, reasons = adapter.matrices()
+            found |= {
+                f"{path}.{name}": tuple(replace(part, name=f"{path}.{name}") for part in parts)
+                for name, parts in weights.items()
+            }
+            without |= {f"{path}.{name}": reason for name, reason in reasons.items()}
+        return found, without
 
     def move(self, method: str, plan: EvaPlan) -> dict[str, float]:
         """As of each adapter: all of them or none."""

@@ -3,22 +3,29 @@
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base_weights import BaseWeight
+from .base_weights import BaseWeight, KnownWeight
+from .held import Halves, hold, is_held
 from .sites import LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
 
 __all__ = [
     "ConvSite",
     "base_weight_of",
     "factors",
+    "hold_halves",
+    "holds_halves",
+    "is_stacked",
     "magnitude_of",
+    "matrices_of",
     "parameters_of",
     "parts_of",
     "renew_magnitude",
+    "second_of",
     "site_of",
 ]
 
@@ -207,6 +214,63 @@ def base_weight_of(
         fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)),
         bias_beside=getattr(layer.lora_B[adapter], "bias", None) is not None,
     )  # fmt: skip
+
+
+def matrices_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype) -> tuple[BaseWeight, ...]:
+    """For each of a site's parts, the base weight that its B A is added to.
+
+    Raises:
+        LeftAlone: as :func:`base_weight_of`.
+    """
+    if not is_stacked(layer):
+        return (base_weight_of(site, layer, adapter, dtype, convolutions=True),)
+    base = layer.get_base_layer()
+    if hasattr(layer, "parameter_name"):
+        outs = [layer.lora_B[adapter].weight.shape[0]] * site.parts
+        read = [partial(_of_stack, layer, part) for part in range(site.parts)]
+    else:
+        outs = [base.in_proj_weight.shape[0], layer.out_proj.weight.shape[0]]
+        read = [partial(getattr, base, "in_proj_weight"), partial(getattr, layer.out_proj, "weight")]
+    return tuple(
+        KnownWeight(site.name, base, site.in_features, out, dtype, part=part, matrix=matrix)
+        for part, (out, matrix) in enumerate(zip(outs, read, strict=True))
+    )
+
+
+def is_stacked(layer: Any) -> bool:
+    """Whether a layer's matrices are parameters of a larger module, which nobody can call one by one."""
+    from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+
+    return isinstance(layer, (MultiheadAttention, ParamWrapper))
+
+
+def _of_stack(layer: Any, part: int) -> Tensor:  # (out, in)
+    weight: Tensor = layer.get_param()
+    if weight.ndim == 2:
+        return weight
+    return weight[part] if layer._did_swap_in_out_features else weight[part].T
+
+
+def second_of(layer: Any, modules: list[nn.Module], lora_b: Tensor) -> list[Tensor]:  # (parts · out, r)
+    """The weights of a layer's modules B, of matrices B part after part."""
+    experts = getattr(layer, "num_experts", 1)
+    if experts > 1:  # (out, r · experts)
+        return [lora_b.view(experts, -1, lora_b.shape[1]).permute(1, 2, 0).flatten(1)]
+    weights: list[Any] = [module.weight for module in modules]
+    return [*torch.split(lora_b, [len(weight) for weight in weights])]
+
+
+def hold_halves(layer: Any, adapter: str) -> None:
+    """Have the first half of an adapter's rank trained, and hold the second."""
+    experts = getattr(layer, "num_experts", 1)
+    for member in parts_of(layer):
+        hold(member.lora_A[adapter], {"weight": Halves(0, outer=experts)})
+        hold(member.lora_B[adapter], {"weight": Halves(1, inner=experts)})
+
+
+def holds_halves(layer: Any, adapter: str) -> bool:
+    """Whether :func:`hold_halves` was done."""
+    return adapter in layer.lora_A and is_held(layer.lora_A[adapter])
 
 
 def magnitude_of(layer: Any, adapter: str) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eva_kernels._double import double
 from eva_kernels._transfer import sent
 
-from .peft_layers import factors
+from .peft_layers import factors, is_stacked
 from .preflight import living
 
 __all__ = [
@@ -27,8 +27,10 @@ __all__ = [
     "begin",
     "give_back",
     "holders_of_memory",
+    "kept_whole",
     "refuse_combining",
     "require_movable",
+    "require_readable",
     "samples_of",
     "start_of",
 ]
@@ -285,23 +287,55 @@ def require_movable(name: str, layer: Any, holders: Counter[int]) -> None:
         holders: Of the model, as :func:`holders_of_memory` says.
 
     Raises:
-        ValueError: the weight is quantised, not here, sharded, another module's too, or has been moved already.
+        ValueError: it cannot be read (:func:`require_readable`), or has to stay as it is (:func:`kept_whole`).
     """
-    base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    reason = None
-    if getattr(layer, STARTS, None):
-        reason = f"part of it is with the adapter {next(iter(getattr(layer, STARTS)))!r} already"
-    elif any(getattr(layer, "use_dora", {}).values()):
-        reason = "its adapter is DoRA, whose lengths are of the whole weight's rows"
-    elif type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
-        reason = f"it is quantised ({type(base).__name__}, {type(weight).__name__})"
-    elif weight.device.type == "meta" or hasattr(base, "_hf_hook"):
-        reason = "it is on the meta device or offloaded"
-    elif holders[weight.data_ptr()] > 1:
-        reason = "another module has the same weight, which would change with it"
-    if reason is not None:
+    _require(name, _unreadable(layer) or kept_whole(layer, holders))
+
+
+def require_readable(name: str, layer: Any) -> None:
+    """Raise unless a layer's base weight is here, as it was.
+
+    Raises:
+        ValueError: it is quantised, not here, sharded, or part of it was moved already.
+    """
+    _require(name, _unreadable(layer))
+
+
+def _require(name: str, reason: str) -> None:
+    if reason:
         raise ValueError(f"model: the base weight of {name} cannot give part of itself to the adapter: {reason}")
+
+
+def _unreadable(layer: Any) -> str:
+    base, started = layer.get_base_layer(), getattr(layer, STARTS, None)
+    if started:
+        return f"part of it is with the adapter {next(iter(started))!r} already"
+    for weight in _base_tensors(layer):
+        if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
+            return f"it is quantised ({type(base).__name__}, {type(weight).__name__})"
+        if weight.device.type == "meta" or hasattr(base, "_hf_hook"):
+            return "it is on the meta device or offloaded"
+    return ""
+
+
+def kept_whole(layer: Any, holders: Counter[int]) -> str:
+    """Why a layer's base weight, that can be read, has to stay as it is; "" where it need not."""
+    if is_stacked(layer):
+        return f"it is part of a {type(layer.get_base_layer()).__name__}, which is computed with as a whole"
+    if any(getattr(layer, "use_dora", {}).values()):
+        return "its adapter is DoRA, whose lengths are of the whole weight's rows"
+    if holders[layer.get_base_layer().weight.data_ptr()] > 1:
+        return "another module has the same weight, which would change with it"
+    return ""
+
+
+def _base_tensors(layer: Any) -> list[Any]:
+    base = layer.get_base_layer()
+    if hasattr(layer, "parameter_name"):
+        return [layer.get_param()]
+    if is_stacked(layer):
+        return [base.in_proj_weight, layer.out_proj.weight]
+    return [getattr(base, "weight", None)]
 
 
 @torch.no_grad()

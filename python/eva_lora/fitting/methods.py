@@ -119,6 +119,7 @@ class MethodFit:
         weight_shares: (r,) float64: of ‖W‖², what each direction of U Uᵀ M has.
         output_shares: (r,) float64: of E‖W x‖², what each has. None where no inputs are known.
         kept_shares: (r,) float64: the same of inputs that are to be kept. None where none are known.
+        totals: ‖W‖², E‖W x‖² and the same of inputs that are to be kept: what the shares are of.
     """
 
     left: Tensor
@@ -127,6 +128,7 @@ class MethodFit:
     weight_shares: Tensor
     output_shares: Tensor | None = None
     kept_shares: Tensor | None = None
+    totals: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def factors(self, method: Method, rank: int, scaling: float) -> tuple[Tensor, Tensor]:  # (r, in), (out, r)
         """A, and B times the layer's scaling s: what a plan holds. 1/s goes half to A and half to B where a = ½, and
@@ -183,7 +185,7 @@ def fit_method(
     ]
     return MethodFit(
         left.to(weight), right.to(weight), double(values).cpu(), shares[0],
-        None if moment is None else shares[1], None if kept is None else shares[2],
+        None if moment is None else shares[1], None if kept is None else shares[2], tuple(totals),
     )  # fmt: skip
 
 

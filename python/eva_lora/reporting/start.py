@@ -18,7 +18,8 @@ class LayerStart:
     """One layer. With L = B A (times the scaling where that moves out of the base):
 
     Attributes:
-        rank: The rank it has now.
+        rank: The rank that is trained; where the base weight stays as it is, though the method takes part of it, the
+            layer has twice that.
         configured_rank: The rank it was configured with.
         weight_share: ‖Uᵀ M‖² / ‖W‖²: of the weight, what the directions hold that A and B start from. None where they
             are a gradient's.
@@ -44,7 +45,7 @@ class StartReport:
         method: Its name.
         layers: Name in the base model → what became of the layer.
         budget: Ranks there were to give.
-        base: "less": W is W − s B A now; or "kept".
+        base: "less": W is W − s B A now, or what the layer computes without its trained matrices is; or "kept".
         num_batches, num_rows: Of the inputs that were given; 0 where none are looked at.
         seconds: Wall time.
         notes: What was not as asked.
@@ -92,7 +93,7 @@ class StartReport:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Name → the rank each layer has now."""
+        """Name → the rank of each layer that is trained."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def mean(self, share: str) -> float | None:
