@@ -144,13 +144,14 @@ def initialize(
 
         statistics, kept = statistics_of(loader_or_statistics), statistics_of(keep)
         members = _members(adapter, bases, statistics, kept)
+        single = {name: base for name, (base,) in bases.items()}
         moments = _Moments(row, members, statistics), _Moments(row, members, kept)
-        directions = [min(bases[site.name].in_features, bases[site.name].out_features) for site in members]
+        directions = [min(single[site.name].in_features, single[site.name].out_features) for site in members]
         allocation = Allocation(
             [replace(site, in_features=most) for site, most in zip(members, directions, strict=True)], chosen
         )
         with Visits(adapter, model, chosen).still():
-            fits = _fit(row, members, bases, moments, allocation, beta)
+            fits = _fit(row, members, single, moments, allocation, beta)
         made = _planned(row, adapter, members, fits, chosen, allocation, budget)
         rounding = {} if dry_run else _write(adapter, made, row)
     layers = {site.name: _layer(fits[site.name], made.sites[site.name], rounding.get(site.name)) for site in members}
@@ -204,8 +205,8 @@ def _require_gradients_only(
             raise ValueError(f"{name}: expected None with method={method.name!r}, whose loss says what counts: loss_fn")
 
 
-def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
-    """Each layer's base weight, which the method can read, and change if it does."""
+def _bases(adapter: LoraAdapter, method: Method) -> dict[str, tuple[BaseWeight, ...]]:
+    """The base weight of each of a layer's parts, which the method can read, and change if it does."""
     if isinstance(adapter, SiteAdapter):
         adapter.writable()
     asked: Any = adapter
@@ -214,13 +215,18 @@ def _bases(adapter: LoraAdapter, method: Method) -> dict[str, BaseWeight]:
             f"model: method={method.name!r} starts the LoRA layers of one PEFT model, a {type(adapter).__name__} does "
             "not say how to"
         )
-    bases, without = asked.base_weights(convolutions=True)
+    bases: dict[str, tuple[BaseWeight, ...]]
+    if isinstance(method, GradientMethod) and method.base == "kept":
+        bases, without = asked.matrices()
+    else:
+        single, without = asked.base_weights(convolutions=True)
+        bases = {name: (base,) for name, base in single.items()}
     if without:
         name, why = next(iter(without.items()))
         raise ValueError(f"model: method={method.name!r} cannot start {len(without)} layers; {name}: {why}")
     if method.base == "less" or not isinstance(method, GradientMethod):
         asked.require_movable()
-    return dict(bases)
+    return bases
 
 
 def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaConfig:
@@ -274,7 +280,7 @@ def _require_budget(method: Method, config: EvaConfig, budget: int | None) -> No
 
 
 def _members(
-    adapter: LoraAdapter, bases: Mapping[str, BaseWeight], *known: EvaStatistics | None
+    adapter: LoraAdapter, bases: Mapping[str, Sequence[BaseWeight]], *known: EvaStatistics | None
 ) -> list[SiteStatistics]:
     """The layers to start, with the inputs that the first statistics know of them."""
     for statistics in filter(None, known):
@@ -288,7 +294,7 @@ def _members(
             if theirs.input < 0:
                 raise ValueError(f"loader_or_statistics: {site.name} saw no input")
     for site in adapter.sites:
-        smaller = min(bases[site.name].in_features, bases[site.name].out_features)
+        smaller = min(min(base.in_features, base.out_features) for base in bases[site.name])
         if site.rank > smaller:
             raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {smaller} directions")
     return [described(site) for site in adapter.sites]

@@ -1,13 +1,13 @@
 """The base weights under LoRA layers, as the layers compute with them: quantised ones of any library included."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BaseWeight", "Dequantize", "Requantize"]
+__all__ = ["BaseWeight", "Dequantize", "KnownWeight", "Requantize"]
 
 Dequantize = Callable[[str, nn.Module], "Tensor | None"]
 Requantize = Callable[[str, nn.Module, Tensor], object]
@@ -30,6 +30,7 @@ class BaseWeight:
         matrix_is_weight: Whether the module's ``weight``, if it is floating point, is the matrix (out, in), flattened;
             False: only its outputs tell.
         bias_beside: Whether the adapter has a bias beside B.
+        part: Which of the site's parts it is multiplied with the inputs of.
     """
 
     name: str
@@ -40,6 +41,7 @@ class BaseWeight:
     fan_in_fan_out: bool = False
     matrix_is_weight: bool = True
     bias_beside: bool = False
+    part: int = 0
 
     @torch.no_grad()
     def read(self, dequantize: Dequantize | None = None) -> Tensor:  # (out, in) float32
@@ -150,6 +152,22 @@ class BaseWeight:
         told, seen = matrix[:, columns].T, self._images(columns, matrix.device)
         largest = max(map(float, (matrix.max(), -matrix.min(), seen.abs().max())))
         return bool((told - seen).abs().max() <= AS_COMPUTED * largest)
+
+
+@dataclass(frozen=True)
+class KnownWeight(BaseWeight):
+    """A matrix that a layer is known to multiply its rows with, and need not be asked.
+
+    Attributes:
+        matrix: Gives it, (out, in), in any floating dtype.
+    """
+
+    matrix: Callable[[], Tensor] = field(kw_only=True)
+
+    @torch.no_grad()
+    def read(self, dequantize: Dequantize | None = None) -> Tensor:  # (out, in) float32
+        """The matrix; ``dequantize`` is not asked."""
+        return self.matrix().detach().float()
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -16,7 +16,16 @@ from .base_weights import BaseWeight
 from .fused import unfused
 from .outline import ModelOutline, plain_modules
 from .parameters import check_plan
-from .peft_layers import base_weight_of, factors, magnitude_of, parameters_of, parts_of, renew_magnitude, site_of
+from .peft_layers import (
+    base_weight_of,
+    factors,
+    magnitude_of,
+    matrices_of,
+    parameters_of,
+    parts_of,
+    renew_magnitude,
+    site_of,
+)
 from .peft_roots import base_models
 from .peft_start import LOADED_BY, begin, give_back, holders_of_memory, refuse_combining, require_movable
 from .peft_writing import PlanWriter
@@ -242,6 +251,17 @@ class PeftAdapter:
                 without[site.name] = str(reason)
         return found, without
 
+    def matrices(self) -> tuple[dict[str, tuple[BaseWeight, ...]], dict[str, str]]:
+        """Layer → for each of its parts, its base weight; and layer → why it has none."""
+        found, without = {}, {}
+        dtype = next((p.dtype for p in self._root.parameters() if p.is_floating_point()), torch.float32)
+        for site in self.sites:
+            try:
+                found[site.name] = matrices_of(site, self.layers[site.name], self.name, dtype)
+            except LeftAlone as reason:
+                without[site.name] = str(reason)
+        return found, without
+
     def zero_before_training(self) -> dict[str, list[Tensor]]:
         """Layer → its B, with a bias if it has one; where B does not begin as zero but B A does, what shows that."""
         found = {}
@@ -361,6 +381,19 @@ class PeftAdapters:
         for path, adapter in self._adapters.items():
             weights, reasons = adapter.base_weights(convolutions=convolutions)
             found |= {f"{path}.{name}": replace(weight, name=f"{path}.{name}") for name, weight in weights.items()}
+            without |= {f"{path}.{name}": reason for name, reason in reasons.items()}
+        return found, without
+
+    def matrices(self) -> tuple[dict[str, tuple[BaseWeight, ...]], dict[str, str]]:
+        """As of each adapter."""
+        found: dict[str, tuple[BaseWeight, ...]] = {}
+        without: dict[str, str] = {}
+        for path, adapter in self._adapters.items():
+            weights, reasons = adapter.matrices()
+            found |= {
+                f"{path}.{name}": tuple(replace(part, name=f"{path}.{name}") for part in parts)
+                for name, parts in weights.items()
+            }
             without |= {f"{path}.{name}": reason for name, reason in reasons.items()}
         return found, without
 

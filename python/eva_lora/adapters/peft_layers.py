@@ -3,22 +3,25 @@
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base_weights import BaseWeight
-from .sites import LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
+from .base_weights import BaseWeight, KnownWeight
+from .sites import InnerWeight, LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
 
 __all__ = [
     "ConvSite",
     "base_weight_of",
     "factors",
     "magnitude_of",
+    "matrices_of",
     "parameters_of",
     "parts_of",
     "renew_magnitude",
+    "second_of",
     "site_of",
 ]
 
@@ -79,15 +82,30 @@ def _without_projection(attention: nn.MultiheadAttention) -> nn.MultiheadAttenti
 
 
 @dataclass(frozen=True)
-class ExpertsSite(LoraSite):
-    """One stacked projection of a mixture of experts in transformers: a part for every expert.
+class ParameterOfModule(LoraSite):
+    """A parameter that PEFT was given by its name, whatever module multiplies with it.
 
     Attributes:
-        parameter: "gate_up_proj" or "up_proj", which see the tokens routed to each expert, or "down_proj", whose
-            input is computed a second time from those.
+        parameter: Its name there.
     """
 
-    parameter: str = "down_proj"
+    parameter: str = "weight"
+
+    @property
+    def inner(self) -> tuple[InnerWeight, ...]:
+        layer: Any = self.module
+        base = layer.get_base_layer()
+        transposed = layer.num_experts > 1 and not layer._did_swap_in_out_features
+        return (InnerWeight(base, self.parameter, transposed),)
+
+
+@dataclass(frozen=True)
+class ExpertsSite(ParameterOfModule):
+    """One stacked projection of a mixture of experts in transformers: a part for every expert.
+
+    Its parameter is "gate_up_proj" or "up_proj", which see the tokens routed to each expert, or "down_proj", whose
+    input is computed a second time from those.
+    """
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         experts: Any = self.module
@@ -163,7 +181,7 @@ def _parameter_site(name: str, layer: Any, adapter: str) -> LoraSite:
     parameter = layer.parameter_name
     if layer.num_experts == 1:
         if isinstance(base, nn.Linear) or (parameter == "weight" and type(base).__name__.endswith("Router")):
-            return LoraSite(name, layer, width, rank)
+            return ParameterOfModule(name, layer, width, rank, parameter=parameter)
         raise LeftAlone(f"it is a parameter of a {type(base).__name__}, of which EVA does not know what it multiplies")
     known = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
     up = "gate_up_proj" if getattr(base, "has_gate", True) else "up_proj"
@@ -207,6 +225,44 @@ def base_weight_of(
         fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)),
         bias_beside=getattr(layer.lora_B[adapter], "bias", None) is not None,
     )  # fmt: skip
+
+
+def matrices_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype) -> tuple[BaseWeight, ...]:
+    """For each of a site's parts, the base weight that its B A is added to.
+
+    Raises:
+        LeftAlone: as :func:`base_weight_of`; or a parameter with such matrices is not there in floating point.
+    """
+    if not site.inner:
+        return (base_weight_of(site, layer, adapter, dtype, convolutions=True),)
+    found: list[BaseWeight] = []
+    for weight in site.inner:
+        parameter = weight.owner._parameters.get(weight.name)
+        if parameter is None or not parameter.is_floating_point() or parameter.itemsize < 2:
+            raise LeftAlone(f"{weight.name} of its {type(weight.owner).__name__} is quantised, or no parameter")
+        if parameter.device.type == "meta" or hasattr(weight.owner, "_hf_hook"):
+            raise LeftAlone(f"{weight.name} of its {type(weight.owner).__name__} is on the meta device or offloaded")
+        matrices = weight.matrices()
+        _, out, width = matrices.shape
+        for part in range(len(matrices)):
+            read = partial(_matrix_of, weight, part)
+            found.append(
+                KnownWeight(site.name, weight.owner, width, out, parameter.dtype, part=len(found), matrix=read)
+            )
+    return tuple(found)
+
+
+def _matrix_of(weight: InnerWeight, part: int) -> Tensor:  # (out, in)
+    return weight.matrices()[part]
+
+
+def second_of(layer: Any, modules: list[nn.Module], lora_b: Tensor) -> list[Tensor]:  # (parts · out, r)
+    """The weights of a layer's modules B, of matrices B part after part."""
+    experts = getattr(layer, "num_experts", 1)
+    if experts > 1:  # (out, r · experts)
+        return [lora_b.view(experts, -1, lora_b.shape[1]).permute(1, 2, 0).flatten(1)]
+    weights: list[Any] = [module.weight for module in modules]
+    return [*torch.split(lora_b, [len(weight) for weight in weights])]
 
 
 def magnitude_of(layer: Any, adapter: str) -> Any:

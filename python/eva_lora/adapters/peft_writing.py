@@ -12,7 +12,7 @@ from torch import nn
 from ..planning import EvaPlan, PlannedSite
 from .generators import same_generators
 from .parameters import check_plan
-from .peft_layers import ConvSite, factors, parts_of, renew_magnitude
+from .peft_layers import ConvSite, factors, parts_of, renew_magnitude, second_of
 from .peft_naming import base_names, pattern_of, retarget
 from .sharded import fill_
 from .sites import LoraSite
@@ -142,9 +142,9 @@ class PlanWriter:
         for parameter in (p for module in second for p in module.parameters()):
             parameter.zero_()
         if lora_b is not None:
-            (module,) = second
-            b: Any = module.weight
-            fill_(b, (lora_b / layer.scaling[adapter]).view(b.shape))
+            for module, rows in zip(second, second_of(layer, second, lora_b / layer.scaling[adapter]), strict=True):
+                b: Any = module.weight
+                fill_(b, rows.reshape(b.shape))
             bias: Any = getattr(module, "bias", None)
             if bias is not None and site.name in plan.lora_bias:
                 fill_(bias, plan.lora_bias[site.name] / layer.scaling[adapter])

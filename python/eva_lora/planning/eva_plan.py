@@ -57,8 +57,8 @@ class EvaPlan:
         config: The configuration it was planned with.
         budget: Ranks there were to give.
         notes: Layers and experts that data alone did not determine, each with the reason.
-        lora_b: Name → (out, rank) float32, what B is times the layer's scaling. Absent where B is zero: everywhere in
-            EVA.
+        lora_b: Name → (out, rank) float32, part by part, what B is times the layer's scaling. Absent where B is zero:
+            everywhere in EVA.
         lora_bias: Name → (out,) float32, what the bias beside B is times the layer's scaling. Absent where it is zero,
             or where there is none.
     """
