@@ -1,15 +1,15 @@
 """LoRA that starts from the gradients of a loss, in steps: passes → A and B → does a step lower the loss?"""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapters import BaseWeight, LoraSite
-from .collecting import GradientPasses, LossFn, Visits, gradient_batches
+from .collecting import GradientPasses, LossFn, LowRankChange, Visits, gradient_batches
 from .config import EvaConfig
 from .distributed import ProcessGroup, joined, together
 from .fitting import GradientFit, GradientMethod, fit_drawn, fit_leading, importances, ranks_by_importance
@@ -26,7 +26,7 @@ class Descent:
     """What comes of the gradients.
 
     Attributes:
-        plan: A and B of every layer.
+        plan: A and B of every layer, part by part.
         num_batches: Of this process.
         losses: The mean loss of the base, and after a step along what the layers start from.
     """
@@ -40,13 +40,16 @@ def descend(
     method: GradientMethod,
     adapter: Any,
     model: nn.Module,
-    bases: Mapping[str, BaseWeight],
+    bases: Mapping[str, Sequence[BaseWeight]],
     loader: Iterable[Any],
     config: EvaConfig,
     loss_fn: LossFn | None = None,
     process_group: ProcessGroup = None,
 ) -> Descent:
     """Plan A and B from the gradients of a loader's first batches; the model stays as it is.
+
+    Args:
+        bases: Layer → the base weight of each of its parts.
 
     Raises:
         TypeError, ValueError: as :func:`eva_lora.initialize`.
@@ -55,9 +58,13 @@ def descend(
     batches = together(ranks, lambda: gradient_batches(loader, config.max_batches or DEFAULT_BATCHES))
     passes = GradientPasses(adapter, model, batches, loss_fn, ranks)
     visits = Visits(adapter, model, config)
-    shapes = {site.name: (bases[site.name].out_features, bases[site.name].in_features) for site in adapter.sites}
+    matrices = {
+        name: base for site in adapter.sites for name, base in zip(site.matrix_names, bases[site.name], strict=True)
+    }
+    shapes = {name: (base.out_features, base.in_features) for name, base in matrices.items()}
     given = {site.name: site.rank for site in adapter.sites}
     scalings: dict[str, float] = adapter.scalings()
+    sparse = [name for site in adapter.sites if len(bases[site.name]) > 1 for name in site.matrix_names]
     losses: list[float] = []
 
     def run(asked: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -67,13 +74,17 @@ def descend(
 
     def read(name: str) -> Tensor:
         with visits.still():
-            return bases[name].read()
+            return matrices[name].read()
 
     with passes.frozen():
         if method.moves_ranks:
             given = ranks_by_importance(importances(run, shapes, read), shapes, adapter.sites, config)
-        fit = fit_drawn if method.moves_ranks else fit_leading
-        fits = fit(method, run, shapes, given, scalings, config)
+        ranks_of = {name: given[site.name] for site in adapter.sites for name in site.matrix_names}
+        scalings_of = {name: scalings[site.name] for site in adapter.sites for name in site.matrix_names}
+        if method.moves_ranks:
+            fits = fit_drawn(method, run, shapes, ranks_of, scalings_of, config)
+        else:
+            fits = fit_leading(method, run, shapes, ranks_of, scalings_of, config, sparse)
         before = losses[0]
         after = passes.loss(_steps(fits, before))
     if not after < before and (ranks is None or ranks.rank == 0):
@@ -93,32 +104,32 @@ def _planned(
     fits: Mapping[str, GradientFit],
     config: EvaConfig,
 ) -> EvaPlan:
-    planned = {
-        site.name: PlannedSite(
-            site.name, ranks[site.name], site.rank, site.in_features, tuple(fits[site.name].shares.tolist()), 0
-        )
-        for site in sites
-    }
-    notes: tuple[str, ...] = ()
+    planned, lora_a, lora_b, notes = {}, {}, {}, []
+    spent = there = 0
+    for site in sites:
+        name, rank, mine = site.name, ranks[site.name], [fits[matrix] for matrix in site.matrix_names]
+        shares = torch.stack([fit.shares for fit in mine]).mean(0).tolist()
+        planned[name] = PlannedSite(name, rank, site.rank, site.in_features, tuple(shares), 0, site.parts)
+        lora_a[name] = torch.cat([fit.lora_a.cpu() for fit in mine])
+        lora_b[name] = torch.cat([fit.lora_b.cpu() for fit in mine])
+        cost = sum(sum(shapes[matrix]) for matrix in site.matrix_names)
+        spent, there = spent + rank * cost, there + site.rank * cost
+        if lacking := [part for part, fit in enumerate(mine) if fit.lacking]:
+            notes.append(
+                f"{name}: the gradients of parts {lacking} have fewer directions on these batches than are taken; what "
+                "is left of A is drawn, what is left of B is zero"
+            )
     if method.moves_ranks:
-        spent = sum(site.rank * sum(shapes[name]) for name, site in planned.items())
-        there = sum(site.configured_rank * sum(shapes[name]) for name, site in planned.items())
-        notes = (f"ranks go by importance: A and B have {spent:,} parameters, {there:,} were configured",)
-    lora_a = {name: fit.lora_a.cpu() for name, fit in fits.items()}
-    lora_b = {name: fit.lora_b.cpu() for name, fit in fits.items()}
-    return EvaPlan(planned, lora_a, config, sum(ranks.values()), notes, lora_b)
+        notes = [f"ranks go by importance: A and B have {spent:,} parameters, {there:,} were configured", *notes]
+    return EvaPlan(planned, lora_a, config, sum(ranks.values()), tuple(notes), lora_b)
 
 
-def _steps(fits: Mapping[str, GradientFit], loss: float) -> dict[str, Any]:
-    """Layer → what a step adds to its outputs: B A x where it starts moved, else so much of −G's leading part that the
+def _steps(fits: Mapping[str, GradientFit], loss: float) -> dict[str, LowRankChange]:
+    """Matrix → what a step adds to its outputs: B A x where it starts moved, else so much of −G's leading part that the
     loss would fall by a hundredth if it went on as it begins."""
     slope = sum(fit.slope for fit in fits.values())
     changes = {}
     for name, fit in fits.items():
         a, b = (fit.lora_a, fit.lora_b) if fit.step is None else fit.step
-        changes[name] = partial(_added, a, b if fit.step is None else b * (LOWERED * abs(loss) / slope))
+        changes[name] = LowRankChange(a, b if fit.step is None else b * (LOWERED * abs(loss) / slope))
     return changes
-
-
-def _added(a: Tensor, b: Tensor, x: Tensor) -> Tensor:  # (r, in), (out, r), (..., in) -> (..., out)
-    return (x.to(a.dtype) @ a.mT) @ b.mT

@@ -128,8 +128,7 @@ def initialize(
         if isinstance(row, GradientMethod):
             _members(adapter, bases)
             assert loader_or_statistics is not None
-            only = {name: base for name, (base,) in bases.items()}
-            found = descend(row, adapter, model, only, loader_or_statistics, chosen, loss_fn)  # type: ignore[arg-type]
+            found = descend(row, adapter, model, bases, loader_or_statistics, chosen, loss_fn)  # type: ignore[arg-type]
             rounding = {} if dry_run else _write(adapter, found.plan, row, kept_whole)
             layers = {
                 site.name: LayerStart(site.rank, site.configured_rank, None, rounding=rounding.get(site.name))
@@ -226,11 +225,16 @@ def _bases(adapter: LoraAdapter, method: Method) -> tuple[dict[str, tuple[BaseWe
             f"model: method={method.name!r} starts LoRA layers of {of}; a {type(adapter).__name__} does not say how to"
         )
     bases: dict[str, tuple[BaseWeight, ...]]
-    if from_gradients:
+    if from_gradients and method.base == "less":
         single, without = asked.base_weights(convolutions=True)
         bases = {name: (base,) for name, base in single.items()}
     else:
         bases, without = asked.matrices()
+    if from_gradients:
+        hidden = [site.name for site in adapter.sites if site.parts > 1 and not site.inner]
+        without = without | dict.fromkeys(
+            hidden, "its matrices are multiplied inside of it, where nobody sees what each puts out"
+        )
     if without:
         name, why = next(iter(without.items()))
         raise ValueError(f"model: method={method.name!r} cannot start {len(without)} layers; {name}: {why}")

@@ -183,10 +183,8 @@ def image(matrix, moment):
 def test_the_image_s_directions_are_those_of_a_full_decomposition(shape, moment, dtype):
     """Projections differ by what is off over the gap: products' roundings, and what the next block would bring."""
     matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
-    if moment == "flat":  # t is no small part
-        r = SecondMoment(decaying(shape[-1], 12).factor, torch.ones(()))
-    else:
-        r = MOMENTS[moment](shape[-1])
+    flat = SecondMoment(decaying(shape[-1], 12).factor, torch.ones(()))  # t is no small part
+    r = flat if moment == "flat" else MOMENTS[moment](shape[-1])
     r = SecondMoment(*(part.to(dtype) for part in r))
     fit = fit_image(matrix, r, 6)
     assert fit.left.dtype == dtype

@@ -6,14 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from eva_lora import METHODS, export_plain, initialize, load_adapter
 from eva_lora.adapters import sites
 from eva_lora.collecting import Asked
 from support.bounds import gamma
 from support.gradients import FORMULAS, cosine, gradients_of, require_same, svd, told, whole
-from support.models import lora
 
 GRADIENT_METHODS = [name for name, method in METHODS.items() if method.data == "gradients"]
 NAMES = ["volume", "plane", "line"]
@@ -136,17 +134,7 @@ class Attention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-def experts():
-    config = MixtralConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=3,
-    )  # fmt: skip
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    return lora(MixtralForCausalLM(config), target_modules=["q_proj"], target_parameters=parameters)
-
-
 REFUSED = {
-    "stacked experts": (experts, "a stack of 3 experts' matrices"),
     "attention": (lambda: adapted(Attention(), target_modules=["attention"]), "matrices are multiplied inside of it"),
     "patches that A does not read": (
         lambda: adapted(Convolutions("reflect")),

@@ -32,7 +32,8 @@ def told(model, batches, asked, **options):
 
 
 def whole(model, batches, **options):
-    return told(model, batches, {s.name: Asked(whole=True) for s in find_adapter(model).sites}, **options)
+    names = [name for site in find_adapter(model).sites for name in site.matrix_names]
+    return told(model, batches, dict.fromkeys(names, Asked(whole=True)), **options)
 
 
 def require_same(found, exact, rounding=1e-5):

@@ -33,13 +33,14 @@ from .preflight import (
     wrapper_of,
 )
 from .sharded import whole_weights
-from .sites import LayerInput, LoraSite, Patches, Rows
+from .sites import InnerWeight, LayerInput, LoraSite, Patches, Rows
 from .training import TrainedLayers
 
 __all__ = [
     "VLLM_RANKS",
     "BaseWeight",
     "Dequantize",
+    "InnerWeight",
     "LayerInput",
     "LoraAdapter",
     "LoraSite",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .base_weights import BaseWeight, KnownWeight
 from .held import Halves, hold, is_held
-from .sites import LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
+from .sites import InnerWeight, LayerInput, LeftAlone, LoraSite, Patches, Rows, first_tensor
 
 __all__ = [
     "ConvSite",
@@ -86,15 +86,30 @@ def _without_projection(attention: nn.MultiheadAttention) -> nn.MultiheadAttenti
 
 
 @dataclass(frozen=True)
-class ExpertsSite(LoraSite):
-    """One stacked projection of a mixture of experts in transformers: a part for every expert.
+class ParameterOfModule(LoraSite):
+    """A parameter that PEFT was given by its name, whatever module multiplies with it.
 
     Attributes:
-        parameter: "gate_up_proj" or "up_proj", which see the tokens routed to each expert, or "down_proj", whose
-            input is computed a second time from those.
+        parameter: Its name there.
     """
 
-    parameter: str = "down_proj"
+    parameter: str = "weight"
+
+    @property
+    def inner(self) -> tuple[InnerWeight, ...]:
+        layer: Any = self.module
+        base = layer.get_base_layer()
+        transposed = layer.num_experts > 1 and not layer._did_swap_in_out_features
+        return (InnerWeight(base, self.parameter, transposed),)
+
+
+@dataclass(frozen=True)
+class ExpertsSite(ParameterOfModule):
+    """One stacked projection of a mixture of experts in transformers: a part for every expert.
+
+    Its parameter is "gate_up_proj" or "up_proj", which see the tokens routed to each expert, or "down_proj", whose
+    input is computed a second time from those.
+    """
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         experts: Any = self.module
@@ -170,7 +185,7 @@ def _parameter_site(name: str, layer: Any, adapter: str) -> LoraSite:
     parameter = layer.parameter_name
     if layer.num_experts == 1:
         if isinstance(base, nn.Linear) or (parameter == "weight" and type(base).__name__.endswith("Router")):
-            return LoraSite(name, layer, width, rank)
+            return ParameterOfModule(name, layer, width, rank, parameter=parameter)
         raise LeftAlone(f"it is a parameter of a {type(base).__name__}, of which EVA does not know what it multiplies")
     known = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
     up = "gate_up_proj" if getattr(base, "has_gate", True) else "up_proj"
@@ -220,8 +235,14 @@ def matrices_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype) ->
     """For each of a site's parts, the base weight that its B A is added to.
 
     Raises:
-        LeftAlone: as :func:`base_weight_of`.
+        LeftAlone: as :func:`base_weight_of`; or a parameter with such matrices is not there in floating point.
     """
+    for weight in site.inner:
+        parameter, owner = weight.owner._parameters.get(weight.name), type(weight.owner).__name__
+        if parameter is None or not parameter.is_floating_point() or parameter.itemsize < 2:
+            raise LeftAlone(f"{weight.name} of its {owner} is quantised, or no parameter")
+        if parameter.device.type == "meta" or hasattr(weight.owner, "_hf_hook"):
+            raise LeftAlone(f"{weight.name} of its {owner} is on the meta device or offloaded")
     if not is_stacked(layer):
         return (base_weight_of(site, layer, adapter, dtype, convolutions=True),)
     base = layer.get_base_layer()

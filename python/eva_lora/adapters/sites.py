@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["LayerInput", "LeftAlone", "LoraSite", "Patches", "Rows", "first_tensor"]
+__all__ = ["InnerWeight", "LayerInput", "LeftAlone", "LoraSite", "Patches", "Rows", "first_tensor"]
 
 PIECE_ELEMENTS = 2**20  # values of unfolded patches that exist at a time: 4 MiB in float32
 
@@ -55,6 +55,27 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
+class InnerWeight:
+    """A parameter whose matrices are multiplied inside of a module, so that nobody sees what each of them puts out.
+
+    Attributes:
+        owner: The module that computes with it.
+        name: Its attribute there.
+        transposed: A matrix is (in, out), not (out, in).
+    """
+
+    owner: nn.Module
+    name: str
+    transposed: bool = False
+
+    def matrices(self, tensor: Tensor | None = None) -> Tensor:  # (k, out, in)
+        """The parameter, or a tensor that is laid out as it is, matrix by matrix: a view."""
+        tensor = getattr(self.owner, self.name) if tensor is None else tensor
+        tensor = tensor if tensor.ndim == 3 else tensor[None]
+        return tensor.mT if self.transposed else tensor
+
+
+@dataclass(frozen=True)
 class LoraSite:
     """One LoRA layer.
 
@@ -84,6 +105,17 @@ class LoraSite:
     def rows(self) -> Rows | None:
         """How what is taken becomes rows; None where it is (..., d) as it is."""
         return None
+
+    @property
+    def inner(self) -> tuple[InnerWeight, ...]:
+        """Where the base's matrices are parameters of a larger module: these, with the matrices of all parts in order.
+        Empty where the module is the one matrix, and what it puts out is its product."""
+        return ()
+
+    @property
+    def matrix_names(self) -> tuple[str, ...]:
+        """What its parts' matrices are called, unique in a model."""
+        return (self.name,) if self.parts == 1 else tuple(f"{self.name}[{part}]" for part in range(self.parts))
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         """What one call of :attr:`module` brings.

@@ -11,7 +11,7 @@ from .gradients import Asked, GradientPasses, LossFn, gradient_batches
 from .masks import RowMaskFn
 from .own_forwards import collect_calls
 from .passing import collect, collect_with
-from .visiting import Change, Visits, own
+from .visiting import Change, LowRankChange, Visits, own
 from .watcher import Watch, watching
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ForwardFn",
     "GradientPasses",
     "LossFn",
+    "LowRankChange",
     "RowMaskFn",
     "Visits",
     "Watch",

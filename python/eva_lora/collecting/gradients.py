@@ -1,7 +1,8 @@
 """Products of layers' weight gradients with few columns, from forwards and backwards that form no gradient."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from eva_kernels.gradient_sketch import outer_add_, projected
 
-from ..adapters import LoraAdapter, LoraSite, ModelOutline, noted_generators, require_loaded
+from ..adapters import InnerWeight, LoraAdapter, LoraSite, ModelOutline, noted_generators, require_loaded
 from ..config import EvaConfig
 from ..distributed import Ranks, together
 from .batches import default_forward, to_device
 from .forwards import input_device
 from .reader import END, BatchReader
 from .restoring import borrowed, without_autocast
+from .substituting import substituted
 from .visiting import Change, Visits, own
 
 __all__ = ["Asked", "GradientPasses", "LossFn", "Told", "gradient_batches"]
@@ -30,7 +32,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class Asked(NamedTuple):
-    """What is asked of one layer's gradient G (out, in): one of these.
+    """What is asked of one matrix's gradient G (out, in): one of these.
 
     Attributes:
         right: (in, q). G right is told.
@@ -47,8 +49,8 @@ class Told(NamedTuple):
     """The answers of one pass.
 
     Attributes:
-        products: Layer → (out, q), (in, q) or (out, in), on its device, float32 (of float64 inputs float64): of the
-            gradient of the mean loss.
+        products: Matrix (:attr:`LoraSite.matrix_names`) → (out, q), (in, q) or (out, in), on its device, float32 (of
+            float64 inputs float64): of the gradient of the mean loss.
         loss: The mean over all batches.
     """
 
@@ -74,7 +76,9 @@ class GradientPasses:
 
     No parameter requires a gradient and none gets one. A layer's outputs carry a function that hands their gradient on,
     and adds what it is asked for of it and of what was kept of the layer's inputs. What gradient checkpointing computes
-    again carries another one, which no gradient reaches.
+    again carries another one, which no gradient reaches. Of matrices that are multiplied inside of a module (experts,
+    attention) it is the parameter that carries it while the module runs, so that G is there for a moment, of one
+    parameter at a time.
 
     Args:
         adapter, model: As in a pass of EVA; the adapter is switched off.
@@ -152,11 +156,13 @@ class GradientPasses:
 
     def _run_own(self, asked: Mapping[str, Asked]) -> tuple[dict[str, Tensor], list[float]]:
         self._restart()
-        sites = [site for site in self._adapter.sites if site.name in asked]
-        layers = {site.name: _Layer(site, asked[site.name]) for site in sites}
-        handles = [site.module.register_forward_hook(layers[site.name].hook, with_kwargs=True) for site in sites]
+        products: dict[str, Tensor] = {}
         losses = []
-        try:
+        with ExitStack() as stack:
+            for site in self._adapter.sites:
+                mine = [asked.get(name) for name in site.matrix_names]
+                if any(mine):
+                    stack.enter_context(_listening(site, mine, products))
             for number, batch in enumerate(self._batches, 1):
                 loss = self._loss(number, batch)
                 losses.append(float(loss.detach()))
@@ -166,16 +172,12 @@ class GradientPasses:
                         f"gradients, from no output of theirs, or {CUT_OFF}"
                     )
                 torch.autograd.backward(loss)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, layer in layers.items():
-            if layer.product is None:
+        for name in asked:
+            if name not in products:
                 raise ValueError(
                     f"model: no gradient has reached layer {name}: the loss does not depend on it, or {CUT_OFF}"
                 )
-        products = {name: layer.product for name, layer in layers.items() if layer.product is not None}
-        return products, losses
+        return {name: products[name] for name in asked}, losses
 
     def _loss(self, number: int, batch: Any) -> Tensor:
         loss: Any = self._loss_fn(self._model, to_device(own(batch), self._device))
@@ -197,14 +199,28 @@ def _own_loss(model: nn.Module, batch: Any) -> Any:
     return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
 
 
-class _Layer:
-    """What is asked of one layer, and what has come so far."""
+@contextmanager
+def _listening(site: LoraSite, asked: Sequence[Asked | None], products: dict[str, Tensor]) -> Iterator[None]:
+    """Within it a layer's forwards and backwards add what is asked of each of its matrices to products."""
+    with ExitStack() as stack:
+        if not site.inner:
+            (one,) = asked
+            assert one is not None
+            layer = _Layer(site, one, products)
+            stack.callback(site.module.register_forward_hook(layer.hook, with_kwargs=True).remove)
+        named = iter(zip(site.matrix_names, asked, strict=True))
+        for weight in site.inner:
+            mine = [(name, one) for name, one in islice(named, len(weight.matrices()))]
+            stack.enter_context(substituted(site.module, weight, _Parameter(weight, mine, products).shown))
+        yield
 
-    def __init__(self, site: LoraSite, asked: Asked) -> None:
-        self.product: Tensor | None = None
-        self._site, self._asked = site, asked
-        # Its gradient is nobody's: the model's first layers would else be no part of a graph.
-        self._anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+
+class _Layer:
+    """What is asked of the matrix that a layer is."""
+
+    def __init__(self, site: LoraSite, asked: Asked, products: dict[str, Tensor]) -> None:
+        self._site, self._asked, self._products = site, asked, products
+        self._anchor = _anchor()
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():  # a checkpointed part, which comes again
@@ -216,7 +232,7 @@ class _Layer:
                 basis, dtype = right.to(x.device), _kept_in(x)
                 images = [projected(piece, basis, dtype=dtype) for piece in self._pieces(x)]
                 x = images[0] if len(images) == 1 else torch.cat(images)
-        made: Tensor = _Handing.apply(output, self._anchor, x, self)  # type: ignore[no-untyped-call]
+        made: Tensor = _Handing.apply(output, self._anchor, x, self.add)  # type: ignore[no-untyped-call]
         return made
 
     def add(self, gradient: Tensor, kept: Tensor) -> None:
@@ -237,9 +253,7 @@ class _Layer:
                 done += len(piece)
 
     def _add(self, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> None:  # (..., a), (n, b)
-        if self.product is None:
-            self.product = torch.zeros(rows.shape[-1], weights.shape[-1], dtype=dtype, device=rows.device)
-        outer_add_(self.product, rows, weights)
+        _outer_added(self._products, self._site.name, rows, weights, dtype)
 
     def _pieces(self, x: Tensor) -> Iterable[Tensor]:  # each (n, d)
         """The rows x, in order: all at once, or of a convolution so many patches at a time."""
@@ -247,24 +261,65 @@ class _Layer:
         return (x.reshape(-1, x.shape[-1]),) if rows is None else rows.pieces(x)
 
 
-class _Handing(torch.autograd.Function):
-    """A layer's outputs as they are, whose gradient is shown to the layer as it passes.
+class _Parameter:
+    """What is asked of the matrices of a parameter, whose gradient is formed, looked at and let go."""
 
-    What was kept is a saved tensor, so that checkpointing lets go of it and computes it again. The outputs are copied:
-    models may change them in place, which a view from here would refuse.
+    def __init__(
+        self, weight: InnerWeight, asked: Sequence[tuple[str, Asked | None]], products: dict[str, Tensor]
+    ) -> None:
+        self._weight, self._asked, self._products = weight, asked, products
+        self._anchor = _anchor()
+
+    def shown(self, parameter: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        made: Tensor = _Handing.apply(parameter, self._anchor, None, self.add)  # type: ignore[no-untyped-call]
+        return made
+
+    def add(self, gradient: Tensor, _: None) -> None:
+        dtype = _kept_in(gradient)
+        with torch.no_grad(), without_autocast(gradient.device):
+            for matrix, (name, asked) in zip(self._weight.matrices(gradient), self._asked, strict=True):
+                if asked is None:
+                    continue
+                if asked.whole:
+                    self._products[name] = self._products.get(name, 0) + matrix.to(dtype)
+                elif asked.right is not None:
+                    _outer_added(self._products, name, matrix.mT, asked.right.to(matrix.device), dtype)
+                elif asked.left is not None:
+                    _outer_added(self._products, name, matrix, asked.left.to(matrix.device), dtype)
+
+
+def _anchor() -> Tensor:
+    """Its gradient is nobody's: what is computed with nothing else that requires one would be no part of a graph."""
+    return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+
+
+def _outer_added(products: dict[str, Tensor], name: str, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> None:
+    if name not in products:
+        products[name] = torch.zeros(rows.shape[-1], weights.shape[-1], dtype=dtype, device=rows.device)
+    outer_add_(products[name], rows, weights)
+
+
+class _Handing(torch.autograd.Function):
+    """A tensor as it is, whose gradient is shown to somebody as it passes.
+
+    What was kept is a saved tensor, so that checkpointing lets go of it and computes it again. The same memory is put
+    out as a tensor of its own: models may change outputs in place, which a view from here would refuse, and as nothing
+    was saved of them before they may.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, kept: Tensor, layer: _Layer) -> Tensor:
+    def forward(ctx: Any, given: Tensor, anchor: Tensor, kept: Tensor | None, add: Callable[..., None]) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.layer = layer
-        return output.clone()
+        ctx.add = add
+        return given.data
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         (kept,) = ctx.saved_tensors
-        ctx.layer.add(gradient, kept)
+        ctx.add(gradient, kept)
         return gradient if ctx.needs_input_grad[0] else None, None, None, None
 
 

@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..adapters import LoraAdapter, LoraSite, ModelOutline
+from ..adapters import InnerWeight, LoraAdapter, LoraSite, ModelOutline
 from ..config import EvaConfig
 from .batches import ForwardFn, default_forward, to_device
 from .ending import ForwardEnd, output_head
@@ -18,13 +21,30 @@ from .masks import RowMaskFn, row_mask
 from .rerunning import ForwardState
 from .restoring import borrowed, without_autocast
 from .run import Run
+from .substituting import substituted
 
-__all__ = ["Change", "Outputs", "Visits"]
+__all__ = ["Change", "LowRankChange", "Outputs", "Visits"]
 
 Visit = Callable[[str, Tensor], None]  # a layer's name, some of its rows (n, d)
 Change = Callable[
     [Tensor], Tensor
 ]  # a layer's inputs (..., d), or rows (n, d) -> what is added to its outputs (..., out)
+
+
+@dataclass(frozen=True)
+class LowRankChange:
+    """B A x, as a change of a matrix, which can also be made to one that is multiplied inside of a module.
+
+    Attributes:
+        a: (r, in).
+        b: (out, r).
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return (x.to(self.a.dtype) @ self.a.mT) @ self.b.mT
 
 
 class Outputs(NamedTuple):
@@ -116,10 +136,16 @@ class Visits:
 
     @contextmanager
     def changed(self, changes: Mapping[str, Change]) -> Iterator[None]:
-        """Within it forwards have something added to the outputs of the layers named."""
+        """Within it forwards have something added to the outputs of the layers named; a :class:`LowRankChange` of the
+        name of a matrix that is multiplied inside of a module is added to that."""
         with ExitStack() as stack:
             for site in self._adapter.sites:
-                if site.name in changes:
+                names = iter(site.matrix_names)
+                for weight in site.inner:
+                    mine = [changes.get(name) for name in islice(names, len(weight.matrices()))]
+                    if any(mine):
+                        stack.enter_context(substituted(site.module, weight, partial(_moved, weight, mine)))
+                if site.name in changes and not site.inner:
                     handle = site.module.register_forward_hook(_adding(site, changes[site.name]), with_kwargs=True)
                     stack.callback(handle.remove)
             yield
@@ -149,6 +175,14 @@ def own(batch: Any) -> Any:
         return copy.deepcopy(batch)
     except Exception:
         return batch
+
+
+def _moved(weight: InnerWeight, changes: Sequence[Any], parameter: Tensor) -> Tensor:
+    moved = parameter.detach().clone()
+    for matrix, change in zip(weight.matrices(moved), changes, strict=True):
+        if change is not None:
+            matrix += (change.b @ change.a).to(matrix)
+    return moved
 
 
 def _adding(site: LoraSite, change: Change) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """What methods that start from gradients ask of them, pass after pass, and the A and B that come of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil, lcm
+from math import ceil, lcm, prod
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ COLUMNS_PER_RANK = 5.0
 SHARES = 8  # where gradients themselves are asked for, this part of all their bytes is held at once
 LEAST, MOST = 0.5, 4.0  # of the rank it has, what importance gives a layer (GoRA)
 
-Shapes = Mapping[str, tuple[int, int]]  # layer -> (out, in)
-Run = Callable[[Mapping[str, Asked]], dict[str, Tensor]]  # one pass: what is asked of layers' G -> the products
+Shapes = Mapping[str, tuple[int, int]]  # matrix -> (out, in)
+Run = Callable[[Mapping[str, Asked]], dict[str, Tensor]]  # one pass: what is asked of matrices' G -> the products
 
 
 @dataclass(frozen=True)
 class GradientFit:
-    """What one layer starts from.
+    """What one matrix starts from.
 
     Attributes:
         lora_a: (r, in) float32.
@@ -37,6 +37,7 @@ class GradientFit:
         shares: (r,) float64: of the energy that the sketch knows of G, what each direction has. Zeros where A is drawn.
         step: (k, in) and (out, k), the factors of a step down; None where what it starts from is that step.
         slope: Of a step's length, by which it lowers the loss to first order.
+        lacking: How many directions less G has than are taken of it.
     """
 
     lora_a: Tensor
@@ -44,6 +45,7 @@ class GradientFit:
     shares: Tensor
     step: tuple[Tensor, Tensor] | None = None
     slope: float = 0.0
+    lacking: int = 0
 
 
 def fit_leading(
@@ -53,11 +55,16 @@ def fit_leading(
     ranks: Mapping[str, int],
     scalings: Mapping[str, float],
     config: EvaConfig,
+    sparse: Collection[str] = (),
 ) -> dict[str, GradientFit]:
-    """Layers that start from leading singular vectors of their G, after ``PASSES`` passes.
+    """Matrices that start from leading singular vectors of their G, after ``PASSES`` passes.
+
+    Args:
+        sparse: Matrices that few rows may have come to, or none: of experts. Where their G has too few directions, what
+            is left of A is drawn, as PEFT draws it, and what is left of B is zero.
 
     Raises:
-        ValueError: a G has fewer directions than the method takes.
+        ValueError: another G has fewer directions than the method takes.
     """
     assert method.taken is not None
     blocks = max(method.taken) + 1
@@ -73,17 +80,21 @@ def fit_leading(
                 basis = range_basis(products.pop(name))
                 asked[name] = Asked(left=basis) if turned else Asked(right=basis)
     fits = {}
+    generator = torch.Generator().manual_seed(config.seed)
     for name in ranks:
         last, product = asked.pop(name).right, products.pop(name)
         assert last is not None
         part = leading_part(last.to(product.device), product, directions[name])
-        if not float(part.values[-1]) > columns[name] * torch.finfo(torch.float32).eps * float(part.values[0]):
+        rounding = columns[name] * torch.finfo(torch.float32).eps * float(part.values[0])
+        there = int((part.values > rounding).sum())
+        if there < directions[name] and name not in sparse:
             raise ValueError(
                 f"loader_or_statistics: method={method.name!r} takes {directions[name]} directions of the gradient of "
-                f"{name}, which has fewer on these batches: more of them, or a lower rank"
+                f"{name}, which has {there} on these batches: more of them, or a lower rank"
             )
         known = float(double(product).square().sum())
-        fits[name] = _leading(method, part, ranks[name], scalings[name], known)
+        drawn = _drawn(ranks[name], shapes[name][1], generator) if there < directions[name] else None
+        fits[name] = _leading(method, part, ranks[name], scalings[name], known, there, drawn)
     return fits
 
 
@@ -93,22 +104,42 @@ def _noise(sizes: Mapping[str, tuple[int, int]], seed: int) -> dict[str, Asked]:
     return {name: made.setdefault(size, Asked(right=random_basis(*size, seed=seed))) for name, size in sizes.items()}
 
 
-def _leading(method: GradientMethod, part: LowRank, rank: int, scaling: float, known: float) -> GradientFit:
+def _leading(
+    method: GradientMethod,
+    part: LowRank,
+    rank: int,
+    scaling: float,
+    known: float,
+    there: int,
+    drawn: Tensor | None,  # (r, in), where G has fewer directions than are taken
+) -> GradientFit:
     assert method.taken is not None
     of_a, of_b = (slice(block * rank, (block + 1) * rank) for block in method.taken)
-    scale = method.scale(len(part.left))
-    weights = (part.values / part.values[0]).pow(method.exponent or 0.0).to(part.left) * scale
+    values = part.values.clone()
+    values[there:] = 0
+    weights = torch.zeros_like(part.left[0])
+    weights[:there] = (values[:there] / values[:1]).pow(method.exponent or 0.0).to(weights) * method.scale(
+        len(part.left)
+    )
     down = method.base == "kept"
     lora_a, lora_b = weights[of_a, None] * part.right[:, of_a].mT, part.left[:, of_b] * weights[of_b]
-    step = None if down else (part.right.mT, -part.left * part.values.to(part.left))
+    if drawn is not None:
+        lora_a = torch.where(weights[of_a, None] > 0, lora_a, drawn.to(lora_a))
+    step = None if down else (part.right.mT, -part.left * values.to(part.left))
+    shares = values[of_a].square() / known if known > 0 else torch.zeros_like(values[of_a])
     return GradientFit(
-        lora_a, lora_b * (-scaling if down else scaling), part.values[of_a].square() / known, step,
-        float(part.values.square().sum()),
+        lora_a, lora_b * (-scaling if down else scaling), shares, step, float(values.square().sum()),
+        max(method.taken) * rank + rank - there,
     )  # fmt: skip
 
 
+def _drawn(rank: int, width: int, generator: torch.Generator) -> Tensor:  # (r, in)
+    noise = torch.rand(rank, width, generator=generator, dtype=torch.float32, device="cpu")
+    return (2 * noise - 1) / width**0.5
+
+
 def importances(run: Run, shapes: Shapes, read: Callable[[str], Tensor]) -> dict[str, float]:
-    """Layer → mean |W ∘ G|, exact: gradients are held for an eighth of the layers' bytes at a time, a pass for each."""
+    """Matrix → mean |W ∘ G|, exact: gradients are held for an eighth of all bytes at a time, a pass for each."""
     found = {}
     for group in _groups(shapes):
         products = run(dict.fromkeys(group, Asked(whole=True)))
@@ -119,7 +150,7 @@ def importances(run: Run, shapes: Shapes, read: Callable[[str], Tensor]) -> dict
 
 
 def _groups(shapes: Shapes) -> Iterator[list[str]]:
-    """Layers one after the other, as many as fit; the largest fits."""
+    """Matrices one after the other, as many as fit; the largest fits."""
     sizes = {name: out * width for name, (out, width) in shapes.items()}
     most, held = max(sum(sizes.values()) // SHARES, *sizes.values()), 0
     group: list[str] = []
@@ -133,12 +164,18 @@ def _groups(shapes: Shapes) -> Iterator[list[str]]:
 
 
 def ranks_by_importance(
-    importance: Mapping[str, float], shapes: Shapes, sites: Iterable[LoraSite], config: EvaConfig
+    of_matrices: Mapping[str, float], shapes: Shapes, sites: Iterable[LoraSite], config: EvaConfig
 ) -> dict[str, int]:
     """GoRA's ranks: of all parameters of A and B each layer gets its share of the importance, rounded to a rank, no
-    less than half of the rank it has and no more than four times that."""
+    less than half of the rank it has and no more than four times that. A layer's importance is the mean of all entries
+    of its matrices."""
     sites = list(sites)
-    cost = {name: sum(shape) for name, shape in shapes.items()}
+    cost = {site.name: sum(sum(shapes[name]) for name in site.matrix_names) for site in sites}
+    importance = {}
+    for site in sites:
+        sizes = [prod(shapes[name]) for name in site.matrix_names]
+        total = sum(of_matrices[name] * size for name, size in zip(site.matrix_names, sizes, strict=True))
+        importance[site.name] = total / sum(sizes)
     budget = sum(site.rank * cost[site.name] for site in sites)
     total = sum(importance.values())
     if not total > 0:
@@ -147,7 +184,8 @@ def ranks_by_importance(
     for site in sites:
         unit = lcm(site.rank_multiple, config.rank_multiple)
         low = ceil(max(LEAST * site.rank, config.min_rank, 1) / unit)
-        high = int(min(MOST * site.rank, *shapes[site.name], config.max_rank or MOST * site.rank) // unit)
+        directions = min(min(shapes[name]) for name in site.matrix_names)
+        high = int(min(MOST * site.rank, directions, config.max_rank or MOST * site.rank) // unit)
         wanted = importance[site.name] / total * budget / cost[site.name]
         ranks[site.name] = unit * max(min(round(wanted / unit), high), low)
     return ranks
@@ -161,16 +199,12 @@ def fit_drawn(
     scalings: Mapping[str, float],
     config: EvaConfig,
 ) -> dict[str, GradientFit]:
-    """Layers whose A is drawn, as PEFT draws it, and whose B A is what A's rows hold of −G, in one pass: exact.
+    """Matrices whose A is drawn, as PEFT draws it, and whose B A is what A's rows hold of −G, in one pass: exact.
 
     It is as long as a step of plain gradient descent at the rate γ would be on average.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = {}
-    for name, rank in ranks.items():
-        width = shapes[name][1]
-        noise = torch.rand(rank, width, generator=generator, dtype=torch.float32, device="cpu")
-        drawn[name] = (2 * noise - 1) / width**0.5
+    drawn = {name: _drawn(rank, shapes[name][1], generator) for name, rank in ranks.items()}
     products = run({name: Asked(right=a.mT) for name, a in drawn.items()})
     fits = {}
     for name, a in drawn.items():
