@@ -196,10 +196,8 @@ def fit_quantization_error(
         with visits.still():
             samples = samples_of({site.name: bases[site.name] for site in members})
         plan = _planned(adapter, members, fits, statistics, chosen, split, without)
-        factors = {
-            name: (plan.lora_a[name], plan.lora_b[name], plan.lora_bias.get(name))
-            for name in plan.lora_b
-            if plan.sites[name].rank
+        factors = {  # of layers that are left with no rank, too: the float model's weights are in all that were fitted
+            name: (plan.lora_a[name], plan.lora_b[name], plan.lora_bias.get(name)) for name in plan.lora_b
         }
         errors: dict[str, tuple[float, float]] = {}
         of_model = ModelErrors()

@@ -262,10 +262,14 @@ def test_directions_are_completed_where_nothing_is_known():
 # --- what the report says
 
 
-def test_the_model_s_error_is_that_to_the_float_model(floats):
+@pytest.mark.parametrize(("rank", "rho"), [(4, 1.0), (1, 4.0)])
+def test_the_model_s_error_is_that_to_the_float_model(floats, rank, rho):
+    """Layers that are left with no rank are as the float model has them there, too."""
     bases = quantised(floats, bits=3, group=16)
-    model, batches = lora(copy.deepcopy(bases)), token_batches(8)
-    report = repaired(model, floats, batches, hold_back=4, max_batches=None)
+    model, batches = lora(copy.deepcopy(bases), r=rank), token_batches(8)
+    report = repaired(model, floats, batches, hold_back=4, max_batches=None, rho=rho)
+    assert (0 in report.ranks.values()) == (rho > 1)
+    assert all(layer.held is not None for layer in report.layers.values())
     held = [batches[1], batches[5]]
     squares, kl, rows = np.zeros(3), np.zeros(2), 0
     model.eval()
