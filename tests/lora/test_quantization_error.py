@@ -8,20 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import eva_lora
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, ParameterSite, RepairReport, collect, eva_initialize
 from eva_lora import fit_quantization_error as fit
 from eva_lora.cli.demo import load_smollm2, packed_text
-from eva_lora.cli.pretrained import dtype_keyword
 from eva_lora.fitting import completed
 from eva_lora.peft import replace_lora_weights_loftq
 from support.models import layer_inputs, load_minilm, lora, minilm_text_batches, tiny_llama, token_batches
 from support.quantised import least_errors, output_errors, quantised, rounded
 from support.tiny import state_of
-from support.versions import LOADS_BITSANDBYTES, needs
 
 ENCODER_LINEARS = r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*\.dense)"
 UNIT = 2.0**-24
@@ -329,55 +327,6 @@ def test_the_report_is_text_a_file_and_a_figure(model, floats, tmp_path):
 
 
 # --- the model
-
-
-@needs(LOADS_BITSANDBYTES)
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_it_reloads_onto_the_same_base_and_no_other(tmp_path, kind):
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "float")
-    how = {
-        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-        "int8": BitsAndBytesConfig(load_in_8bit=True),
-    }[kind]
-
-    def base(config=how):
-        return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "float", quantization_config=config, device_map={"": "cpu"}, **{dtype_keyword(): torch.float32}
-        )
-
-    def logits(model):
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        with torch.no_grad():
-            return model.eval()(**token_batches(1)[0]).logits
-
-    model = lora(base())
-    before = logits(model)
-    report = repaired(model, str(tmp_path / "float"), hold_back=3, rho=2.0)
-    assert report.hidden_error[1] < report.hidden_error[0]
-    after = logits(model)
-    assert not torch.equal(after, before)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), before)
-    model.save_pretrained(tmp_path / "adapter")
-    report.save(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(base(), tmp_path / "adapter")
-    assert torch.equal(logits(again), after)
-    eva_lora.require_same_base(again, tmp_path / "adapter")
-    for other, message in (
-        (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), "was quantised otherwise"),
-        (None, "was quantised otherwise"),
-    ):
-        strange = PeftModel.from_pretrained(base(other), tmp_path / "adapter")
-        with pytest.raises(ValueError, match=f"its base is not the one that the adapter was fitted to: it {message}"):
-            eva_lora.require_same_base(strange, tmp_path / "adapter")
 
 
 def test_another_base_of_the_same_kind_is_told_by_its_weights(floats, model):
