@@ -129,6 +129,7 @@ def fit_quantization_error(
     _require_rounds(method, rounds, requantize)
     _require_passes(method, passes)
     _require_hold_back(hold_back)
+    _require_callable(dequantize=dequantize, requantize=requantize)
     started = time.perf_counter()
     with ordinary_tensors():
         adapter = find_adapter(model, sites)
@@ -156,6 +157,10 @@ def fit_quantization_error(
 
         held: list[Any] = []
         visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
+        with visits.still():
+            source.read(
+                next(iter(bases))
+            )  # weights of another model are seen in the first layer, before any batch is run
 
         def collected(layers: LoraAdapter, batches: Iterable[Any]) -> EvaStatistics:
             return collect_with(
@@ -211,7 +216,8 @@ def fit_quantization_error(
         notes = (
             *notes,
             f"{norm} is another than with the float weights, as where a quantiser moves scales between layers (AWQ): "
-            "the float weights' rows and columns were scaled to be like the base's",
+            "the float weights' rows and columns were scaled to be like the base's. Where it has not, they are another "
+            "model's",
         )
     if of_model.reason:
         notes = (*notes, f"What becomes of it at the model's end was not measured: {of_model.reason}")
@@ -325,6 +331,12 @@ def _require_passes(method: str, passes: int) -> None:
         raise ValueError(f"passes: expected an integer of at least 1, got {passes!r}")
     if passes > 1 and method == "loftq":
         raise ValueError(f'passes: expected 1 with method="loftq", which asks for no inputs, got {passes}')
+
+
+def _require_callable(**functions: Any) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a callable, got {type(function).__name__}")
 
 
 def _require_hold_back(hold_back: int) -> None:
@@ -510,6 +522,13 @@ def _planned(
         notes.append(
             f"{len(short)} layers have less error than their rank could repair, the first is {short[0]}; what is left "
             "of it starts as in EVA, with B zero"
+        )
+    made_for = {} if statistics is None else {site.name: site.rank for site in statistics.sites}
+    narrow = [site.name for site in members if made_for.get(site.name, site.rank) < site.rank]
+    if narrow:
+        notes.append(
+            f"The statistics were made for lower ranks in {len(narrow)} layers, the first is {narrow[0]} "
+            f"({made_for[narrow[0]]}), and know fewer directions than a fit of these ranks could use"
         )
     order = {site.name: planned[site.name] for site in adapter.sites}
     return EvaPlan(order, lora_a, config, budget + sum(site.rank for site in kept), tuple(notes), lora_b, lora_bias)

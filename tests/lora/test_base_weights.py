@@ -125,6 +125,44 @@ def test_dequantize_is_asked_first_and_checked():
             base(module).read(wrong)
 
 
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda w: w.flatten(), ValueError, "is not the matrix"),
+        (lambda w: w.sum(), ValueError, "is not the matrix"),
+        (lambda w: w.roll(1, 0)[..., None], ValueError, "is not the matrix"),
+        (lambda w: w.roll(1, 1).bfloat16(), ValueError, "is not the matrix"),
+        (lambda w: w.index_fill(0, torch.tensor(3), float("nan")), ValueError, "is not the matrix"),
+        (lambda w: w.numpy(), TypeError, "expected a tensor or None for layer it, it returned a ndarray"),
+        (lambda w: (w, None), TypeError, "expected a tensor or None for layer it, it returned a tuple"),
+    ],
+)
+def test_whatever_else_a_callable_returns_is_refused(returned, error, message):
+    with pytest.raises(error, match=f"dequantize: .*{message}"):
+        base(Packed(linear())).read(lambda name, layer: returned(layer.matrix()))
+
+
+def test_a_callable_may_return_other_dtypes():
+    module = Packed(linear())
+    for dtype in (torch.float64, torch.bfloat16):
+        read = base(module).read(lambda name, layer, dtype=dtype: layer.matrix().to(dtype))
+        assert torch.equal(read, module.matrix().to(dtype).float())
+
+
+class Choosy(Packed):
+    """It takes no rows without a batch around them."""
+
+    def forward(self, x):
+        if x.ndim < 3:
+            raise RuntimeError("expected 3 dimensions")
+        return super().forward(x)
+
+
+def test_a_layer_that_cannot_be_asked_is_named():
+    with pytest.raises(ValueError, match=r"layer it: a Choosy, it does not take .*: RuntimeError: expected 3 dim"):
+        base(Choosy(linear())).read()
+
+
 def test_a_layer_that_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match="layer it: expected outputs of 24 features for inputs of 64"):
         base(nn.Sequential(Packed(linear()), nn.Linear(24, 5))).read()
@@ -181,7 +219,7 @@ def saved(tmp_path):
 LAYER = "model.layers.1.mlp.up_proj"
 
 
-@pytest.mark.parametrize("kind", ["index", "file", "files", "state dict", "module", "itself"])
+@pytest.mark.parametrize("kind", ["index", "file", "files", "state dict", "module", "in PEFT's", "itself"])
 def test_float_weights_come_from_anywhere(saved, tmp_path_factory, kind):
     model = tiny_llama()
     single = tmp_path_factory.mktemp("single")
@@ -190,7 +228,8 @@ def test_float_weights_come_from_anywhere(saved, tmp_path_factory, kind):
     save_file(named(model), loose / "other.safetensors")
     source = {
         "index": saved, "file": single / "model.safetensors", "files": str(loose), "state dict": named(model),
-        "module": model, "itself": FloatWeights.of(model),
+        "module": model, "in PEFT's": get_peft_model(tiny_llama(), LoraConfig(target_modules=LINEARS)),
+        "itself": FloatWeights.of(model),
     }[kind]  # fmt: skip
     weight = model.get_submodule(LAYER).weight.detach()
     read = FloatWeights.of(source).read(LAYER, weight + 0.01)
@@ -246,14 +285,16 @@ def test_wrong_weights_are_refused(tmp_path):
         ({"fc.weight": 10 * weight}, "are not what its base was made of: .* 10 times as long"),
         ({"fc.weight": weight.to(torch.float8_e4m3fn)}, "is torch.float8_e4m3fn, quantised itself"),
         ({"fc.weight": weight.to(torch.int8)}, "is torch.int8, quantised itself"),
-        ({"fc.weight": torch.full((8, 6), float("nan"))}, "are not what its base was made of"),
+        ({"fc.weight": torch.full((8, 6), float("nan"))}, "has NaN or Inf"),
+        ({"fc.weight": torch.where(weight > 1, torch.inf, weight)}, "has NaN or Inf"),
+        ({"fc.weight": torch.empty(8, 6, device="meta")}, "is on the meta device; load it first"),
     ):
         with pytest.raises(ValueError, match=message):
             FloatWeights.of(state).read("fc", weight)
     for nothing in (3, "", None):
         with pytest.raises(TypeError, match="float_weights: expected a folder"):
             FloatWeights.of(nothing)
-    with pytest.raises(TypeError, match="'a' is none"):
+    with pytest.raises(TypeError, match="'a' is a int"):
         FloatWeights.of({"a": 1})
     with pytest.raises(FileNotFoundError, match="there are no safetensors"):
         FloatWeights.of(tmp_path)
@@ -264,6 +305,33 @@ def test_wrong_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"fc.weight": "gone.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"files that are not there: .'gone.safetensors'"):
         FloatWeights.of(tmp_path)
+
+
+def test_damaged_folders_are_refused_before_anything_is_read(saved):
+    index = saved / "model.safetensors.index.json"
+    whole = index.read_text()
+    listed = json.loads(whole)["weight_map"]
+    elsewhere = json.dumps({"weight_map": {**listed, f"{LAYER}.weight": "model-0.safetensors"}})
+    for text, message in (
+        ("{", "is no index of safetensors: JSONDecodeError"),
+        ('{"metadata": {}}', "is no index of safetensors: KeyError"),
+        ("[]", "is no index of safetensors: TypeError"),
+        (elsewhere, f"says that {LAYER}.weight is in model-0.safetensors, which does not hold it"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=f"float_weights: .*{message}"):
+            FloatWeights.of(saved)
+    index.write_text(whole)
+    file = saved / "model-1.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"model-1.safetensors is damaged or no safetensors file"):
+        FloatWeights.of(saved)
+    file.write_bytes(content)
+    index.unlink()
+    (saved / "again.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"again.safetensors and .*model-1.safetensors both hold .*; name the file"):
+        FloatWeights.of(saved)
 
 
 def test_a_model_that_is_nowhere_is_said_to_be(monkeypatch):

@@ -379,6 +379,23 @@ def test_a_missing_weight_is_said_before_any_batch_is_taken(floats, model):
     assert taken == []
 
 
+def test_another_model_s_weights_are_said_before_any_batch_is_taken(model):
+    others = tiny_llama(seed=1), tiny_llama().to("meta")
+    taken, before = [], state_of(model)
+    for weights, message in zip(others, ("are not what its base was made of", "is on the meta device"), strict=True):
+        with pytest.raises(ValueError, match=f"float_weights: .*{message}"):
+            repaired(model, weights, (taken.append(b) or b for b in token_batches()))
+    assert taken == []
+    assert state_of(model) == before
+
+
+def test_statistics_that_were_made_for_lower_ranks_are_told(floats):
+    statistics = collect_of(lora(quantised(floats, group=16), r=2))
+    for rank in (2, 4):
+        report = repaired(lora(quantised(floats, group=16), r=rank), floats, statistics)
+        assert any("made for lower ranks in 21 layers" in note for note in report.notes) == (rank > 2)
+
+
 def test_a_repaired_adapter_is_not_overwritten_in_silence(floats, model):
     repaired(model, floats)
     for again in (lambda **k: repaired(model, floats, **k), lambda **k: eva_initialize(model, token_batches(), **k)):
@@ -397,6 +414,8 @@ def test_a_repaired_adapter_is_not_overwritten_in_silence(floats, model):
         ({"loader_or_statistics": 7}, TypeError, "loader_or_statistics: expected an iterable"),
         ({"float_weights": None}, ValueError, "does not say what it was loaded from"),
         ({"float_weights": 7}, TypeError, "float_weights: expected a folder"),
+        ({"dequantize": "nf4"}, TypeError, "dequantize: expected a callable, got str"),
+        ({"requantize": 4, "method": "loftq", "rounds": 2, "loader_or_statistics": None}, TypeError, "requantize: exp"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_done(floats, model, options, error, message):

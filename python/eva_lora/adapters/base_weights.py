@@ -52,13 +52,19 @@ class BaseWeight:
         which every linear layer answers with its matrix.
 
         Raises:
+            TypeError: what ``dequantize`` gives is no tensor.
             ValueError: what ``dequantize`` gives is not what the layer computes with, or the layer is not linear.
         """
         given = dequantize(self.name, self.module) if dequantize is not None else None
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(
+                f"dequantize: expected a tensor or None for layer {self.name}, it returned a {type(given).__name__}"
+            )
         weight = self._own() if given is None and self.matrix_is_weight else given
-        if weight is not None:
+        if weight is not None and weight.ndim > 1:
             matrix = weight.detach().float().flatten(1)
-            if matrix.shape == (self.out_features, self.in_features) and (weight.ndim > 2 or self._is_computed(matrix)):
+            believed = given is None and weight.ndim > 2  # a convolution's: it takes no rows
+            if matrix.shape == (self.out_features, self.in_features) and (believed or self._is_computed(matrix)):
                 return matrix
         if given is not None:
             raise ValueError(
@@ -138,7 +144,15 @@ class BaseWeight:
         x[range(len(index)), index] = 1
         x = x.to(device)
         batched = not self.matrix_is_weight  # some layers with a LoRA take (batch, tokens, features) only
-        y = self.module.forward(x[None] if batched else x)  # past hooks, which may be reading this
+        try:
+            y = self.module.forward(x[None] if batched else x)  # past hooks, which may be reading this
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"layer {self.name}: a {type(self.module).__name__}, it does not take {tuple(x.shape)} of {x.dtype}, "
+                f"by which it is seen what it computes with: {type(error).__name__}: {error}"
+            ) from error
         y = y[0] if batched and isinstance(y, Tensor) else y
         if not isinstance(y, Tensor) or y.shape != (len(x), self.out_features):
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

@@ -221,10 +221,10 @@ class ParameterSite(LoraSite):
         expected, taken = torch.zeros_like(base), iter(outputs)
         generator = torch.Generator("cpu").manual_seed(0)
         for mine, b in zip(groups, second, strict=True):
-            b.copy_(torch.randn(b.shape, generator=generator, device="cpu") * level)
+            b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float32, device="cpu") * level)
             start = 0
             for a in mine:
-                a.copy_(torch.randn(a.shape, generator=generator, device="cpu"))
+                a.copy_(torch.randn(a.shape, generator=generator, dtype=torch.float32, device="cpu"))
                 where = next(taken)
                 rows = b[start : start + len(where)].float()
                 expected[where] += scaling * rows @ (a.float() @ row.float())

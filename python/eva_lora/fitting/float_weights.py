@@ -1,6 +1,7 @@
 """Float weights of a model that is quantised, one at a time: from a folder, a state dict or a module."""
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,21 @@ class FloatWeights:
         if isinstance(weights, cls):
             return weights
         if isinstance(weights, nn.Module):
-            named = dict(weights.named_parameters(remove_duplicate=False))  # tied ones by each of their names
+            whole: Any = weights
+            inner = whole.get_base_model() if hasattr(weights, "get_base_model") else weights  # under PEFT's layers
+            named = {
+                name.replace(".base_layer.", "."): parameter
+                for name, parameter in inner.named_parameters(
+                    remove_duplicate=False
+                )  # tied ones by each of their names
+            }
             return cls(named, named.__getitem__, f"the {type(weights).__name__}")
         if isinstance(weights, Mapping):
-            wrong = [name for name, value in weights.items() if not isinstance(value, Tensor)]
-            if wrong:
-                raise TypeError(f"float_weights: expected tensors in the state dict, {wrong[0]!r} is none")
+            for name, value in weights.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"float_weights: expected tensors in the state dict, {name!r} is a {type(value).__name__}"
+                    )
             return cls(weights, weights.__getitem__, "the state dict")
         if not isinstance(weights, (str, Path)) or not str(weights):
             raise TypeError(
@@ -125,6 +135,10 @@ class FloatWeights:
             raise ValueError(
                 f"float_weights: that of layer {name} in {self._source} is {weight.dtype}, quantised itself"
             )
+        if weight.device.type == "meta":
+            raise ValueError(
+                f"float_weights: that of layer {name} in {self._source} is on the meta device; load it first"
+            )
         matrix = (weight.T if fan_in_fan_out and weight.ndim == 2 else weight).flatten(1)
         if matrix.shape != quantized.shape:
             raise ValueError(
@@ -137,6 +151,10 @@ class FloatWeights:
         product = torch.dot(matrix.flatten(), quantized.flatten())  # without a third matrix
         cosine = float(product / (matrix.norm() * quantized.norm()).clamp_min(1e-30))
         longer = float(matrix.norm() / quantized.norm().clamp_min(1e-30))
+        if not math.isfinite(longer):
+            raise ValueError(
+                f"float_weights: that of layer {name} in {self._source}, or what its base computes with, has NaN or Inf"
+            )
         if quantized.any() and not (cosine > SAME_DIRECTION and 1 / SAME_LENGTH < longer < SAME_LENGTH):
             raise ValueError(
                 f"float_weights: those of layer {name} in {self._source} are not what its base was made of: their "
@@ -216,27 +234,54 @@ class LayerWeights:
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Name of each tensor → the file that it is in."""
+    """Name of each tensor → the file that it is in. Of each file the header is read."""
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         path = next((path / name for name in (SINGLE, INDEX) if (path / name).is_file()), path)
     if path.name.endswith(".index.json"):
-        listed: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        missing = sorted(name for name in set(listed.values()) if not (folder / name).is_file())
-        if missing:
-            raise FileNotFoundError(f"float_weights: {path} names files that are not there: {missing}")
-        return {key: folder / name for key, name in listed.items()}
+        return _indexed(path)
     files = [path] if path.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"float_weights: there are no safetensors in {folder}")
+        raise FileNotFoundError(
+            f"float_weights: there are no safetensors in {folder}; of weights in other files pass the float model, or "
+            "what its save_pretrained writes"
+        )
     found: dict[str, Path] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                found |= dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
-            raise ValueError(f"float_weights: {file} is damaged or no safetensors file: {error}") from error
+        for key in _keys(file):
+            if key in found:
+                raise ValueError(f"float_weights: {found[key]} and {file} both hold {key}; name the file that is meant")
+            found[key] = file
     return found
+
+
+def _indexed(path: Path) -> dict[str, Path]:
+    try:
+        listed = {
+            str(key): path.parent / name for key, name in json.loads(path.read_text("utf-8"))["weight_map"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"float_weights: {path} is no index of safetensors: {type(error).__name__}: {error}"
+        ) from error
+    files = sorted(set(listed.values()))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"float_weights: {path} names files that are not there: {missing}")
+    held = {file: _keys(file) for file in files}
+    for key, file in listed.items():
+        if key not in held[file]:
+            raise ValueError(f"float_weights: {path} says that {key} is in {file.name}, which does not hold it")
+    return listed
+
+
+def _keys(file: Path) -> frozenset[str]:
+    """The names of a file's tensors."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return frozenset(opened.keys())
+    except SafetensorError as error:
+        raise ValueError(f"float_weights: {file} is damaged or no safetensors file: {error}") from error
 
 
 def _read(file: Path, key: str) -> Tensor:
