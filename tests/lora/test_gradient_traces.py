@@ -12,8 +12,9 @@ from torch import nn
 
 from eva_lora import METHODS, EvaConfig, initialize
 from eva_lora.adapters import find_adapter
-from eva_lora.collecting import GradientPasses
+from eva_lora.collecting import GradientPasses, gradients
 from eva_lora.fitting import fit_leading
+from eva_lora.fitting.gradients import PASSES
 from harness.memory import tensor_bytes
 from support.gradients import labelled
 from support.models import lora, tiny_llama
@@ -164,6 +165,16 @@ def test_an_eighth_of_all_gradients_is_more_than_what_is_held_beside_the_same_fo
     assert left == 0
     assert inputs > gradients / 8  # or holding them twice would not be seen
     assert most - beside <= gradients / 8
+
+
+def test_what_is_free_is_given_back_eight_times_in_a_forward(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(gradients, "give_back_freed_memory", lambda: given_back.append(None))
+    depth = 20
+    model = get_peft_model(Chain(6, depth), LoraConfig(r=1, target_modules=[str(i) for i in range(depth)]))
+    config = EvaConfig(rho=1.0, max_batches=2)
+    initialize(model, [torch.randn(4, 6) for _ in range(2)], "lora-one", config, loss_fn=off_target)
+    assert len(given_back) == PASSES * (2 * depth // 3)  # every third layer, the eighth part rounded up
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(3, 3), (None, 32)])

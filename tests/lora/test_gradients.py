@@ -169,6 +169,41 @@ def test_every_pass_sees_the_same_batches_and_the_same_random_numbers(base):
     assert drawn[:2] == drawn[2:4] == drawn[4:6] == drawn[8:10]
 
 
+def test_a_loss_that_takes_gradients_itself_is_refused(base):
+    """They would be counted beside the loss's own."""
+
+    def backward(model, batch):
+        loss = model(**batch).loss
+        loss.backward(retain_graph=True)
+        return loss
+
+    def grad(model, batch):
+        embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
+        loss = model(inputs_embeds=embedded, labels=batch["labels"]).loss
+        (gradient,) = torch.autograd.grad(loss, embedded, create_graph=True)
+        return loss + gradient.square().sum()
+
+    model = lora(copy.deepcopy(base))
+    before = state_of(model)
+    for loss_fn in (backward, grad):
+        with pytest.raises(ValueError, match="loss_fn: it takes gradients through the model itself"):
+            initialize(model, labelled(1), "lora-one", loss_fn=loss_fn)
+        assert state_of(model) == before
+
+
+def test_a_loss_that_switches_the_adapter_off_meanwhile_is_the_base_s(base):
+    """As preference losses do for their reference."""
+
+    def loss_fn(model, batch):
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(**batch).loss
+        return model(**batch).loss - reference
+
+    model = lora(copy.deepcopy(base), init_lora_weights=False)  # B is not zero
+    require_same(whole(model, labelled(2), loss_fn=loss_fn), gradients_of(base, labelled(2)))
+    assert all(p.grad is None for p in model.parameters())
+
+
 # --- bases that are quantised
 
 
@@ -387,7 +422,17 @@ def test_what_gradients_cannot_be_taken_of_is_named(base):
         ),
         ({"loss_fn": lambda m, b: 1.0}, TypeError, "loss_fn: expected the loss, .*, got float"),
         ({"loss_fn": lambda m, b: m(**b).loss.detach()}, ValueError, "loss_fn: the loss of batch 1 depends on no LoRA"),
-        ({"loss_fn": lambda m, b: m(**b).loss / 0}, ValueError, "loss_fn: the loss of batch 1 is inf"),
+        ({"loss_fn": lambda m, b: m(**b).loss / 0}, ValueError, "loss_fn: the loss of batch 1 is inf$"),
+        (
+            {"loader_or_statistics": [*batches, dict(batches[0], labels=torch.full_like(batches[0]["labels"], -100))]},
+            ValueError,
+            "loss_fn: the loss of batch 2 is nan, as none of its labels counts: leave it out",
+        ),
+        (
+            {"loader_or_statistics": labelled(1, shape=(3, 1))},
+            ValueError,
+            "loss_fn: the loss of batch 1 is nan, as none of its labels counts: leave it out",
+        ),
         ({"loss_fn": lambda m, b: m(**b).logits[:, :1].sum() * 0}, ValueError, "takes 8 directions of the gradient of"),
         ({"forward_fn": lambda m, b: m(**b)}, ValueError, "forward_fn: expected None with method='lora-ga'"),
         ({"row_mask_fn": lambda b: None}, ValueError, "row_mask_fn: expected None with method='lora-ga'"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..config import EvaConfig
 from ..distributed import Ranks, together
 from .batches import default_forward, to_device
 from .forwards import input_device
+from .freed_memory import give_back_freed_memory
 from .reader import END, BatchReader
 from .restoring import borrowed, without_autocast
 from .substituting import substituted
@@ -27,6 +29,9 @@ CUT_OFF = (
     "checkpointing with use_reentrant=True cuts the graph off, as nothing before it needs a gradient: call "
     "model.enable_input_require_grads()"
 )
+
+GIVEN_BACK = 8  # times in a forward: more take time, fewer leave more that nothing fits into
+IGNORED = -100  # the label of what does not count
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -156,13 +161,12 @@ class GradientPasses:
 
     def _run_own(self, asked: Mapping[str, Asked]) -> tuple[dict[str, Tensor], list[float]]:
         self._restart()
-        products: dict[str, Tensor] = {}
-        losses = []
+        of_sites = [(site, [asked.get(name) for name in site.matrix_names]) for site in self._adapter.sites]
+        of_sites = [(site, mine) for site, mine in of_sites if any(mine)]
+        products, losses = _Products(len(of_sites)), []
         with ExitStack() as stack:
-            for site in self._adapter.sites:
-                mine = [asked.get(name) for name in site.matrix_names]
-                if any(mine):
-                    stack.enter_context(_listening(site, mine, products))
+            for site, mine in of_sites:
+                stack.enter_context(_listening(site, mine, products))
             for number, batch in enumerate(self._batches, 1):
                 loss = self._loss(number, batch)
                 losses.append(float(loss.detach()))
@@ -171,7 +175,8 @@ class GradientPasses:
                         f"loss_fn: the loss of batch {number} depends on no LoRA layer: it was computed without "
                         f"gradients, from no output of theirs, or {CUT_OFF}"
                     )
-                torch.autograd.backward(loss)
+                with products.taken():
+                    torch.autograd.backward(loss)
         for name in asked:
             if name not in products:
                 raise ValueError(
@@ -190,7 +195,8 @@ class GradientPasses:
             got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss_fn: expected the loss, a floating-point tensor of one number, got {got}")
         if not bool(torch.isfinite(loss.detach()).all()):
-            raise ValueError(f"loss_fn: the loss of batch {number} is {float(loss.detach())}")
+            why = ", as none of its labels counts: leave it out" if _counts_nothing(batch) else ""
+            raise ValueError(f"loss_fn: the loss of batch {number} is {float(loss.detach())}{why}")
         return loss.reshape(())
 
 
@@ -199,8 +205,56 @@ def _own_loss(model: nn.Module, batch: Any) -> Any:
     return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
 
 
+def _counts_nothing(batch: Any) -> bool:
+    """Whether a batch has labels, and none but the first of a sequence, which nothing predicts, counts."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and labels.ndim > 1 and bool((labels[..., 1:] == IGNORED).all())
+
+
+class _Products(dict[str, Tensor]):
+    """The products so far, and what is common to all layers that add to them.
+
+    Args:
+        layers: How many they are.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self._every = ceil(layers / GIVEN_BACK)
+        self._called = 0
+        self._taken = False
+
+    def called(self, device: torch.device) -> None:
+        """A layer was called, and a graph goes on from it."""
+        self._called += 1
+        if device.type == "cpu" and self._called % self._every == 0:
+            give_back_freed_memory()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within it gradients that come are of the loss."""
+        self._taken = True
+        try:
+            yield
+        finally:
+            self._taken = False
+
+    def require_taken(self) -> None:
+        """Raise where a gradient comes at another time."""
+        if not self._taken:
+            raise ValueError(
+                "loss_fn: it takes gradients through the model itself (backward, torch.autograd.grad), which would be "
+                "counted beside the loss's: only return the loss"
+            )
+
+    def outer_add(self, name: str, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> None:  # (..., a), (..., b)
+        if name not in self:
+            self[name] = torch.zeros(rows.shape[-1], weights.shape[-1], dtype=dtype, device=rows.device)
+        outer_add_(self[name], rows, weights)
+
+
 @contextmanager
-def _listening(site: LoraSite, asked: Sequence[Asked | None], products: dict[str, Tensor]) -> Iterator[None]:
+def _listening(site: LoraSite, asked: Sequence[Asked | None], products: _Products) -> Iterator[None]:
     """Within it a layer's forwards and backwards add what is asked of each of its matrices to products."""
     with ExitStack() as stack:
         if not site.inner:
@@ -218,13 +272,14 @@ def _listening(site: LoraSite, asked: Sequence[Asked | None], products: dict[str
 class _Layer:
     """What is asked of the matrix that a layer is."""
 
-    def __init__(self, site: LoraSite, asked: Asked, products: dict[str, Tensor]) -> None:
+    def __init__(self, site: LoraSite, asked: Asked, products: _Products) -> None:
         self._site, self._asked, self._products = site, asked, products
         self._anchor = _anchor()
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():  # a checkpointed part, which comes again
             return None
+        self._products.called(output.device)
         (given,) = self._site.inputs(args, kwargs)
         x, right = given.tensor.detach(), self._asked.right
         if right is not None:
@@ -237,6 +292,7 @@ class _Layer:
 
     def add(self, gradient: Tensor, kept: Tensor) -> None:
         """The outputs' gradient, whose rows are δ, and what was kept of the rows x."""
+        self._products.require_taken()
         left, dtype = self._asked.left, _kept_in(gradient)
         with torch.no_grad(), without_autocast(gradient.device):
             rows = self._site.output_rows(gradient)
@@ -253,7 +309,7 @@ class _Layer:
                 done += len(piece)
 
     def _add(self, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> None:  # (..., a), (n, b)
-        _outer_added(self._products, self._site.name, rows, weights, dtype)
+        self._products.outer_add(self._site.name, rows, weights, dtype)
 
     def _pieces(self, x: Tensor) -> Iterable[Tensor]:  # each (n, d)
         """The rows x, in order: all at once, or of a convolution so many patches at a time."""
@@ -264,19 +320,19 @@ class _Layer:
 class _Parameter:
     """What is asked of the matrices of a parameter, whose gradient is formed, looked at and let go."""
 
-    def __init__(
-        self, weight: InnerWeight, asked: Sequence[tuple[str, Asked | None]], products: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, weight: InnerWeight, asked: Sequence[tuple[str, Asked | None]], products: _Products) -> None:
         self._weight, self._asked, self._products = weight, asked, products
         self._anchor = _anchor()
 
     def shown(self, parameter: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
+        self._products.called(parameter.device)
         made: Tensor = _Handing.apply(parameter, self._anchor, None, self.add)  # type: ignore[no-untyped-call]
         return made
 
     def add(self, gradient: Tensor, _: None) -> None:
+        self._products.require_taken()
         dtype = _kept_in(gradient)
         with torch.no_grad(), without_autocast(gradient.device):
             for matrix, (name, asked) in zip(self._weight.matrices(gradient), self._asked, strict=True):
@@ -285,20 +341,14 @@ class _Parameter:
                 if asked.whole:
                     self._products[name] = self._products.get(name, 0) + matrix.to(dtype)
                 elif asked.right is not None:
-                    _outer_added(self._products, name, matrix.mT, asked.right.to(matrix.device), dtype)
+                    self._products.outer_add(name, matrix.mT, asked.right.to(matrix.device), dtype)
                 elif asked.left is not None:
-                    _outer_added(self._products, name, matrix, asked.left.to(matrix.device), dtype)
+                    self._products.outer_add(name, matrix, asked.left.to(matrix.device), dtype)
 
 
 def _anchor() -> Tensor:
     """Its gradient is nobody's: what is computed with nothing else that requires one would be no part of a graph."""
     return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
-
-
-def _outer_added(products: dict[str, Tensor], name: str, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> None:
-    if name not in products:
-        products[name] = torch.zeros(rows.shape[-1], weights.shape[-1], dtype=dtype, device=rows.device)
-    outer_add_(products[name], rows, weights)
 
 
 class _Handing(torch.autograd.Function):

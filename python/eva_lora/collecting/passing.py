@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..adapters import (
@@ -26,6 +25,7 @@ from .checkpoint import Checkpoint, identity
 from .closing import statistics_of
 from .ending import ForwardEnd
 from .forwards import Forwards
+from .freed_memory import keep_freed_memory
 from .masks import RowMaskFn
 from .pooling import PooledStatistics
 from .progress import Progress
@@ -133,7 +133,7 @@ def collect_with(
         if ranks is not None and len(set(ranks.gather(run.num_batches))) > 1:
             raise ValueError(f"checkpoint: not every rank sees the same file {saving.path}; give one that all can read")
     if forwards.device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     bar = Progress(len(adapter.sites), config, seen=(run.num_batches, run.num_rows), enabled=progress)
     with bar, borrowed(outline), adapter.disabled(), run.capture.hooks():
 
@@ -159,14 +159,3 @@ def collect_with(
     with without_autocast(forwards.device):
         run.finish()
         return statistics_of(run)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of activations from one layer to the next, rather than give it back each time.
-
-    It maps blocks larger than the largest it has yet seen freed anew every time, and gives back what is free at the
-    heap's end beyond twice that size (mallopt(3), M_MMAP_THRESHOLD). So one block is freed that is about as large as
-    still counts there, 32 MiB; none of it is ever written, and so none is taken. glibc remembers it beyond the pass.
-    Other allocators do not notice.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
