@@ -53,7 +53,7 @@ class ThinTile:
 
 
 INTERPRETER_TILE = ThinTile(16, 16, 4, 1)
-GENERIC_TILE = ThinTile(32, 32, 8, 3)
+GENERIC_TILE = ThinTile(32, 32, 4, 3)
 
 
 def choose_tile(arch: str, fast: bool, wide: int) -> ThinTile:
@@ -63,7 +63,7 @@ def choose_tile(arch: str, fast: bool, wide: int) -> ThinTile:
     if not fast:
         return GENERIC_TILE
     stages = 2 if arch == "gfx942" else 3  # what fits into 64 KiB of shared memory
-    return ThinTile(64, 32 if wide > MAX_COLUMNS else 64, 4 if wide < 64 else 8, stages)
+    return ThinTile(64, 32 if wide > MAX_COLUMNS else 64, 4 if wide <= 64 else 8, stages)
 
 
 def padded_columns(q: int, fast: bool) -> int:
