@@ -12,6 +12,7 @@ from torch import nn
 
 from eva_lora import METHODS, EvaConfig, collect, initialize
 from support.bounds import UNIT_ROUNDOFF
+from support.grouped_experts import GROUPED_EXPERTS, MATRICES
 from support.kinds import Kind, call
 from support.method_formulas import BETA, FORMULAS, FROM_INPUTS, GAP
 from support.other_kinds import INSTALLED, LAYOUTS, OTHER_KINDS, OtherKind
@@ -32,7 +33,6 @@ REFUSED = {
     "torchtune DoRALinear": "is no multiple of B A x",
     "litgpt LoRAQKVLinear": "third has rank 4, its weight has 2 directions",
     "Megatron-Bridge": "its base weight is elsewhere",
-    "torchtune LoRAGroupedExperts": "it is a stack of experts' matrices",
     "Conv2d with dilation": "its A reads other patches than the layer",
     "base in 4-bit": "it is quantised",
     "base in 8-bit": "it is quantised",
@@ -43,7 +43,7 @@ MORE = [
 ]
 QUICK = ("pissa", "mica", "corda")
 #: PEFT's whose base weights stay as they are.
-HELD = ("DoRA", "MultiheadAttention", "lora_bias", "experts of ", "parameters of ")
+HELD = ("torchtune LoRAGroupedExperts", "DoRA", "MultiheadAttention", "lora_bias", "experts of ", "parameters of ")
 LARGE = ("encoder with a pooler", "vision transformer", "MobileNetV2", "diffusers UNet")  # the same layers, in others
 #: Linear layers and convolutions of PEFT, of which test_methods.py has more, and one mixture of experts of three.
 MOVED = ("Linear", "rsLoRA", "two adapters", "A on the meta device", "bfloat16 base", "Conv", "experts of Qwen3-MoE")
@@ -95,6 +95,8 @@ def start(case, model, method):
 def weights_of(kind, base, name):
     """The matrices that a layer's pairs of A and B are added to, as the base multiplies with them."""
     owner, _, parameter = name.rpartition(".")
+    if kind is GROUPED_EXPERTS:
+        return [w.T for matrix in MATRICES[parameter] for w in getattr(base.experts, f"{matrix}_proj").detach()]
     if "experts" in name:
         experts = base.get_submodule(owner)
         stack = getattr(experts, parameter).detach()
@@ -124,6 +126,12 @@ def taken(kind, case, model, name):
             outside[begin:end] = False
         assert not difference[outside].any()
         return [difference[begin:end] for begin, end in rows]
+    if kind is GROUPED_EXPERTS:
+        pairs = [
+            tuple(getattr(model.experts, f"lora_{matrix}_{side}").detach() for side in "ab")
+            for matrix in MATRICES[name.rpartition(".")[2]]
+        ]
+        return [-scaling_of(kind) * each.T for a, b in pairs for each in a @ b]
     owner = name.rpartition(".")[0]
     layers = dict(model.get_base_model().named_modules())
     layer = layers.get(name)
@@ -208,6 +216,8 @@ def compare(kind, case, model, method, name, rank):
     scaling, pairs, compared = scaling_of(kind), [], 0
     weights = weights_of(kind, case.base, name)
     rows, kept = case.rows[name], case.kept_rows[name]
+    if kind is GROUPED_EXPERTS:  # whose matrices gate and up are fed the same
+        rows, kept = (each * (len(weights) // len(each)) for each in (rows, kept))
     for w, *seen in zip(weights, rows, kept, strict=True):
         seen = [x if len(x) else torch.cat([*filter(len, of)]) for x, of in zip(seen, (rows, kept), strict=True)]
         moments = [x.double().T @ x.double() / len(x) for x in seen]

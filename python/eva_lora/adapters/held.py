@@ -54,9 +54,10 @@ def hold(module: nn.Module, halves: Mapping[str, Halves]) -> None:
         trained, held = where.split(parameter.detach())
         module._parameters[name] = nn.Parameter(trained, parameter.requires_grad)
         module.register_buffer(f"{_HELD}_{name}", held, persistent=False)
-    setattr(module, _HALVES, dict(halves))
-    kind: Any = type(module)
-    module.__class__ = _holding(kind, tuple(halves))
+    kind: Any = type(module).__base__ if is_held(module) else type(module)
+    everything = {**getattr(module, _HALVES, {}), **halves}
+    setattr(module, _HALVES, everything)
+    module.__class__ = _holding(kind, tuple(everything))
 
 
 def is_held(module: nn.Module) -> bool:

@@ -450,8 +450,6 @@ class SiteAdapter:
 
     @staticmethod
     def _answers(site: ParameterSite) -> Answers:
-        if site.parts > 1:
-            raise LeftAlone("it is a stack of experts' matrices, which cannot be asked what each computes with")
         if not isinstance(site.row_maker, Patches | None):
             raise LeftAlone("its B A is not multiplied with the patches that its base layer sees")
         if getattr(site.owner, "merged", False):

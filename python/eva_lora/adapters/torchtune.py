@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .parameters import ParameterSite
+from .base_weights import BaseWeight, KnownWeight
+from .held import Halves, hold, is_held
+from .parameters import Answers, ParameterSite
 from .recognition import is_a, require_unmerged
 from .sharded import fill_
 from .sites import LayerInput, LoraSite, first_tensor
@@ -37,6 +40,11 @@ def site_of(name: str, module: Any) -> LoraSite | list[LoraSite] | None:
 def _experts(name: str, moe: Any, projection: str, *matrices: str) -> LoraSite:
     experts = moe.experts
     path = f"{name}.experts.{projection}" if name else f"experts.{projection}"
+    if is_held(experts):
+        raise ValueError(
+            f"model: half of A and B of {path} is held, since it started from part of its base weight; to begin anew, "
+            "make the model anew"
+        )
     for matrix in matrices:
         require_unmerged(path, experts, getattr(experts, f"lora_{matrix}_b"), _UNMERGE)
     parts, width, rank = getattr(experts, f"lora_{matrices[0]}_a").shape
@@ -75,13 +83,44 @@ class GroupedExpertsSite(ParameterSite):
                 f"plan: {self.name} cannot keep alpha while its rank goes from {self.rank} to {rank}: its projections "
                 "share one alpha and rank. Use adjust_scaling_factors=True, or rho=1"
             )
-        for path_a, path_b in zip(self.a, self.b, strict=True):
+        own = [lora_a] * len(self.a)
+        if lora_a is not None and len(lora_a) > self.parts * rank:
+            own = [*lora_a.chunk(len(self.a))]
+        for path_a, path_b, mine in zip(self.a, self.b, own, strict=True):
             new_a, new_b = getattr(self.owner, path_a), getattr(self.owner, path_b)
             if rank != self.rank:
                 new_a = nn.Parameter(new_a.new_empty(self.parts, self.in_features, rank), new_a.requires_grad)
                 new_b = nn.Parameter(new_b.new_empty(self.parts, rank, new_b.shape[2]), new_b.requires_grad)
                 setattr(self.owner, path_a, new_a)
                 setattr(self.owner, path_b, new_b)
-            if lora_a is not None:
-                fill_(new_a, lora_a.view(self.parts, rank, self.in_features).mT)
+            if mine is not None:
+                fill_(new_a, mine.view(self.parts, rank, self.in_features).mT)
             new_b.zero_()
+
+    def write_second(self, lora_b: Tensor) -> None:
+        sizes = [self.parts * b.shape[2] for b in self.second]
+        for b, rows in zip(self.second, torch.split(lora_b / self.answers().scaling, sizes), strict=True):
+            fill_(b, rows.view(self.parts, -1, rows.shape[1]).mT)
+
+    def answers(self) -> Answers:
+        experts: Any = self.owner
+        outputs = [torch.arange(b.shape[2], device=b.device) for b in self.second for _ in range(self.parts)]
+        return Answers(experts.alpha / experts.rank, outputs, self.second[0].new_ones(1))
+
+    def matrices(self, answers: Answers) -> tuple[BaseWeight, ...]:
+        return tuple(
+            KnownWeight(
+                self.name, self.owner, self.in_features, b.shape[2], b.dtype, part=part,
+                matrix=partial(_of_expert, self.owner, f"{path.removeprefix('lora_').removesuffix('_a')}_proj", part),
+            )
+            for path, b in zip(self.a, self.second, strict=True)
+            for part in range(self.parts)
+        )  # fmt: skip
+
+    def hold(self) -> None:
+        hold(self.owner, {**dict.fromkeys(self.a, Halves(2)), **dict.fromkeys(self.b, Halves(1))})
+
+
+def _of_expert(experts: nn.Module, name: str, part: int) -> Tensor:  # (out, d)
+    stack: Tensor = getattr(experts, name)
+    return stack[part].T
