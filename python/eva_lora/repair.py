@@ -219,6 +219,8 @@ def fit_quantization_error(
             "the float weights' rows and columns were scaled to be like the base's. Where it has not, they are another "
             "model's",
         )
+    if held and not errors:
+        notes = (*notes, f"Nothing was measured on what was held back: no row of its {len(held)} batches counts")
     if of_model.reason:
         notes = (*notes, f"What becomes of it at the model's end was not measured: {of_model.reason}")
     layers = {name: _layer(fit, plan.sites[name], split, errors.get(name)) for name, fit in fits.items()}

@@ -304,6 +304,14 @@ def test_padding_is_not_measured(floats):
     np.testing.assert_allclose(reports[0].kl, reports[1].kl, rtol=1e-3)
 
 
+def test_where_no_row_that_was_held_back_counts_it_is_said(floats, model):
+    batches = token_batches(4)
+    masked = [{**b, "attention_mask": torch.full_like(b["input_ids"], i != 1)} for i, b in enumerate(batches)]
+    report = repaired(model, floats, masked, hold_back=4)
+    assert (report.held_batches, report.hidden_error) == (1, None)
+    assert any("Nothing was measured on what was held back" in note for note in report.notes)
+
+
 def test_the_report_is_text_a_file_and_a_figure(model, floats, tmp_path):
     report = repaired(model, floats, hold_back=3)
     text = str(report)
