@@ -12,17 +12,18 @@ from torch import nn
 from eva_lora import EvaConfig, initialize
 from support.kinds import Kind, call
 from support.other_kinds import INSTALLED, Net, loralib_linear, lycoris_layer, patcher, sequences
-from support.peft_kinds import EXPERTS, KINDS, LINEARS, LLAMA, STACKED_EXPERTS
+from support.peft_kinds import EXPERTS, KINDS, LLAMA, STACKED_EXPERTS
 from support.versions import needs
 
 SMALL = (
     2.0**-18
 )  # of the largest output: three bits of a float32's, for a forward with other products of the same numbers
-NAMES = ("DoRA", "MultiheadAttention", "experts of Mixtral", "parameters of Linear and of a router")
+NAMES = ("MultiheadAttention", "experts of Mixtral", "parameters of Linear and of a router")
 PEFTS = [kind.parameter() for kind in KINDS if kind.name in NAMES]
-PEFTS.append(
-    pytest.param(Kind("lora_bias", **LLAMA, options={"target_modules": LINEARS, "lora_bias": True}), id="bias")
-)
+PEFTS += [
+    Kind(option, **LLAMA, options={"target_modules": ["q_proj"], option: True}).parameter()
+    for option in ("use_dora", "lora_bias")
+]
 
 
 def outputs(model, batch):

@@ -45,8 +45,11 @@ QUICK = ("pissa", "mica", "corda")
 #: PEFT's whose base weights stay as they are.
 HELD = ("torchtune LoRAGroupedExperts", "DoRA", "MultiheadAttention", "lora_bias", "experts of ", "parameters of ")
 LARGE = ("encoder with a pooler", "vision transformer", "MobileNetV2", "diffusers UNet")  # the same layers, in others
-#: Linear layers and convolutions of PEFT, of which test_methods.py has more, and one mixture of experts of three.
-MOVED = ("Linear", "rsLoRA", "two adapters", "A on the meta device", "bfloat16 base", "Conv", "experts of Qwen3-MoE")
+QUICK_KINDS = (
+    "MultiheadAttention", "experts of GPT-OSS", "Conv2d with dilation", "base in 4-bit", "loralib MergedLinear",
+    "loralib ConvLoRA", "LyCORIS LoCon, convolution", "LyCORIS DoRA", "torchtune LoRALinear", "litgpt LoRAQKVLinear",
+    "LoRA-ViT qkv", "Megatron-Bridge", "torchtune LoRAGroupedExperts",
+)  # fmt: skip
 
 
 def outputs(model, batch):
@@ -164,20 +167,16 @@ def base_state(kind, model):
 
 
 SMALL_KINDS = [kind for kind in KINDS if not kind.name.startswith(LARGE)]
-QUICK_KINDS = [kind for kind in SMALL_KINDS if not kind.name.startswith(MOVED) or kind.name in REFUSED]
+ALL_KINDS = [*(kind.parameter() for kind in (*SMALL_KINDS, *MORE)), *OTHER_KINDS]
 
 
-def parameters(kinds):
-    return [*(kind.parameter() for kind in (*kinds, *MORE)), *OTHER_KINDS]
-
-
-@pytest.mark.parametrize("kind", parameters(QUICK_KINDS))
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind.id in QUICK_KINDS])
 def test_methods_are_right_or_refused_before_anything_is_changed(kind):
     walk(kind, QUICK)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", parameters(SMALL_KINDS))
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_every_method_is_right_or_refused_before_anything_is_changed(kind):
     walk(kind, FROM_INPUTS)
 
