@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import BaseWeight, LoraSite
-from .collecting import GradientPasses, LossFn, LowRankChange, Visits, gradient_batches
+from .collecting import Change, GradientPasses, LossFn, LowRankChange, Visits, gradient_batches
 from .config import EvaConfig
 from .distributed import ProcessGroup, joined, together
 from .fitting import GradientFit, GradientMethod, fit_drawn, fit_leading, importances, ranks_by_importance
@@ -79,13 +79,13 @@ def descend(
     with passes.frozen():
         if method.moves_ranks:
             given = ranks_by_importance(importances(run, shapes, read), shapes, adapter.sites, config)
-        of_matrices = [
-            {name: of[site.name] for site in adapter.sites for name in site.matrices} for of in (given, scalings)
-        ]
+        owner = {name: site.name for site in adapter.sites for name in site.matrices}
+        their_ranks = {name: given[site] for name, site in owner.items()}
+        their_scalings = {name: scalings[site] for name, site in owner.items()}
         if method.moves_ranks:
-            fits = fit_drawn(method, run, shapes, *of_matrices, config)
+            fits = fit_drawn(method, run, shapes, their_ranks, their_scalings, config)
         else:
-            fits = fit_leading(method, run, shapes, *of_matrices, config, sparse)
+            fits = fit_leading(method, run, shapes, their_ranks, their_scalings, config, sparse)
         before = losses[0]
         after = passes.loss(_steps(fits, before))
     if not after < before and (ranks is None or ranks.rank == 0):
@@ -125,11 +125,11 @@ def _planned(
     return EvaPlan(planned, lora_a, config, sum(ranks.values()), tuple(notes), lora_b)
 
 
-def _steps(fits: Mapping[str, GradientFit], loss: float) -> dict[str, LowRankChange]:
+def _steps(fits: Mapping[str, GradientFit], loss: float) -> dict[str, Change]:
     """Matrix → what a step adds to its outputs: B A x where it starts moved, else so much of −G's leading part that the
     loss would fall by a hundredth if it went on as it begins."""
     slope = sum(fit.slope for fit in fits.values())
-    changes = {}
+    changes: dict[str, Change] = {}
     for name, fit in fits.items():
         a, b = (fit.lora_a, fit.lora_b) if fit.step is None else fit.step
         changes[name] = LowRankChange(a, b if fit.step is None else b * (LOWERED * abs(loss) / slope))
