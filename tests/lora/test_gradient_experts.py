@@ -104,6 +104,7 @@ def test_under_gradient_checkpointing_a_batch_counts_once(reentrant):
     model.enable_input_require_grads()
     model.train()
     require_same(whole(model, batches), exact)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ Change = Callable[
 ]  # a layer's inputs (..., d), or rows (n, d) -> what is added to its outputs (..., out)
 
 
-class LowRankChange(NamedTuple):
+@dataclass(frozen=True)
+class LowRankChange:
     """B A x, as a change of a matrix, which can also be made to one that is multiplied inside of a module.
 
     Attributes:
