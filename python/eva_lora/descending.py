@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import BaseWeight, LoraSite
-from .collecting import GradientPasses, LossFn, LowRankChange, Visits, gradient_batches
+from .collecting import Change, GradientPasses, LossFn, LowRankChange, Visits, gradient_batches
 from .config import EvaConfig
 from .distributed import ProcessGroup, joined, together
 from .fitting import GradientFit, GradientMethod, fit_drawn, fit_leading, importances, ranks_by_importance
@@ -124,11 +124,11 @@ def _planned(
     return EvaPlan(planned, lora_a, config, sum(ranks.values()), tuple(notes), lora_b)
 
 
-def _steps(fits: Mapping[str, GradientFit], loss: float) -> dict[str, LowRankChange]:
+def _steps(fits: Mapping[str, GradientFit], loss: float) -> dict[str, Change]:
     """Matrix → what a step adds to its outputs: B A x where it starts moved, else so much of −G's leading part that the
     loss would fall by a hundredth if it went on as it begins."""
     slope = sum(fit.slope for fit in fits.values())
-    changes = {}
+    changes: dict[str, Change] = {}
     for name, fit in fits.items():
         a, b = (fit.lora_a, fit.lora_b) if fit.step is None else fit.step
         changes[name] = LowRankChange(a, b if fit.step is None else b * (LOWERED * abs(loss) / slope))

@@ -7,7 +7,9 @@ import torch
 
 from eva_lora import initialize
 from support.models import lora, tiny_llama, token_batches
+from support.peft_kinds import EXPERTS, STACKED_EXPERTS, mixtral
 from support.ranks import Raised, on_ranks
+from support.versions import needs
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,26 @@ def test_ranks_start_alike_from_the_batches_of_all(base, method):
             mine, its = (x[b].double() @ x[name].double() for x in (first[2], one[2]))
             # Sums of float32 in another order, and the directions that they leave apart by more than their gaps.
             assert (mine - its).norm() <= 1e-3 * its.norm(), name
+
+
+@needs(STACKED_EXPERTS)
+def test_experts_too():
+    base, batches = mixtral(), labelled(3)
+
+    def run(mine):
+        model = lora(copy.deepcopy(base), target_modules=["q_proj"], target_parameters=EXPERTS)
+        report = initialize(model, mine, "gora")
+        return report.ranks, report.losses, {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+
+    one = run(batches)
+    first, second = on_ranks(2, lambda rank: run(batches[:2] if rank == 0 else batches[2:]))
+    assert first[:2] == second[:2]
+    assert first[0] == one[0]
+    assert first[1] == pytest.approx(one[1], rel=1e-5)
+    for name, value in first[2].items():
+        assert torch.equal(value, second[2][name])
+        # A is drawn; what B is of G Aᵀ is sums of float32 in another order.
+        assert (value - one[2][name]).norm() <= 1e-5 * one[2][name].norm(), name
 
 
 def test_what_one_rank_fails_with_all_raise(base):

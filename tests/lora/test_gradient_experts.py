@@ -104,6 +104,7 @@ def test_under_gradient_checkpointing_a_batch_counts_once(reentrant):
     model.enable_input_require_grads()
     model.train()
     require_same(whole(model, batches), exact)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -215,6 +216,17 @@ def test_gradients_of_one_parameter_are_there_at_a_time():
     products = sum(4 * (256 if "gate" in n else 32) for n in names)
     assert most <= few + 3 * gate_up.nbytes + products
     assert few + 3 * gate_up.nbytes + products < 8 * 1.5 * gate_up.nbytes / 2  # or holding half of all would do
+
+
+@pytest.mark.parametrize("method", KEPT)
+def test_quantised_experts_are_refused_by_name(method):
+    model = adapted(made("Mixtral"), EXPERTS)
+    experts = model.get_base_model().model.layers[1].mlp.experts.get_base_layer()
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.experts\.down_proj: down_proj of its MixtralExperts is quant"
+    ):
+        initialize(model, labelled(1), method)
 
 
 @pytest.mark.parametrize("method", LESS)

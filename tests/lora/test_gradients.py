@@ -110,6 +110,7 @@ def test_under_gradient_checkpointing_a_batch_counts_once(base, reentrant):
     require_same(whole(model, batches), exact)
     assert len(calls) == 2 * len(batches)  # once more in the backward
     assert state_of(model) == before
+    assert all(p.grad is None for p in model.parameters())
     handle.remove()
     bases = {n: torch.eye(g.shape[1], 3) for n, g in exact.items()}
     found = told(model, batches, {n: Asked(right=basis) for n, basis in bases.items()})
