@@ -1,6 +1,5 @@
 """What fit_quantization_error promises of every quantiser, with the bases that its own library makes on a CPU."""
 
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +28,6 @@ class Fitted:
 
     kind: Quantiser
     folder: Path
-    base: torch.nn.Module
     model: torch.nn.Module
     report: RepairReport
     before: torch.Tensor
@@ -61,18 +59,13 @@ def uncompiled():
 def fitted(request, tmp_path_factory):
     kind, folder = QUANTISERS[request.param], tmp_path_factory.mktemp("bases")
     save_float_model(folder)
-    base = kind.base(folder)
-    model = lora(base, lora_alpha=16)
+    model = lora(kind.base(folder), lora_alpha=16)
     before = outputs(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        report = fit_quantization_error(
-            model, BATCHES, folder, EvaConfig(rho=2.0, tau=1.0), hold_back=5, progress=False
-        )
+    report = fit_quantization_error(model, BATCHES, folder, EvaConfig(rho=2.0, tau=1.0), hold_back=5, progress=False)
     after = outputs(model)
     model.save_pretrained(folder / "adapter")
     report.save(folder / "adapter")
-    return Fitted(kind, folder, base, model, report, before, after)
+    return Fitted(kind, folder, model, report, before, after)
 
 
 def test_what_is_read_is_what_the_layer_computes_with_and_what_its_library_says(fitted):
