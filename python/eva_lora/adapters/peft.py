@@ -394,8 +394,8 @@ class PeftAdapters:
 
     def kept_whole(self) -> str:
         """As of the first adapter that has a reason: weights stay as they are in all of them then."""
-        reasons = ((path, adapter.kept_whole()) for path, adapter in self._adapters.items())
-        return next((f"in {path}, {reason}" for path, reason in [*reasons] if reason), "")
+        reasons = {path: adapter.kept_whole() for path, adapter in self._adapters.items()}  # each has to be readable
+        return next((f"in {path}, {reason}" for path, reason in reasons.items() if reason), "")
 
     def hold(self, plan: EvaPlan) -> None:
         """As of each adapter."""
