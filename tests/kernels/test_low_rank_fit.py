@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eva_kernels.low_rank_fit import SecondMoment, fit_image, fit_low_rank
-from eva_kernels.low_rank_fit.iteration import APART
+from eva_kernels.orthonormal import APART
 from support.bounds import deviation, orthonormality
 from support.models import load_minilm
 
@@ -183,11 +183,8 @@ def image(matrix, moment):
 def test_the_image_s_directions_are_those_of_a_full_decomposition(shape, moment, dtype):
     """Projections differ by what is off over the gap: products' roundings, and what the next block would bring."""
     matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
-    if moment == "flat":  # t is no small part
-        r = SecondMoment(decaying(shape[-1], 12).factor, torch.ones(()))
-    else:
-        r = MOMENTS[moment](shape[-1])
-    r = SecondMoment(*(part.to(dtype) for part in r))
+    flat = SecondMoment(decaying(shape[-1], 12).factor, torch.ones(()))  # t is no small part
+    r = SecondMoment(*(part.to(dtype) for part in (flat if moment == "flat" else MOMENTS[moment](shape[-1]))))
     fit = fit_image(matrix, r, 6)
     assert fit.left.dtype == dtype
     flats = [part.reshape(-1, *part.shape[-2:]) for part in (matrix, fit.left, fit.right)]
