@@ -9,8 +9,10 @@ and how far its memory rose above what was there (VmHWM, set back before). The b
 one sample a forward, since it fails on more, and counts padding.
 
 Errors are ‖s B A − L‖ / ‖L‖ with L from a full singular value decomposition in float64 of the same W, and for CorDA of
-the same R: each side's own, with PEFT's damping as it has it. For PiSSA also what of the leading directions' energy is
-lost, and the smallest cosine between the two subspaces. Of many layers every so many are compared.
+the same R: each side's own, which is what is known of it here, and with PEFT's damping as it has it. Also the smallest
+cosine between the two subspaces in layers whose singular values differ by more than ``GAP`` after the last one that is
+taken, and in how many: where they do not, neither subspace is the answer. For PiSSA also what of the leading
+directions' energy is lost. Of many layers every so many are compared.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from quantization import load as load_model
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "measured" / "methods.json"
 RANK = 16
+GAP = 0.01  # relative
 COMPARED = 36  # layers, evenly
 SIDES = {
     "pissa": ("ours", "PEFT, pissa", "PEFT, pissa_niter_16", "PEFT, pissa_niter_4"),
@@ -70,7 +73,7 @@ def started(side: str, method: str, model: nn.Module, batches: list[Any], layers
         known = collect(mine, batches, config, progress=False)
         PASSES.append(time.process_time() - tick)
         initialize(mine, known, "corda", config, progress=False)
-        return mine, {site.name: known.inputs[site.input].moment for site in known.sites} if whole else None
+        return mine, {site.name: known.inputs[site.input] for site in known.sites}
     if method == "pissa":
         return get_peft_model(model, LoraConfig(**options, init_lora_weights=side.removeprefix("PEFT, "))), None
     corda = CordaConfig(corda_method="ipm", prune_temporary_fields=False)
@@ -86,6 +89,16 @@ def started(side: str, method: str, model: nn.Module, batches: list[Any], layers
     preprocess_corda(model, theirs, run_model=run)
     made = get_peft_model(model, theirs)
     return made, {n: _damped(model.get_submodule(n).base_layer.covariance_matrix) for n in layers}
+
+
+def _whole(moment: Any) -> Tensor:  # (n, n) float64
+    """R, as far as a side knows it."""
+    if isinstance(moment, Tensor):
+        return moment
+    if moment.moment is not None:
+        return moment.moment
+    factor, rest = (part.double() for part in moment.second_moment())
+    return factor @ factor.T + rest * torch.eye(len(factor))
 
 
 def _damped(covariance: Tensor) -> Tensor:
@@ -107,25 +120,22 @@ def measure(side: str, method: str, name: str) -> dict[str, Any]:
     seconds, peak = time.process_time() - tick, memory("VmHWM") - before
     errors, lost, cosines = [], [], []
     for n in layers[:: max(1, len(layers) // COMPARED)]:
-        if method == "corda" and moments is None:
-            break
         layer: Any = made.get_base_model().get_submodule(n)  # type: ignore[operator]
         b, a = layer.lora_B["default"].weight.double(), layer.lora_A["default"].weight.double()
         w = weights[n].double()
-        u, s, _ = torch.linalg.svd(w if moments is None else w @ moments[n], full_matrices=False)
+        u, s, _ = torch.linalg.svd(w if moments is None else w @ _whole(moments[n]), full_matrices=False)
         wanted = u[:, :RANK] @ (u[:, :RANK].T @ w)
         errors.append(float((layer.scaling["default"] * b @ a - wanted).norm() / wanted.norm()))
         q = torch.linalg.qr(b).Q
         lost.append(float(1 - (q.T @ w).square().sum() / s[:RANK].square().sum()) if moments is None else 0.0)
-        cosines.append(float(torch.linalg.svdvals(u[:, :RANK].T @ q)[-1]))
+        if s[RANK - 1] - s[RANK] > GAP * s[RANK - 1]:
+            cosines.append(float(torch.linalg.svdvals(u[:, :RANK].T @ q)[-1]))
     found: dict[str, Any] = {
         "model": name, "method": method, "side": side, "pass": sum(PASSES), "rest": seconds - sum(PASSES),
-        "bytes": peak,
+        "bytes": peak, "error": statistics.median(errors), "worst": max(errors), "cosine": min(cosines),
+        "apart": f"{len(cosines)} of {len(errors)}",
     }  # fmt: skip
-    if errors:
-        found |= {"error": statistics.median(errors), "worst": max(errors), "cosine": min(cosines)}
-        found |= {"lost": max(lost)} if method == "pissa" else {}
-    return found
+    return found | ({"lost": max(lost)} if method == "pissa" else {})
 
 
 def table() -> None:

@@ -211,11 +211,13 @@ def methods(found: dict[str, Any]) -> str:
                     f"{cell['rest']:.1f} s",
                     f"{cell['bytes'] / 2**20:.0f} MiB",
                     *(f"{cell[name]:.1e}" if name in cell else "" for name in ("error", "worst", "lost")),
+                    f"{cell['cosine']:.5f} ({cell['apart']})" if "apart" in cell else "",
                 ]
                 for cell in mine
             ]
             if rows:
                 columns = ["", "pass", "rest", "memory", "error of B A, median", "worst", "energy lost, worst"]
+                columns.append("cosine where there is a gap")
                 parts.append(f"{label}, {method}, r = {found['rank']}:\n\n{table(columns, rows)}")
     return "\n\n".join(parts)
 

@@ -4,14 +4,13 @@ import torch
 from torch import Tensor
 
 from .._double import double
-from ..orthonormal import orthonormalize
+from ..orthonormal import orthonormalize, orthonormalize_apart
 from ..symmetric_eigen import symmetric_eigen
 from .moment import SecondMoment
 
 DEPTH = 4  # blocks between two restarts
 MAX_RESTARTS = 30
 TOLERANCE = 1e-7  # of what is left of the total: what a restart must still promise to gain
-APART = 16  # roundings: no more is between columns that are orthonormal
 
 
 def leading_directions(
@@ -49,7 +48,7 @@ def leading_directions(
         grown, images = (space.new_empty(*space.shape[:2], DEPTH * width) for _ in range(2))
         grown[..., :width], images[..., :width] = space, times(space)
         for end in range(width, DEPTH * width, width):
-            block = apart(images[..., end - width : end], grown[..., :end])
+            block = orthonormalize_apart(images[..., end - width : end], grown[..., :end])
             grown[..., end : end + width], images[..., end : end + width] = block, times(block)
         projected = double(grown).mT @ double(images)
         values, vectors = symmetric_eigen((projected + projected.mT) / 2)
@@ -72,16 +71,3 @@ def _noise(moment: SecondMoment, count: int, seed: int) -> Tensor:  # (n, count)
     drawn = torch.randn(sum(factor.shape), count, generator=generator, dtype=torch.float32, device="cpu").to(factor)
     n = len(factor)
     return factor @ drawn[n:] + (rest[:, None] if rest.ndim else rest) * drawn[:n]
-
-
-def apart(block: Tensor, space: Tensor) -> Tensor:
-    """Orthonormal columns that span a block's part outside of a space, and others outside of it where that is less."""
-    norms = torch.linalg.vector_norm(block, dim=-2, keepdim=True)
-    block = block / norms.where(norms > 0, 1)
-    for _ in range(2):  # the second time takes what the first one's rounding has left
-        block = block - space @ (space.mT @ block)
-    block = orthonormalize(block)
-    if bool((space.mT @ block).abs().max() <= APART * torch.finfo(block.dtype).eps):
-        return block
-    # The space holds all of the block but rounding: columns that were completed know nothing of it.
-    return orthonormalize(torch.cat([space, block], -1))[..., space.shape[-1] :]

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from .._double import double, like
-from ..orthonormal import orthonormalize
+from ..orthonormal import APART, orthonormalize, orthonormalize_apart
 from ..symmetric_eigen import symmetric_eigen
-from .iteration import APART, apart
 from .moment import SecondMoment
 
 BLOCKS = 2  # at least, beside M F
@@ -53,7 +52,7 @@ def steep_directions(
     for count in range(1, MAX_BLOCKS + 1):
         if space.shape[-1] + rank > min(matrices.shape[1:]):
             return None
-        new = apart((block @ matrices.mT).mT, space)
+        new = orthonormalize_apart((block @ matrices.mT).mT, space)
         block = new.mT @ matrices
         space, rows = torch.cat([space, new], -1), torch.cat([rows, block], -2)
         seen = torch.cat([seen, double(new).mT @ double(product)], -2)

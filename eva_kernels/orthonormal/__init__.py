@@ -9,7 +9,16 @@ from .._double import home_of
 from .core import core_runs, orthonormalize_core
 from .reference import cholesky_qr, greatest_growth, householder_qr
 
-__all__ = ["greatest_growth", "orthonormalize", "orthonormalize_by_cholesky", "orthonormalize_or"]
+__all__ = [
+    "APART",
+    "greatest_growth",
+    "orthonormalize",
+    "orthonormalize_apart",
+    "orthonormalize_by_cholesky",
+    "orthonormalize_or",
+]
+
+APART = 16  # roundings: no more is between columns that are orthonormal
 
 # Of each unit column, what is added in one of an orthonormal matrix. Squared and halved twice it stays above the
 # rounding of a float64 Gram matrix, of up to 2¹⁷ rows: there is a Cholesky factor then, whatever the column's rank.
@@ -93,6 +102,28 @@ def orthonormalize_or(
     cosines = (2 / d) ** 0.5 * torch.outer(i + 0.5, j * (math.pi / d)).cos()
     found, done = orthonormalize_by_cholesky((wide / norm.where(norm > 0, 1) + ADDED * cosines)[None])
     return torch.where(done, found[0].to(y.dtype), otherwise)
+
+
+def orthonormalize_apart(
+    block: Tensor,  # (..., d, c) float32 or float64
+    space: Tensor,  # (..., d, q) of its dtype, orthonormal columns
+) -> Tensor:  # (..., d, c)
+    """Orthonormal columns that span a block's part outside of a space, and others outside of it where that is less.
+
+    Raises:
+        ValueError: fewer rows than columns, of both together.
+    """
+    norms = torch.linalg.vector_norm(block, dim=-2, keepdim=True)
+    block = block / norms.where(norms > 0, 1)
+    if not space.shape[-1]:
+        return orthonormalize(block)
+    for _ in range(2):  # the second time takes what the first one's rounding has left
+        block = block - space @ (space.mT @ block)
+    block = orthonormalize(block)
+    if bool((space.mT @ block).abs().max() <= APART * torch.finfo(block.dtype).eps):
+        return block
+    # The space holds all of the block but rounding: columns that were completed know nothing of it.
+    return orthonormalize(torch.cat([space, block], -1))[..., space.shape[-1] :]
 
 
 def _require_tall(y: Tensor) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eva_kernels.low_rank_fit import SecondMoment, fit_image, fit_low_rank
-from eva_kernels.low_rank_fit.iteration import APART
+from eva_kernels.orthonormal import APART
 from support.bounds import deviation, orthonormality
 from support.models import load_minilm
 

@@ -172,12 +172,12 @@ class PlanWriter:
     def _describe(self, config: Any, emptied: set[str]) -> None:
         """Make the config's patterns and targets those of the layers as they are now."""
         kept = {name: layer for name, layer in self._everything.items() if name not in emptied}
-        everything = [*base_names(self._root)[0], *self._everything]
         for pattern, values, default in (
             ("rank_pattern", {name: layer.r[self._name] for name, layer in kept.items()}, config.r),
             ("alpha_pattern", {name: layer.lora_alpha[self._name] for name, layer in kept.items()}, config.lora_alpha),
         ):
             unlike = {name: value for name, value in values.items() if value != default}
+            everything = [*base_names(self._root)[0], *self._everything] if unlike else []
             setattr(config, pattern, {pattern_of(name, everything): value for name, value in unlike.items()})
         parameters = [name for name, layer in kept.items() if hasattr(layer, "parameter_name")]
         retarget(config, self._root, [name for name in kept if name not in parameters], parameters)
