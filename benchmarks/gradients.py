@@ -21,9 +21,9 @@ to the byte, and what the process held, which is also what the C library keeps f
 the frozen model, and those that form each weight's gradient and let go of it at once: what a method that holds G has
 beside G.
 
-``share`` says what a compiled form of the products could gain: of a block of SmolLM2's linear layers and 512 tokens, by
+``share`` says what a faster form of the products could gain: of a block of SmolLM2's linear layers and 512 tokens, by
 turns in one process, the processor's time of a forward and a backward of the frozen layers, and of the sketch's parts,
-and how fast either multiplies. A compiled form would at best be as fast as the layers' own products: the last column is
+and how fast either multiplies. A faster form would at best be as fast as the layers' own products: the last column is
 what that would save of all this.
 """
 

@@ -59,7 +59,7 @@ def test_rows_in_any_layout():
     )
 
 
-@pytest.mark.slow  # PyTorch's compiler is imported; test_gradient_sketch_core.py asks if compiled code is passed by
+@pytest.mark.slow  # test_gradient_sketch_core.py asks without PyTorch's compiler whether compiled code is passed by
 def test_what_is_compiled_gives_the_same():
     """Traced tensors have no address: what compiled code wrote to one would be lost."""
 

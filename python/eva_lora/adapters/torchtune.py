@@ -104,7 +104,9 @@ class GroupedExpertsSite(ParameterSite):
 
     def answers(self) -> Answers:
         experts: Any = self.owner
-        outputs = [torch.arange(b.shape[2], device=b.device) for b in self.second for _ in range(self.parts)]
+        outputs = [
+            torch.arange(b.shape[2], dtype=torch.int64, device=b.device) for b in self.second for _ in range(self.parts)
+        ]
         return Answers(experts.alpha / experts.rank, outputs, self.second[0].new_ones(1))
 
     def matrices(self, answers: Answers) -> tuple[BaseWeight, ...]:
