@@ -29,7 +29,7 @@ help:
 	@echo "  make test-all         slow suites too, and all of what follows but test-gpu, kernels and sanitize"
 	@echo "  make test-arithmetic  the numeric tests under other code paths of MKL, ATen, oneDNN and our own"
 	@echo "  make test-libraries   torchtune, litgpt, SetFit, GPTQModel, torchao, axolotl, Unsloth, LLaMA-Factory and ms-swift, in environments of their own"
-	@echo "  make test-libraries-short   the same without the recipes of axolotl, Unsloth, LLaMA-Factory and ms-swift"
+	@echo "  make test-libraries-short   torchtune, litgpt, SetFit alone, whose environments are small"
 	@echo "  make test-oldest      what runs on users' machines, with the oldest versions that pyproject.toml claims"
 	@echo "  make test-newest      the same with the newest versions of everything"
 	@echo "  make wheel-check      build, repair and test wheel and sdist without torch"
@@ -88,17 +88,18 @@ $(VENV)/libraries/.done: tests/lora/libraries/requirements.txt | $(VENV)/.dev
 $(VENV)/recipes/%/.done: tests/recipes/%.txt | $(VENV)/.dev
 	$(beside)
 
-test-libraries: test-libraries-short $(VENV)/recipes/axolotl-unsloth/.done $(VENV)/recipes/llamafactory-swift/.done
+test-libraries: test-libraries-short $(VENV)/recipes/quantisers/.done $(VENV)/recipes/axolotl-unsloth/.done \
+		$(VENV)/recipes/llamafactory-swift/.done
+	PYTHONPATH=python $(VENV)/recipes/quantisers/bin/python -m pytest tests/lora/test_real_quantisers.py
 	PYTHONPATH=python $(VENV)/recipes/axolotl-unsloth/bin/python -m pytest tests/recipes -k "axolotl or unsloth"
 	PYTHONPATH=python $(VENV)/recipes/llamafactory-swift/bin/python -m pytest tests/recipes -k "llamafactory or swift"
 
-# Without the recipes, whose environments are large.
-test-libraries-short: $(VENV)/libraries/.done $(VENV)/recipes/sentences/.done $(VENV)/recipes/quantisers/.done
+# Those whose environments are small.
+test-libraries-short: $(VENV)/libraries/.done $(VENV)/recipes/sentences/.done
 	PYTHONPATH=python $(VENV)/libraries/bin/python -m pytest tests/lora/test_kinds.py tests/lora/libraries \
 		tests/lora/test_methods_of_all_kinds.py tests/lora/test_held_halves.py \
 		-k "torchtune or litgpt"
 	PYTHONPATH=python $(VENV)/recipes/sentences/bin/python -m pytest tests/frontend/test_sentence_trainers.py
-	PYTHONPATH=python $(VENV)/recipes/quantisers/bin/python -m pytest tests/lora/test_real_quantisers.py
 
 test-arithmetic: $(VENV)/.dev
 	$(BIN)/python -m tools.arithmetic

@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py [--models minilm smollm2] [--methods pissa corda] [--output FILE]
     python benchmarks/methods.py --table     # of eva_kernels/singular_ends: accuracy against cost
+    python benchmarks/methods.py --widths    # CorDA from so many leading directions, beside that from all of R
 
 Each start runs in a process of its own, on one thread, after the model and the batches are loaded: seconds of the
 processor's time for the pass and for the rest, which neighbours on the machine do not lengthen as they do the clock's,
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ SIDES = {
     "pissa": ("ours", "PEFT, pissa", "PEFT, pissa_niter_16", "PEFT, pissa_niter_4"),
     "corda": ("ours", "ours, whole moments", "PEFT"),
 }
+WIDTHS = (48, 80, 112)
 PASSES: list[float] = []  # seconds, of this process
 
 
@@ -170,6 +173,43 @@ def table() -> None:
         )
 
 
+@torch.no_grad()
+def widths(name: str) -> None:
+    """How far CorDA's formula from a streamed subspace is from the same of all of R, by the subspace's columns."""
+    torch.set_num_threads(1)
+    model, batches, layers = load(name)
+    adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers))
+    config = EvaConfig(rho=1.0, max_batches=len(batches))
+    whole = collect(adapted, batches, replace(config, keep_moments=True), progress=False)
+    streamed = {
+        columns: collect(
+            adapted, batches, replace(config, oversampling=columns / RANK, statistic="subspace"), progress=False
+        )
+        for columns in WIDTHS
+    }
+    sites = whole.sites[:: max(1, len(whole.sites) // COMPARED)]
+    found: dict[int, list[tuple[float, float]]] = {columns: [] for columns in WIDTHS}
+    for site in sites:
+        w = adapted.get_base_model().get_submodule(site.name).base_layer.weight.double()
+        r = whole.inputs[site.input].moment.double()
+        u, s, _ = torch.linalg.svd(w @ r, full_matrices=False)
+        exact = u[:, :RANK] @ (u[:, :RANK].T @ w)
+        for columns, statistics_ in streamed.items():
+            theirs = next(other for other in statistics_.sites if other.name == site.name)
+            known = statistics_.inputs[theirs.input].second_moment()
+            image = (w @ known.factor.double()) @ known.factor.double().T + known.rest.double() * w
+            v = torch.linalg.svd(image, full_matrices=False)[0][:, :RANK]
+            lost = 1 - (v.T @ w @ r).square().sum() / s[:RANK].square().sum()
+            found[columns].append((float((v @ (v.T @ w) - exact).norm() / exact.norm()), float(lost)))
+    for columns, pairs in found.items():
+        errors, losses = zip(*pairs, strict=True)
+        print(
+            f"{name}, {columns} columns: B A differs by {statistics.median(errors):.1e}, {max(errors):.1e}; "
+            f"of W R's leading energy lost {statistics.median(losses):.1e}, {max(losses):.1e} (medians, worst)",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["minilm", "smollm2"], choices=["minilm", "smollm2"])
@@ -177,10 +217,15 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", help="of those that there are; all if none is named")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--widths", action="store_true")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "METHOD", "MODEL"), help="what the processes are given")
     arguments = parser.parse_args()
     if arguments.table:
         table()
+        return
+    if arguments.widths:
+        for model in arguments.models:
+            widths(model)
         return
     if arguments.one:
         print(json.dumps(measure(*arguments.one)))

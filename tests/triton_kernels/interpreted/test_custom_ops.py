@@ -17,7 +17,7 @@ def arguments(name, masked):
     return torch.zeros(8, 2), *totals, x, torch.randn(8, 2), shift, mask
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", ["gram_accumulate_", "subspace_accumulate_"])
 def test_registration(name, masked):
     op = getattr(torch.ops.eva_kernels, name).default

@@ -45,6 +45,7 @@ def test_a_sketch_that_forgets_something_fails(forgotten, monkeypatch):
     assert {check.passed for check in kernel_check.check_kernels("cpu") if check.name.startswith("grad")} == {False}
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_run_leaves_the_others_to_be_checked(monkeypatch):
     monkeypatch.setattr(kernel_check, "_SHAPES", ((77, 13),))
 

@@ -44,8 +44,10 @@ def totals(statistic):
     ("kind", "columns", "dtype"),
     [
         *itertools.product((GramStatistic, SubspaceStatistic), (6,), (torch.bfloat16, torch.float32)),
-        (SubspaceStatistic, 70, torch.bfloat16),
-        pytest.param(SubspaceStatistic, 70, torch.float32, marks=pytest.mark.slow),
+        *(
+            pytest.param(SubspaceStatistic, 70, dtype, marks=pytest.mark.slow)
+            for dtype in (torch.bfloat16, torch.float32)
+        ),
     ],
 )
 def test_a_stream_is_that_of_the_reference(kind, columns, dtype):

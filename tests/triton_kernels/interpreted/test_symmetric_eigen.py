@@ -28,7 +28,11 @@ SPECTRA = {
 
 
 @pytest.mark.parametrize(
-    ("k", "spectrum"), [(k, name) for k in (1, 2, 7) for name in SPECTRA] + [(12, "steep"), (12, "clustered")]
+    ("k", "spectrum"),
+    [
+        *((k, name) for k in (1, 2, 7) for name in SPECTRA),
+        *(pytest.param(12, name, marks=pytest.mark.slow) for name in ("steep", "clustered")),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_matches_lapack(k, spectrum, dtype):
@@ -51,6 +55,7 @@ def require_eigenpairs(matrix, values, vectors):
     assert (values.diff(dim=-1) <= 0).all()
 
 
+@pytest.mark.slow
 def test_several_tiles_of_pairs_and_leading_dimensions(monkeypatch):
     monkeypatch.setattr(kernel, "TILE_BYTES", 1024)
     assert kernel.pairs_at_once(16, 4) < 5  # of the five pairs that ten columns make
