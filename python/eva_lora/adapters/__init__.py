@@ -86,7 +86,7 @@ class LoraAdapter(Protocol):
     zero until it is trained, is not overwritten in silence once it was. One that has ``acting()``, the same of what
     is switched on as things are, may be watched while it is there. One that has ``matrices()``, ``scalings()``,
     ``kept_whole()``, ``hold()``, ``freeze_second()`` and an ``apply`` that returns what undoes it, as
-    :class:`SiteAdapter` has them, can start by the other methods.
+    adapters of layers that keep A and B as parameters have them, can start by the other methods.
     """
 
     @property
