@@ -52,6 +52,7 @@ def test_a_naive_kernel_fails(architecture, monkeypatch, tmp_path):
     assert fraction(naive, code) < GRAM_FRACTION[architecture]
 
 
+@pytest.mark.slow
 def test_spills_and_a_foreign_instruction_fail(monkeypatch, tmp_path):
     """Too few warps for a tile spill; on sm_90 a tile of half a warp group falls back to the older instruction."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -166,7 +167,7 @@ def test_rows_overwritten_while_a_product_reads_them_fail(architecture, sums, wa
     assert (why in failures(variant, variant.compile())) is short
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_lift_without_its_wait_fails(masked, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (lift,) = [

@@ -34,7 +34,7 @@ SPECTRA = {
         *(pytest.param(12, name, marks=pytest.mark.slow) for name in ("steep", "clustered")),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 def test_matches_lapack(k, spectrum, dtype):
     """Backward stable: every eigenvalue, and the residual, to within the dtype's rounding of the largest entry."""
     matrix = matrices(2, k, SPECTRA[spectrum], dtype)
