@@ -9,7 +9,7 @@ import torch
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from eva_lora import EvaConfig, initialize
+from eva_lora import EvaConfig, collect, initialize
 from support.kinds import Kind, call
 from support.other_kinds import INSTALLED, Net, loralib_linear, lycoris_layer, patcher, sequences
 from support.peft_kinds import EXPERTS, KINDS, LLAMA, STACKED_EXPERTS
@@ -172,12 +172,35 @@ def test_ranks_move_by_what_all_experts_of_a_layer_hold_and_removed_layers_are_l
     assert report.ranks == {name: int((share >= least).sum()) for name, share in shares.items()}
     assert 0 in report.ranks.values()
     for name, layer in report.layers.items():
-        assert layer.weight_share == pytest.approx(float(shares[name][: layer.rank].sum()), rel=1e-5)
+        assert layer.weight_share == pytest.approx(float(shares[name][: layer.rank].detach().sum()), rel=1e-5)
     expected = outputs(base, batch)
     assert near(outputs(model, batch), expected)
     mine = outputs(trained(model, batch), batch)
     model.save_pretrained(tmp_path)
     assert near(outputs(peft.PeftModel.from_pretrained(base, tmp_path).eval(), batch), mine)
+
+
+@needs(STACKED_EXPERTS)
+def test_what_corda_captures_of_experts_is_of_all_their_tokens_together():
+    (kind,) = (kind for kind in KINDS if kind.name == "experts of Mixtral")
+    base, batches = kind.base().eval(), kind.batches()
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=EXPERTS)
+    model = peft.get_peft_model(kind.base(), config).eval()
+    known = collect(model, batches, EvaConfig(rho=1.0, tau=1.0, max_batches=len(batches)), progress=False)
+    report = initialize(model, known, "corda")
+    for site in known.sites:
+        stack, part, whole = base.get_parameter(site.name).detach().double(), 0.0, 0.0
+        for w, index in zip(stack, site.inputs, strict=True):
+            if index < 0:
+                continue
+            entry = known.inputs[index]
+            moment = entry.second_moment()
+            f, t = moment.factor.double(), float(moment.rest)
+            r = f @ f.T + t * torch.eye(len(f), dtype=torch.float64)
+            u = torch.linalg.svd(w @ r, full_matrices=False)[0][:, :2]
+            part += entry.num_rows * float(((u.T @ w @ r) * (u.T @ w)).sum())
+            whole += entry.num_rows * float(((w @ r) * w).sum())
+        assert report.layers[site.name].output_share == pytest.approx(part / whole, rel=1e-4)
 
 
 def test_several_peft_models_hold_where_one_of_them_has_to():

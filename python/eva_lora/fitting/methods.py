@@ -116,19 +116,20 @@ class MethodFit:
         left: U, (out, r) float32: orthonormal columns.
         right: Uᵀ M, (r, in) float32.
         values: D, (r,) float64.
+        totals: ‖W‖², E‖W x‖² and the same of inputs that are to be kept: what the shares are of. Of inputs that are not
+            known it says nothing.
         weight_shares: (r,) float64: of ‖W‖², what each direction of U Uᵀ M has.
         output_shares: (r,) float64: of E‖W x‖², what each has. None where no inputs are known.
         kept_shares: (r,) float64: the same of inputs that are to be kept. None where none are known.
-        totals: ‖W‖², E‖W x‖² and the same of inputs that are to be kept: what the shares are of.
     """
 
     left: Tensor
     right: Tensor
     values: Tensor
+    totals: tuple[float, ...]
     weight_shares: Tensor
     output_shares: Tensor | None = None
     kept_shares: Tensor | None = None
-    totals: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def factors(self, method: Method, rank: int, scaling: float) -> tuple[Tensor, Tensor]:  # (r, in), (out, r)
         """A, and B times the layer's scaling s: what a plan holds. 1/s goes half to A and half to B where a = ½, and
@@ -184,8 +185,8 @@ def fit_method(
         for known, total in zip((None, moment, kept), totals, strict=True)
     ]
     return MethodFit(
-        left.to(weight), right.to(weight), double(values).cpu(), shares[0],
-        None if moment is None else shares[1], None if kept is None else shares[2], tuple(totals),
+        left.to(weight), right.to(weight), double(values).cpu(), tuple(totals), shares[0],
+        None if moment is None else shares[1], None if kept is None else shares[2],
     )  # fmt: skip
 
 
@@ -195,11 +196,11 @@ def _fit_leading(weight: Tensor, moment: SecondMoment, rank: int) -> MethodFit:
     fit = fit_image(weight, moment, rank)
     squares = double(torch.linalg.vector_norm(fit.right, dim=1)).square().cpu()
     seen = double(torch.linalg.vector_norm(fit.right @ moment.factor, dim=1)).square().cpu()
-    of_weight = float(double(torch.linalg.vector_norm(weight, dim=1)).square().sum())
+    totals = float(double(torch.linalg.vector_norm(weight, dim=1)).square().sum()), float(fit.total)
     outputs = seen + squares * float(moment.rest)
     return MethodFit(
-        fit.left, fit.right, fit.energies.sqrt().cpu(), squares / max(of_weight, NO_ENERGY),
-        outputs / max(float(fit.total), NO_ENERGY),
+        fit.left, fit.right, fit.energies.sqrt().cpu(), totals, squares / max(totals[0], NO_ENERGY),
+        outputs / max(totals[1], NO_ENERGY),
     )  # fmt: skip
 
 
