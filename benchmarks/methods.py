@@ -3,6 +3,7 @@
     python benchmarks/methods.py [--models minilm smollm2] [--methods pissa corda] [--output FILE]
     python benchmarks/methods.py --table     # of eva_kernels/singular_ends: accuracy against cost
     python benchmarks/methods.py --widths    # CorDA from so many leading directions, beside that from all of R
+    python benchmarks/methods.py --turns     # PiSSA's whole start beside PEFT's pissa_niter_16, by turns in one process
 
 Each start runs in a process of its own, on one thread, after the model and the batches are loaded: seconds of the
 processor's time for the pass and for the rest, which neighbours on the machine do not lengthen as they do the clock's,
@@ -17,6 +18,7 @@ directions' energy is lost. Of many layers every so many are compared.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -174,6 +176,22 @@ def table() -> None:
 
 
 @torch.no_grad()
+def turns(name: str, rounds: int = 3) -> None:
+    """Seconds of the processor's time that starting PiSSA takes here, and PEFT's ``pissa_niter_16``, by turns."""
+    torch.set_num_threads(1)
+    model, batches, layers = load(name)
+    sides = ("ours", "PEFT, pissa_niter_16")
+    taken: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            fresh = copy.deepcopy(model)
+            tick = time.process_time()
+            started(side, "pissa", fresh, batches, layers)
+            taken[side].append(time.process_time() - tick)
+    print(name, {side: [round(value, 2) for value in seconds] for side, seconds in taken.items()}, flush=True)
+
+
+@torch.no_grad()
 def widths(name: str) -> None:
     """How far CorDA's formula from a streamed subspace is from the same of all of R, by the subspace's columns."""
     torch.set_num_threads(1)
@@ -218,14 +236,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--widths", action="store_true")
+    parser.add_argument("--turns", action="store_true")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "METHOD", "MODEL"), help="what the processes are given")
     arguments = parser.parse_args()
     if arguments.table:
         table()
         return
-    if arguments.widths:
+    if arguments.widths or arguments.turns:
         for model in arguments.models:
-            widths(model)
+            (widths if arguments.widths else turns)(model)
         return
     if arguments.one:
         print(json.dumps(measure(*arguments.one)))

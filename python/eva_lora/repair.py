@@ -157,10 +157,8 @@ def fit_quantization_error(
 
         held: list[Any] = []
         visits = Visits(adapter, model, chosen, forward_fn, row_mask_fn)
-        with visits.still():
-            source.read(
-                next(iter(bases))
-            )  # weights of another model are seen in the first layer, before any batch is run
+        with visits.still():  # weights of another model are seen in the first layer, before any batch is run
+            source.read(next(iter(bases)))
 
         def collected(layers: LoraAdapter, batches: Iterable[Any]) -> EvaStatistics:
             return collect_with(

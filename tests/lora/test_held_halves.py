@@ -15,9 +15,7 @@ from support.other_kinds import INSTALLED, Net, loralib_linear, lycoris_layer, p
 from support.peft_kinds import EXPERTS, KINDS, LLAMA, STACKED_EXPERTS
 from support.versions import needs
 
-SMALL = (
-    2.0**-18
-)  # of the largest output: three bits of a float32's, for a forward with other products of the same numbers
+SMALL = 2.0**-18  # of the largest output: for a forward with other products of the same numbers, in float32
 NAMES = ("MultiheadAttention", "experts of Mixtral", "parameters of Linear and of a router")
 PEFTS = [kind.parameter() for kind in KINDS if kind.name in NAMES]
 PEFTS += [

@@ -18,9 +18,7 @@ from support.method_formulas import BETA, FORMULAS, FROM_INPUTS, GAP
 from support.other_kinds import INSTALLED, LAYOUTS, OTHER_KINDS, OtherKind
 from support.peft_kinds import KINDS, LINEARS, LLAMA
 
-SMALL = (
-    2.0**-18
-)  # of the largest output: three bits of a float32's, for a forward with other products of the same numbers
+SMALL = 2.0**-18  # of the largest output: for a forward with other products of the same numbers, in float32
 INVERTIBLE = 1e4  # condition of R; above, the formulas' inverse makes 1e-3 of what a float32 rounds off its rows
 ROWS = {  # of the weight, that each of a layer's pairs of A and B is added to
     "loralib MergedLinear": lambda out: [(0, 16), (32, 48)] if out == 48 else [(0, 5), (5, 10)],

@@ -246,15 +246,12 @@ def matrices_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype) ->
     if not is_stacked(layer):
         return (base_weight_of(site, layer, adapter, dtype, convolutions=True),)
     base = layer.get_base_layer()
-    if hasattr(layer, "parameter_name"):
-        outs = [layer.lora_B[adapter].weight.shape[0]] * site.parts
-        read = [partial(_of_stack, layer, part) for part in range(site.parts)]
-    else:
-        outs = [base.in_proj_weight.shape[0], layer.out_proj.weight.shape[0]]
+    read = [partial(_matrix_of, weight, part) for weight in site.inner for part in range(len(weight.matrices()))]
+    if not read:  # attention
         read = [partial(getattr, base, "in_proj_weight"), partial(getattr, layer.out_proj, "weight")]
     return tuple(
-        KnownWeight(site.name, base, site.in_features, out, dtype, part=part, matrix=matrix)
-        for part, (out, matrix) in enumerate(zip(outs, read, strict=True))
+        KnownWeight(site.name, base, site.in_features, len(matrix()), dtype, part=part, matrix=matrix)
+        for part, matrix in enumerate(read)
     )
 
 
@@ -265,11 +262,8 @@ def is_stacked(layer: Any) -> bool:
     return isinstance(layer, (MultiheadAttention, ParamWrapper))
 
 
-def _of_stack(layer: Any, part: int) -> Tensor:  # (out, in)
-    weight: Tensor = layer.get_param()
-    if weight.ndim == 2:
-        return weight
-    return weight[part] if layer._did_swap_in_out_features else weight[part].T
+def _matrix_of(weight: InnerWeight, part: int) -> Tensor:  # (out, in)
+    return weight.matrices()[part]
 
 
 def second_of(layer: Any, modules: list[nn.Module], lora_b: Tensor) -> list[Tensor]:  # (parts · out, r)

@@ -51,12 +51,8 @@ class FloatWeights:
         if isinstance(weights, nn.Module):
             whole: Any = weights
             inner = whole.get_base_model() if hasattr(weights, "get_base_model") else weights  # under PEFT's layers
-            named = {
-                name.replace(".base_layer.", "."): parameter
-                for name, parameter in inner.named_parameters(
-                    remove_duplicate=False
-                )  # tied ones by each of their names
-            }
+            parameters = inner.named_parameters(remove_duplicate=False)  # tied ones by each of their names
+            named = {name.replace(".base_layer.", "."): parameter for name, parameter in parameters}
             return cls(named, named.__getitem__, f"the {type(weights).__name__}")
         if isinstance(weights, Mapping):
             for name, value in weights.items():
