@@ -406,10 +406,11 @@ def _require_every_direction(name: str, entry: InputStatistics, method: Method) 
 
 @dataclass(frozen=True)
 class _Fits:
-    """Of one layer: each pair's fit, and how many rows of input that has."""
+    """Of one layer: each pair's fit, and how many rows of input it has, and of input that is to be kept."""
 
     of_pairs: list[MethodFit]
     rows: list[int]
+    kept_rows: list[int]
 
     def shares(self, which: str) -> Tensor | None:  # (r,) float64
         """What each direction has of the weight, the outputs or those to keep, of all pairs together."""
@@ -417,7 +418,7 @@ class _Fits:
         known = [getattr(fit, which) for fit in self.of_pairs]
         if known[0] is None:
             return None
-        counts = [1] * len(known) if place == 0 else self.rows
+        counts = ([1] * len(known), self.rows, self.kept_rows)[place]
         of = [fit.totals[place] * n for fit, n in zip(self.of_pairs, counts, strict=True)]
         total = sum(of)
         if len(known) == 1 or not total > 0:
@@ -440,15 +441,15 @@ def _fit(
 ) -> dict[str, _Fits]:
     fits = {}
     for site, rank in zip(members, allocation.candidates.tolist(), strict=True):
-        of_pairs, rows = [], []
+        of_pairs = []
         for base in bases[site.name]:
             weight = base.read()
             if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
                 raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
             moment, kept = (known.of(site.name, base.part) for known in moments)
             of_pairs.append(fit_method(method, weight, rank, moment, kept, beta))
-            rows.append(moments[0].rows(site.name, base.part))
-        fits[site.name] = _Fits(of_pairs, rows)
+        rows, kept_rows = ([known.rows(site.name, base.part) for base in bases[site.name]] for known in moments)
+        fits[site.name] = _Fits(of_pairs, rows, kept_rows)
     return fits
 
 

@@ -179,26 +179,36 @@ def test_ranks_move_by_what_all_experts_of_a_layer_hold_and_removed_layers_are_l
 
 
 @needs(STACKED_EXPERTS)
-def test_what_corda_captures_of_experts_is_of_all_their_tokens_together():
+@pytest.mark.parametrize("method", ["corda", "sc-lora"])
+def test_what_is_captured_of_experts_is_of_all_their_tokens_together(method):
     (kind,) = (kind for kind in KINDS if kind.name == "experts of Mixtral")
     base, batches = kind.base().eval(), kind.batches()
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=EXPERTS)
     model = peft.get_peft_model(kind.base(), config).eval()
-    known = collect(model, batches, EvaConfig(rho=1.0, tau=1.0, max_batches=len(batches)), progress=False)
-    report = initialize(model, known, "corda")
-    for site in known.sites:
-        stack, part, whole = base.get_parameter(site.name).detach().double(), 0.0, 0.0
-        for w, index in zip(stack, site.inputs, strict=True):
-            if index < 0:
-                continue
-            entry = known.inputs[index]
-            moment = entry.second_moment()
-            f, t = moment.factor.double(), float(moment.rest)
-            r = f @ f.T + t * torch.eye(len(f), dtype=torch.float64)
-            u = torch.linalg.svd(w @ r, full_matrices=False)[0][:, :2]
-            part += entry.num_rows * float(((u.T @ w @ r) * (u.T @ w)).sum())
-            whole += entry.num_rows * float(((w @ r) * w).sum())
-        assert report.layers[site.name].output_share == pytest.approx(part / whole, rel=1e-4)
+    known, kept = (
+        collect(model, some, EvaConfig(rho=1.0, tau=1.0, max_batches=len(some)), progress=False)
+        for some in (batches, batches[:1])
+    )
+    report = initialize(model, known, method, keep=kept if method == "sc-lora" else None)
+    shares = [("output_share", known)] + ([("kept_share", kept)] if method == "sc-lora" else [])
+    for which, statistics in shares:
+        for site in statistics.sites:
+            path, _, name = site.name.rpartition(".")
+            layer = model.get_base_model().get_submodule(path)
+            while layer.parameter_name != name:
+                layer = layer.base_layer
+            b = layer.lora_B["default"].weight.detach().double().view(-1, 4, 4)[:, :2]  # of it the half that is trained
+            part = whole = 0.0
+            for expert, index in enumerate(site.inputs):
+                if index < 0:
+                    continue
+                entry, w = statistics.inputs[index], base.get_parameter(site.name)[expert].detach().double()
+                moment, q = entry.second_moment(), torch.linalg.qr(b[..., expert]).Q
+                f, t = moment.factor.double(), float(moment.rest)
+                r = f @ f.T + t * torch.eye(len(f), dtype=torch.float64)
+                part += entry.num_rows * float(((q.T @ w @ r) * (q.T @ w)).sum())
+                whole += entry.num_rows * float(((w @ r) * w).sum())
+            assert getattr(report.layers[site.name], which) == pytest.approx(part / whole, rel=1e-4)
 
 
 def test_several_peft_models_hold_where_one_of_them_has_to():
