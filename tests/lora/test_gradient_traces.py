@@ -118,6 +118,34 @@ def test_a_run_that_is_cut_off_leaves_nothing(where, error):
     assert left == 0
 
 
+def switched_on(model, batch):
+    """As losses do that change adapters."""
+    model.base_model.enable_adapter_layers()
+    return model(**batch).loss
+
+
+def unfrozen(model, batch):
+    model.requires_grad_(True)
+    return model(**batch).loss
+
+
+def cleared(model, batch):
+    model.zero_grad()
+    return model.train()(**batch).loss
+
+
+@pytest.mark.parametrize("loss_fn", [switched_on, unfrozen, cleared])
+def test_what_a_loss_function_does_to_parameters_is_not_left(loss_fn):
+    model = lora(tiny_llama(), target_modules=["q_proj", "down_proj"])
+    norm = model.get_base_model().model.norm.weight
+    norm.requires_grad_(True)
+    norm.grad = torch.ones_like(norm)
+    before = traces(model)
+    initialize(model, labelled(1), "lora-one", loss_fn=loss_fn, dry_run=True)
+    assert traces(model) == before
+    assert torch.equal(norm.grad, torch.ones_like(norm))
+
+
 class Chain(nn.Module):
     """Nothing but layers: what a backward keeps are their inputs, and those only where it forms weights' gradients."""
 
@@ -137,10 +165,10 @@ def off_target(model, x):
 def test_an_eighth_of_all_gradients_is_more_than_what_is_held_beside_the_same_forwards_and_backwards():
     """Beside those that form each weight's gradient and let go of it at once: what a method that holds them has more is
     the gradients."""
-    width, depth, rank = 256, 8, 2
+    width, depth, rank = 512, 8, 2
     base = Chain(width, depth).requires_grad_(False)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=rank, target_modules=[str(i) for i in range(depth)]))
-    batches = [torch.randn(64, width, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    batches = [torch.randn(128, width, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     gradients = depth * 4 * width**2
     inputs = depth * batches[0].nbytes
     passes = GradientPasses(find_adapter(model), model, batches, off_target)

@@ -108,21 +108,24 @@ class GradientPasses:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within it passes can be run. Modes, ``requires_grad`` and generators are given back however it ends.
+        """Within it passes can be run. Modes, ``requires_grad``, gradients and generators are given back however it
+        ends, also where a loss function changed them.
 
         Modules are in eval mode, but those that checkpoint activations, which many do in training alone. All passes
         draw the same random numbers.
         """
-        flags = [(p, p.requires_grad) for p in self._outline.parameters]
+        before = [(p, p.requires_grad, p.grad) for p in self._outline.parameters]
         with borrowed(self._outline, backward=True), self._adapter.disabled():
-            self._restart = noted_generators({p.device for p, _ in flags})
+            self._restart = noted_generators({p.device for p, *_ in before})
             try:
-                for parameter, _ in flags:
+                for parameter, *_ in before:
                     parameter.requires_grad_(False)
+                    parameter.grad = None  # what a loss function has parameters learn is added to none that is there
                 yield
             finally:
-                for parameter, requires_grad in flags:
+                for parameter, requires_grad, gradient in before:
                     parameter.requires_grad_(requires_grad)
+                    parameter.grad = gradient
 
     def run(self, asked: Mapping[str, Asked]) -> Told:
         """One pass.
