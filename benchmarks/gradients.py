@@ -1,6 +1,7 @@
 """What sketches of gradients miss and cost on SmolLM2-135M's own language-model loss: the tables of docs/gradients.md.
 
     python benchmarks/gradients.py schemes [--every N] [--rank R] [--output FILE]
+    python benchmarks/gradients.py ranks [--every N]
     python benchmarks/gradients.py starts [--every N] [--rank R] [--batches N] [--methods lora-ga ...]
     python benchmarks/gradients.py cost [--rank R] [--batches N]
     python benchmarks/gradients.py share [--rank R]
@@ -9,6 +10,9 @@
 decomposes them in float64, and lets each scheme see products of them with its columns alone. Of each scheme: what it
 keeps of the gradients' size, the smallest cosine between its leading R singular vectors and the exact ones on either
 side, and what of their energy is lost; the worst of all layers.
+
+``ranks`` does so for ranks of 1 to 8 and the directions that LoRA-One and LoRA-GA take: five passes of 5 R columns, and
+of as many as ``initialize`` takes.
 
 ``starts`` starts an adapter by each method and says what that has done to the loss; of LoRA-GA also the cosine between
 the first step of plain gradient descent on A and B and the gradient that full fine-tuning would follow, beside the best
@@ -48,7 +52,7 @@ from eva_lora.adapters import find_adapter
 from eva_lora.cli.demo import load_smollm2, packed_text
 from eva_lora.collecting import Asked, GradientPasses
 from eva_lora.config import EvaConfig
-from eva_lora.fitting import GradientMethod, fit_leading
+from eva_lora.fitting import GradientMethod, fit_leading, sketch_columns
 from eva_lora.planning import versions
 from harness.memory import resident_peak, tensor_bytes
 
@@ -132,16 +136,47 @@ def schemes(every: int, rank: int) -> list[dict[str, Any]]:
     for name in layers[::every]:
         g = gradients[name].double()
         u, s, vt = torch.linalg.svd(g, full_matrices=False)
-        best = s[:rank].square().sum()
         for row in rows:
             columns = min(row["columns"] * rank, *g.shape)
             pair = in_one_pass(g, columns // 2) if row["passes"] == 1 else iterated(g, row["passes"], columns)
-            mine, its = (x[:, :rank] for x in pair)
-            sides = ((u[:, :rank], mine, mine.T @ g), (vt[:rank].T, its, g @ its))
-            row["cosines"].append(min(float(torch.linalg.svdvals(exact.T @ found)[-1]) for exact, found, _ in sides))
-            row["lost"].append(max(float(1 - image.square().sum() / best) for *_, image in sides))
+            note(row, g, (u, s, vt), pair, rank)
         print(name, flush=True)
     return rows
+
+
+def note(row: dict[str, Any], g: Tensor, exact: tuple[Tensor, Tensor, Tensor], pair: Pair, count: int) -> None:
+    """What ``pair`` misses of a gradient's leading ``count`` directions, into a row."""
+    u, s, vt = exact
+    mine, its = (x[:, :count] for x in pair)
+    sides = ((u[:, :count], mine, mine.T @ g), (vt[:count].T, its, g @ its))
+    row["cosines"].append(min(float(torch.linalg.svdvals(best.T @ found)[-1]) for best, found, _ in sides))
+    row["lost"].append(max(float(1 - image.square().sum() / s[:count].square().sum()) for *_, image in sides))
+
+
+def ranks(every: int) -> str:
+    model, batches, layers = load()
+    gradients = exact_gradients(model, batches, layers)
+    rows: list[dict[str, Any]] = []
+    for rank in (1, 2, 4, RANK):
+        for name in ("lora-one", "lora-ga"):
+            method: Any = METHODS[name]
+            for columns in dict.fromkeys((5 * rank, sketch_columns(method, rank, EvaConfig(rho=1.0)))):
+                row = {"method": name, "rank": rank, "taken": method.blocks * rank, "columns": columns}
+                rows.append(row | {"cosines": [], "lost": []})
+    for layer in layers[::every]:
+        g = gradients[layer].double()
+        exact = torch.linalg.svd(g, full_matrices=False)
+        pairs = {columns: iterated(g, 5, min(columns, *g.shape)) for columns in {row["columns"] for row in rows}}
+        for row in rows:
+            note(row, g, exact, pairs[row["columns"]], row["taken"])
+        print(layer, flush=True)
+    lines = ["| | r | directions | columns | smallest cosine, worst | median | energy lost, worst |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        cosines, lost = torch.tensor(row["cosines"]), f"{max(row['lost']):.1e}"
+        taken = f"{row['method']} | {row['rank']} | {row['taken']} | {row['columns']}"
+        lines.append(f"| {taken} | {cosines.min():.4f} | {cosines.median():.4f} | {lost} |")
+    return "\n".join(lines)
 
 
 def adapted(model: nn.Module, layers: list[str], rank: int) -> Any:
@@ -325,7 +360,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["schemes", "starts", "cost", "share", "measure"])
+    parser.add_argument("part", choices=["schemes", "ranks", "starts", "cost", "share", "measure"])
     parser.add_argument("--every", type=int, default=1, help="of the layers, compare one in so many")
     parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument("--batches", type=int, default=BATCHES)
@@ -341,6 +376,9 @@ def main() -> None:
     if options.part == "measure":
         measured = measure(options.side, options.rank, options.batches, options.checkpointing, tensors=options.tensors)
         print(json.dumps(measured))
+        return
+    if options.part == "ranks":
+        print(f"\n{ranks(options.every)}")
         return
     if options.part == "starts":
         print(f"\n{starts(options.rank, options.batches, options.methods, options.every)}")

@@ -120,13 +120,13 @@ def initialize(
         if not overwrite:
             TrainedLayers.of(adapter).require_none()
         require_whole(model)
+        _require_directions(adapter, bases, row)
         _require_budget(row, chosen, budget)
         moves_ranks = chosen.moves_ranks or budget is not None or (isinstance(row, GradientMethod) and row.moves_ranks)
         require_changeable(model, ranks_change=moves_ranks or bool(kept_whole))
         if loader_or_statistics is None or isinstance(row, GradientMethod):  # else the pass tells
             tell_left_alone(adapter, method, stacklevel=2)
         if isinstance(row, GradientMethod):
-            _members(adapter, bases)
             assert loader_or_statistics is not None
             found = descend(row, adapter, model, bases, loader_or_statistics, chosen, loss_fn)  # type: ignore[arg-type]
             rounding = {} if dry_run else _write(adapter, found.plan, row, kept_whole)
@@ -225,22 +225,13 @@ def _bases(adapter: LoraAdapter, method: Method) -> tuple[dict[str, tuple[BaseWe
             f"model: method={method.name!r} starts LoRA layers of {of}; a {type(adapter).__name__} does not say how to"
         )
     bases: dict[str, tuple[BaseWeight, ...]]
-    if from_gradients and method.base == "less":
-        single, without = asked.base_weights(convolutions=True)
-        bases = {name: (base,) for name, base in single.items()}
-    else:
-        bases, without = asked.matrices()
-    if from_gradients:
-        hidden = [site.name for site in adapter.sites if site.parts > 1 and not site.inner]
-        without = without | dict.fromkeys(
-            hidden, "its matrices are multiplied inside of it, where nobody sees what each puts out"
-        )
+    bases, without = asked.matrices()
     if without:
         name, why = next(iter(without.items()))
         raise ValueError(f"model: method={method.name!r} cannot start {len(without)} layers; {name}: {why}")
     if from_gradients and method.base == "kept":
         return bases, ""
-    kept_whole: str = asked.kept_whole()
+    kept_whole: str = asked.kept_whole(read=False) if from_gradients else asked.kept_whole()
     return bases, kept_whole if method.base == "less" else ""
 
 
@@ -334,11 +325,17 @@ def _members(
                 )
             if theirs.input < 0:
                 raise ValueError(f"loader_or_statistics: {site.name} saw no input")
-    for site in adapter.sites:
-        smaller = _directions(bases[site.name])
-        if site.rank > smaller:
-            raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {smaller} directions")
     return [described(site) for site in adapter.sites]
+
+
+def _require_directions(adapter: LoraAdapter, bases: Mapping[str, Sequence[BaseWeight]], method: Method) -> None:
+    """Raise unless every layer has as many directions as the method takes of it."""
+    each = method.blocks if isinstance(method, GradientMethod) else 1
+    for site in adapter.sites:
+        there = _directions(bases[site.name])
+        if each * site.rank > there:
+            of = "" if each == 1 else f", of which method={method.name!r} takes {each} for each"
+            raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {there} directions{of}")
 
 
 class _Moments:

@@ -213,14 +213,17 @@ class PeftAdapter:
         for name, layer in self.layers.items():
             require_movable(name, layer, holders)
 
-    def kept_whole(self) -> str:
+    def kept_whole(self, *, read: bool = True) -> str:
         """Why base weights have to stay as they are, and what A and B start from is held beside them (:meth:`hold`);
         "" where part of each can be moved (:meth:`move`).
 
+        Args:
+            read: Whether weights have to be read. False: those that cannot be have to stay as they are.
+
         Raises:
-            ValueError: a weight cannot be read; the message names the layer and says why.
+            ValueError: a weight has to be read and cannot be; the message names the layer and says why.
         """
-        for name, layer in self.layers.items():
+        for name, layer in self.layers.items() if read else ():
             require_readable(name, layer)
         if getattr(self.config, "lora_bias", False):
             return "lora_bias is set, with which PEFT saves no start but its default"
@@ -280,15 +283,13 @@ class PeftAdapter:
                     config.init_lora_weights, config.eva_config = "mica" if known else True, None
         self._configs[self.name] = config
 
-    def base_weights(self, *, convolutions: bool = False) -> tuple[dict[str, BaseWeight], dict[str, str]]:
-        """Layer → its base weight, and layer → why it has none; that of a convolution is for its patches."""
+    def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
+        """Layer → its base weight, and layer → why it has none."""
         found, without = {}, {}
         dtype = next((p.dtype for p in self._root.parameters() if p.is_floating_point()), torch.float32)
         for site in self.sites:
             try:
-                found[site.name] = base_weight_of(
-                    site, self.layers[site.name], self.name, dtype, convolutions=convolutions
-                )
+                found[site.name] = base_weight_of(site, self.layers[site.name], self.name, dtype)
             except LeftAlone as reason:
                 without[site.name] = str(reason)
         return found, without
@@ -392,9 +393,9 @@ class PeftAdapters:
         """As of each adapter."""
         return {f"{path}.{n}": s for path, adapter in self._adapters.items() for n, s in adapter.scalings().items()}
 
-    def kept_whole(self) -> str:
+    def kept_whole(self, *, read: bool = True) -> str:
         """As of the first adapter that has a reason: weights stay as they are in all of them then."""
-        reasons = {path: adapter.kept_whole() for path, adapter in self._adapters.items()}  # each has to be readable
+        reasons = {path: adapter.kept_whole(read=read) for path, adapter in self._adapters.items()}  # each is asked
         return next((f"in {path}, {reason}" for path, reason in reasons.items() if reason), "")
 
     def hold(self, plan: EvaPlan) -> None:
@@ -434,12 +435,12 @@ class PeftAdapters:
         for adapter in self._adapters.values():
             adapter.freeze_second()
 
-    def base_weights(self, *, convolutions: bool = False) -> tuple[dict[str, BaseWeight], dict[str, str]]:
+    def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
         """As of each adapter."""
         found: dict[str, BaseWeight] = {}
         without: dict[str, str] = {}
         for path, adapter in self._adapters.items():
-            weights, reasons = adapter.base_weights(convolutions=convolutions)
+            weights, reasons = adapter.base_weights()
             found |= {f"{path}.{name}": replace(weight, name=f"{path}.{name}") for name, weight in weights.items()}
             without |= {f"{path}.{name}": reason for name, reason in reasons.items()}
         return found, without

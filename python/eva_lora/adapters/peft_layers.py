@@ -53,6 +53,11 @@ class AttentionSite(LoraSite):
     the same attention with the identity in the projection's place.
     """
 
+    @property
+    def inner(self) -> tuple[InnerWeight, ...]:
+        layer: Any = self.module
+        return InnerWeight(layer.get_base_layer(), "in_proj_weight"), InnerWeight(layer.out_proj, "weight")
+
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[LayerInput]:
         base: Any = self.module
         while hasattr(base, "base_layer"):
@@ -247,8 +252,6 @@ def matrices_of(site: LoraSite, layer: Any, adapter: str, dtype: torch.dtype) ->
         return (base_weight_of(site, layer, adapter, dtype, convolutions=True),)
     base = layer.get_base_layer()
     read = [partial(_matrix_of, weight, part) for weight in site.inner for part in range(len(weight.matrices()))]
-    if not read:  # attention
-        read = [partial(getattr, base, "in_proj_weight"), partial(getattr, layer.out_proj, "weight")]
     return tuple(
         KnownWeight(site.name, base, site.in_features, len(matrix()), dtype, part=part, matrix=matrix)
         for part, matrix in enumerate(read)

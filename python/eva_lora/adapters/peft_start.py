@@ -287,9 +287,9 @@ def require_movable(name: str, layer: Any, holders: Counter[int]) -> None:
         holders: Of the model, as :func:`holders_of_memory` says.
 
     Raises:
-        ValueError: it cannot be read (:func:`require_readable`), or has to stay as it is (:func:`kept_whole`).
+        ValueError: it has to stay as it is (:func:`kept_whole`).
     """
-    _require(name, _unreadable(layer) or kept_whole(layer, holders))
+    _require(name, kept_whole(layer, holders))
 
 
 def require_readable(name: str, layer: Any) -> None:
@@ -319,7 +319,9 @@ def _unreadable(layer: Any) -> str:
 
 
 def kept_whole(layer: Any, holders: Counter[int]) -> str:
-    """Why a layer's base weight, that can be read, has to stay as it is; "" where it need not."""
+    """Why a layer's base weight has to stay as it is; "" where it need not."""
+    if unreadable := _unreadable(layer):
+        return unreadable
     if is_stacked(layer):
         return f"it is part of a {type(layer.get_base_layer()).__name__}, which is computed with as a whole"
     if any(getattr(layer, "use_dora", {}).values()):

@@ -243,7 +243,7 @@ def _require_data(params: dict[str, Any]) -> None:
         raise click.UsageError(f"--budget: {method} has no scores to give ranks by; {', '.join(SCORED)} have")
     if method != "eva":
         for name in ("checkpoint", "require_convergence", "plots", "dora", "dry_run", "quantize", "repair"):
-            if params[name] and not (name == "quantize" and FROM_GRADIENTS.get(method)):
+            if params[name] and not (name == "quantize" and method in FROM_GRADIENTS):
                 raise click.UsageError(f"--{name.replace('_', '-')}: not with --method {method}")
 
 

@@ -35,8 +35,8 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-#: Methods that start from gradients of the model's loss, and whether they do so on quantised bases.
-FROM_GRADIENTS = {"lora-ga": False, "lora-ga-a2r": False, "lora-one": True, "gora": True}
+#: Methods that start from gradients of the model's loss.
+FROM_GRADIENTS = ("lora-ga", "lora-ga-a2r", "lora-one", "gora")
 #: What ``--method`` may say, and whether it looks at data: the table's names, known without PyTorch.
 METHODS = {
     "eva": True, "pissa": False, "milora": False, "mica": False, "corda": True, "corda-kpm": True, "astra": True,

@@ -6,7 +6,7 @@ Knows weights, the layers they are in and statistics of these layers' inputs; do
 
 from .base_samples import difference, quantization_of, samples_of
 from .float_weights import FloatWeights, LayerWeights
-from .gradients import GradientFit, fit_drawn, fit_leading, importances, ranks_by_importance
+from .gradients import GradientFit, fit_drawn, fit_leading, importances, ranks_by_importance, sketch_columns
 from .in_sequence import fit_in_sequence
 from .layer_fit import LayerFit, completed, fit_layer, no_preference
 from .measuring import ModelErrors, added_by, layer_errors, model_errors
@@ -39,4 +39,5 @@ __all__ = [
     "quantization_of",
     "ranks_by_importance",
     "samples_of",
+    "sketch_columns",
 ]

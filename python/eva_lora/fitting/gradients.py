@@ -15,11 +15,12 @@ from ..collecting import Asked
 from ..config import EvaConfig
 from .methods import GradientMethod
 
-__all__ = ["GradientFit", "fit_drawn", "fit_leading", "importances", "ranks_by_importance"]
+__all__ = ["GradientFit", "fit_drawn", "fit_leading", "importances", "ranks_by_importance", "sketch_columns"]
 
-# The README of eva_kernels/gradient_sketch has the table that these two are from.
+# The README of eva_kernels/gradient_sketch has the tables that these are from.
 PASSES = 5
 COLUMNS_PER_RANK = 5.0
+EXTRA_COLUMNS = 24  # more than directions that are taken, at least: of few, five for each are not enough
 SHARES = 8  # where gradients themselves are asked for, this part of all their bytes is held at once
 LEAST, MOST = 0.5, 4.0  # of the rank it has, what importance gives a layer (GoRA)
 
@@ -66,11 +67,8 @@ def fit_leading(
     Raises:
         ValueError: another G has fewer directions than the method takes.
     """
-    assert method.taken is not None
-    blocks = max(method.taken) + 1
-    directions = {name: blocks * rank for name, rank in ranks.items()}
-    times = COLUMNS_PER_RANK if config.oversampling is None else config.oversampling
-    columns = {n: min(max(ceil(times * rank), directions[n]), *shapes[n]) for n, rank in ranks.items()}
+    directions = {name: method.blocks * rank for name, rank in ranks.items()}
+    columns = {n: min(sketch_columns(method, rank, config), *shapes[n]) for n, rank in ranks.items()}
     asked = _noise({name: (shapes[name][1], columns[name]) for name in ranks}, config.seed)
     for index in range(PASSES):
         products = run(asked)
@@ -96,6 +94,14 @@ def fit_leading(
         drawn = _drawn(ranks[name], shapes[name][1], generator) if there < directions[name] else None
         fits[name] = _leading(method, part, ranks[name], scalings[name], known, there, drawn)
     return fits
+
+
+def sketch_columns(method: GradientMethod, rank: int, config: EvaConfig) -> int:
+    """Columns of a basis, in a large enough matrix."""
+    directions = method.blocks * rank
+    if config.oversampling is not None:
+        return max(ceil(config.oversampling * rank), directions)
+    return max(ceil(COLUMNS_PER_RANK * rank), directions + EXTRA_COLUMNS)
 
 
 def _noise(sizes: Mapping[str, tuple[int, int]], seed: int) -> dict[str, Asked]:

@@ -71,6 +71,11 @@ class GradientMethod(Method):
     gamma: float = 1.0
 
     @property
+    def blocks(self) -> int:
+        """How many directions of G it takes for each of a layer's rank."""
+        return 1 if self.taken is None else max(self.taken) + 1
+
+    @property
     def moves_ranks(self) -> bool:
         """Whether it gives ranks itself."""
         return self.taken is None
