@@ -119,6 +119,15 @@ std::function<void()> gram(const char* form, int64_t n, int64_t d, bool is_float
   return [=, kept = rows] { eva::code().gram(task, 1); };
 }
 
+// X F, or where `outer` Xᵀ F is added.
+std::function<void()> thin(const char* form, int64_t n, int64_t d, int64_t q, bool outer) {
+  choose(form);
+  auto rows = std::make_shared<Rows>(n, d, q, false);
+  auto found = std::make_shared<std::vector<float>>((outer ? d : n) * q);
+  const eva::ThinTask task{rows->narrow.data(), n, d, d, nullptr, rows->basis.data(), q, found->data()};
+  return [=, kept = rows, to = found] { (outer ? eva::code().outer : eva::code().project)(task, 1); };
+}
+
 const std::map<std::string, std::function<std::function<void()>()>> kPaths = {
     {"allocation, 224 x 32", [] { return allocation(224, 32, false); }},
     {"allocation, 560 x 32", [] { return allocation(560, 32, false); }},
@@ -134,6 +143,14 @@ const std::map<std::string, std::function<std::function<void()>()>> kPaths = {
     {"product float32, avx2, 64 x 128 x 96", [] { return product("avx2", 64, 128, 96, true); }},
     {"product bfloat16, amx, 64 x 128 x 96", [] { return product("amx", 64, 128, 96, false); }},
     {"product float32, amx, 64 x 128 x 96", [] { return product("amx", 64, 128, 96, true); }},
+    {"sketch X F, amx, 64 x 128 x 40", [] { return thin("amx", 64, 128, 40, false); }},
+    {"sketch X^T F, amx, 64 x 128 x 40", [] { return thin("amx", 64, 128, 40, true); }},
+    {"sketch X F, avx512bf16, 64 x 128 x 40", [] { return thin("avx512bf16", 64, 128, 40, false); }},
+    {"sketch X^T F, avx512bf16, 64 x 128 x 40", [] { return thin("avx512bf16", 64, 128, 40, true); }},
+    {"sketch X F, avx512, 64 x 128 x 40", [] { return thin("avx512", 64, 128, 40, false); }},
+    {"sketch X^T F, avx512, 64 x 128 x 40", [] { return thin("avx512", 64, 128, 40, true); }},
+    {"sketch X F, avx2, 64 x 128 x 40", [] { return thin("avx2", 64, 128, 40, false); }},
+    {"sketch X^T F, avx2, 64 x 128 x 40", [] { return thin("avx2", 64, 128, 40, true); }},
     {"gram bfloat16, amx, 64 x 128", [] { return gram("amx", 64, 128, false); }},
     {"gram bfloat16, avx512bf16, 64 x 128", [] { return gram("avx512bf16", 64, 128, false); }},
     {"gram float32, avx512, 64 x 128", [] { return gram("avx512", 64, 128, true); }},

@@ -8,6 +8,7 @@ import torch
 from ._cards import card_of, name_of
 from ._dispatch import HAS_TRITON, choose_impl
 from ._double import home_of
+from .gradient_sketch.core import core_runs as sketch_core_runs
 from .gram.core import core_runs as gram_core_runs
 from .subspace.core import core_runs
 from .symmetric_eigen.core import core_runs as eigen_core_runs
@@ -29,14 +30,17 @@ def seen_devices() -> list[torch.device]:
 def device_info(device: torch.device) -> dict[str, str]:
     """What ``impl="auto"`` runs on a device for float32 rows: "triton", "core" or "reference".
 
-    Keys: ``subspace`` and ``gram`` (products with the rows), ``eigen`` (the eigensolver of refreshes), ``float64`` (the
-    device where that is, and with it the small algebra), and for a GPU ``kernels`` (whose tiles it gets, or why it gets
-    none); or ``error``, where the device does not work.
+    Keys: ``subspace`` and ``gram`` (products with the rows), ``bfloat16_sketch`` (gradients' products with few columns,
+    of rows in bfloat16), ``eigen`` (the eigensolver of refreshes), ``float64`` (the device where that is, and with it
+    the small algebra), and for a GPU ``kernels`` (whose tiles it gets, or why it gets none); or ``error``, where the
+    device does not work.
     """
     try:
         x = torch.empty(1, 1, dtype=torch.float32, device=device)
         home = home_of(device)
         products = choose_impl("auto", x, x)
+        narrow = x.to(torch.bfloat16)
+        sketch = choose_impl("auto", narrow, x)
         small = torch.ones(1, 1, dtype=torch.float64, device=home)
         eigen = choose_impl("auto", small, small, dtypes=(torch.float64,), accumulators=(torch.float64,))
     except RuntimeError as error:
@@ -44,6 +48,7 @@ def device_info(device: torch.device) -> dict[str, str]:
     facts = {
         "subspace": "core" if core_runs(x, x) else products,
         "gram": "core" if gram_core_runs(x, x) else products,
+        "bfloat16_sketch": "core" if sketch_core_runs(narrow, 1, x.dtype) else sketch,
         "eigen": "core" if eigen_core_runs(small) else eigen,
         "float64": str(home),
     }

@@ -368,7 +368,8 @@ def test_doctor_says_what_is_built():
     assert lines["core"] == "built"
     said = json.loads(invoke("doctor", "--json").stdout)
     assert said["versions"]["torch"] == version("torch")
-    assert said["devices"]["cpu"].keys() == {"subspace", "gram", "eigen", "float64"}
+    assert said["devices"]["cpu"].keys() == {"subspace", "gram", "bfloat16_sketch", "eigen", "float64"}
+    assert said["devices"]["cpu"]["bfloat16_sketch"] == said["devices"]["cpu"]["gram"]
     assert said["devices"]["cpu"]["float64"] == "cpu"
 
 
@@ -383,10 +384,12 @@ def test_doctor_says_what_runs_on_each_device(monkeypatch):
         devices = json.loads(invoke("doctor", "--json").stdout)["devices"]
     home_of.cache_clear()
     here = devices["lazy:0"]
-    assert (here["subspace"], here["gram"], here["float64"]) == ("reference", "reference", "cpu")
+    assert {here[name] for name in ("subspace", "gram", "bfloat16_sketch")} == {"reference"}
+    assert here["float64"] == "cpu"
     assert here["eigen"] == devices["cpu"]["eigen"]
     assert devices["vulkan"].keys() == {"error"}
-    assert f"on lazy:0      subspace: reference, gram: reference, eigen: {here['eigen']}, float64: cpu" in printed
+    products = "subspace: reference, gram: reference, bfloat16_sketch: reference"
+    assert f"on lazy:0      {products}, eigen: {here['eigen']}, float64: cpu" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
