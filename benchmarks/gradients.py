@@ -3,6 +3,7 @@
     python benchmarks/gradients.py schemes [--every N] [--rank R] [--output FILE]
     python benchmarks/gradients.py ranks [--every N]
     python benchmarks/gradients.py starts [--every N] [--rank R] [--batches N] [--methods lora-ga ...]
+    python benchmarks/gradients.py turns [--rank R] [--batches N] [--checkpointing]
     python benchmarks/gradients.py cost [--rank R] [--batches N]
     python benchmarks/gradients.py share [--rank R]
 
@@ -17,6 +18,10 @@ of as many as ``initialize`` takes.
 ``starts`` starts an adapter by each method and says what that has done to the loss; of LoRA-GA also the cosine between
 the first step of plain gradient descent on A and B and the gradient that full fine-tuning would follow, beside the best
 that so many directions of the exact gradient could have.
+
+``turns`` runs the five passes of LoRA-GA with their algebra, after each pass two plain forwards and backwards of the
+frozen model on the same batches, of which the first is left out, since it takes memory anew that the pass has given
+back: the processor's time on one thread of one process, so that whatever else the machine does is the same for both.
 
 ``cost`` runs the five passes of LoRA-GA with their algebra, and as many plain forwards and backwards of the same
 batches, each in a process of its own, on one thread, with gradient checkpointing and without: seconds of the
@@ -255,6 +260,49 @@ def measure(side: str, rank: int, count: int, checkpointing: bool, *, tensors: b
     return {"seconds": whole, "passes": seconds, "peak": peak, "gradients": 4 * sum(m * n for m, n in shapes.values())}
 
 
+def turns(rank: int, count: int, checkpointing: bool) -> str:
+    model, batches, layers = load(count)
+    mine = adapted(model, layers, rank)
+    if checkpointing:
+        mine.gradient_checkpointing_enable({"use_reentrant": False})
+        mine.train()
+    adapter: Any = find_adapter(mine)
+    passes = GradientPasses(adapter, mine, batches)
+    shapes = {n: tuple(model.get_submodule(n).base_layer.weight.shape) for n in layers}
+    embedding = mine.get_base_model().get_input_embeddings()
+    sketched: list[float] = []
+    plain: list[float] = []
+    left_out: list[float] = []
+
+    def run(asked: Mapping[str, Asked]) -> dict[str, Tensor]:
+        tick = time.process_time()
+        products = passes.run(asked).products
+        sketched.append(time.process_time() - tick)
+        handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        for seconds in (left_out, plain):
+            tick = time.process_time()
+            for batch in batches:
+                mine(**batch).loss.backward()
+            seconds.append(time.process_time() - tick)
+        handle.remove()
+        return products
+
+    method: Any = METHODS["lora-ga"]
+    with passes.frozen():
+        with torch.no_grad():
+            mine(**batches[0])  # what is done once
+        tick = time.process_time()
+        fit_leading(method, run, shapes, dict.fromkeys(layers, rank), adapter.scalings(), EvaConfig(rho=1.0))
+        whole = time.process_time() - tick - sum(plain) - sum(left_out)
+    one, other = (f"{min(of):.1f} to {max(of):.1f} s" for of in (sketched, plain))
+    lines = [
+        "| a pass | a plain one | five, and the algebra | five plain ones | of that |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines.append(f"| {one} | {other} | {whole:.1f} s | {sum(plain):.1f} s | {whole / sum(plain):.3f} |")
+    return "\n".join(lines)
+
+
 def in_a_process(side: str, rank: int, count: int, *flags: str) -> dict[str, Any]:
     command = [
         sys.executable,
@@ -360,7 +408,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["schemes", "ranks", "starts", "cost", "share", "measure"])
+    parser.add_argument("part", choices=["schemes", "ranks", "starts", "turns", "cost", "share", "measure"])
     parser.add_argument("--every", type=int, default=1, help="of the layers, compare one in so many")
     parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument("--batches", type=int, default=BATCHES)
@@ -368,7 +416,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=SIDES, help="of measure")
-    parser.add_argument("--checkpointing", action="store_true", help="of measure")
+    parser.add_argument("--checkpointing", action="store_true", help="of measure and turns")
     parser.add_argument("--tensors", action="store_true", help="of measure: the tensors' peak in place of seconds")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -385,6 +433,9 @@ def main() -> None:
         return
     if options.part == "share":
         print(f"\n{share(options.rank)}")
+        return
+    if options.part == "turns":
+        print(f"\n{turns(options.rank, options.batches, options.checkpointing)}")
         return
     if options.part == "cost":
         print(f"\n{cost(options.rank, options.batches)}")

@@ -43,6 +43,10 @@ def trained(model, batch, steps=3):
     return model
 
 
+def squares(model, batch):
+    return model(batch).square().mean()
+
+
 def halves(state):
     """What is held of each A and B, which are the second halves along their ranks."""
     found = {}
@@ -225,10 +229,36 @@ def test_several_peft_models_hold_where_one_of_them_has_to():
 
 def test_a_step_of_gradients_is_held_where_a_weight_cannot_move():
     model, x = tied(), torch.arange(12)[None]
-    report = initialize(model, [x], "lora-ga", loss_fn=lambda model, batch: model(batch).square().mean())
+    report = initialize(model, [x], "lora-ga", loss_fn=squares)
     assert any("base weights stay as they are" in note for note in report.notes)
     assert near(outputs(model, x), Tied()(x))
     assert not near(outputs(trained(model, x), x), Tied()(x))
+
+
+def test_a_step_of_gradients_is_held_beside_an_adapter_that_took_its_part(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 7))
+
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"])
+    model, x = peft.get_peft_model(base(), config), torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    expected = outputs(base(), x)
+    initialize(model, [x], "lora-ga", loss_fn=squares)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    report = initialize(model, [x], "lora-ga", loss_fn=squares)
+    assert any("part of it is with the adapter 'default' already" in note for note in report.notes)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        assert near(outputs(model, x), expected)
+    mine = outputs(trained(model, x), x)
+    assert not near(mine, expected)
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    assert near(outputs(peft.PeftModel.from_pretrained(base(), tmp_path / "other"), x), mine)
+    model.delete_adapter("default")
+    assert near(outputs(model, x), mine)
+    merged = model.merge_and_unload()
+    assert (outputs(merged, x) - mine).abs().max() <= 2.0**-16 * mine.abs().max()
 
 
 # --- other libraries
