@@ -195,14 +195,21 @@ def test_an_eighth_of_all_gradients_is_more_than_what_is_held_beside_the_same_fo
     assert most - beside <= gradients / 8
 
 
-def test_what_is_free_is_given_back_eight_times_in_a_forward(monkeypatch):
+def test_what_is_free_is_given_back_twice_in_a_forward_whose_activations_are_kept(monkeypatch):
     given_back = []
     monkeypatch.setattr(gradients, "give_back_freed_memory", lambda: given_back.append(None))
     depth = 20
     model = get_peft_model(Chain(6, depth), LoraConfig(r=1, target_modules=[str(i) for i in range(depth)]))
     config = EvaConfig(rho=1.0, max_batches=2)
     initialize(model, [torch.randn(4, 6) for _ in range(2)], "lora-one", config, loss_fn=off_target)
-    assert len(given_back) == PASSES * (2 * depth // 3)  # every third layer, the eighth part rounded up
+    assert len(given_back) == PASSES * 2 * 2  # of each batch
+    model = lora(tiny_llama(), target_modules=["q_proj", "down_proj"]).train()
+    for checkpointing, times in ((True, 0), (False, PASSES * 2)):
+        switch = "enable" if checkpointing else "disable"
+        getattr(model, f"gradient_checkpointing_{switch}")()
+        given_back.clear()
+        initialize(model, labelled(1), "lora-one", dry_run=True)
+        assert len(given_back) == times
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(3, 3), (None, 32)])

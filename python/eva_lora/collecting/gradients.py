@@ -30,7 +30,7 @@ CUT_OFF = (
     "model.enable_input_require_grads()"
 )
 
-GIVEN_BACK = 8  # times in a forward: more take time, fewer leave more that nothing fits into
+GIVEN_BACK = 2  # times in a forward: more take time and leave no less that nothing fits into
 IGNORED = -100  # the label of what does not count
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -166,7 +166,7 @@ class GradientPasses:
         self._restart()
         of_sites = [(site, [asked.get(name) for name in site.matrix_names]) for site in self._adapter.sites]
         of_sites = [(site, mine) for site, mine in of_sites if any(mine)]
-        products, losses = _Products(len(of_sites)), []
+        products, losses = _Products(0 if self._checkpoints() else ceil(len(of_sites) / GIVEN_BACK)), []
         with ExitStack() as stack:
             for site, mine in of_sites:
                 stack.enter_context(_listening(site, mine, products))
@@ -186,6 +186,10 @@ class GradientPasses:
                     f"model: no gradient has reached layer {name}: the loss does not depend on it, or {CUT_OFF}"
                 )
         return {name: products[name] for name in asked}, losses
+
+    def _checkpoints(self) -> bool:
+        """Whether activations are not kept for the backward, as far as transformers' switch says so."""
+        return any(vars(m).get("gradient_checkpointing") is True and m.training for m in self._outline.modules)
 
     def _loss(self, number: int, batch: Any) -> Tensor:
         loss: Any = self._loss_fn(self._model, to_device(own(batch), self._device))
@@ -218,19 +222,18 @@ class _Products(dict[str, Tensor]):
     """The products so far, and what is common to all layers that add to them.
 
     Args:
-        layers: How many they are.
+        every: After so many calls of layers memory that was freed is given back. 0: never.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, every: int) -> None:
         super().__init__()
-        self._every = ceil(layers / GIVEN_BACK)
-        self._called = 0
+        self._every, self._called = every, 0
         self._taken = False
 
     def called(self, device: torch.device) -> None:
         """A layer was called, and a graph goes on from it."""
         self._called += 1
-        if device.type == "cpu" and self._called % self._every == 0:
+        if device.type == "cpu" and self._every and self._called % self._every == 0:
             give_back_freed_memory()
 
     @contextmanager
