@@ -142,8 +142,8 @@ def fit_quantization_error(
         require_whole(model)
         require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
-        norm = rescaled_norm(model, floats)
-        source = LayerWeights(bases, floats, dequantize, tied_weights(model), rescaled=norm is not None)
+        source = LayerWeights(model, bases, floats, dequantize)
+        norm = source.other_norm
         if passes > 1 and chosen.rho != 1:
             raise ValueError(f"passes: expected 1 where ranks move, got {passes}; give config=EvaConfig(rho=1)")
         if rounds > 1:
@@ -394,28 +394,6 @@ def require_whole(model: nn.Module) -> None:
         state = "split over processes"
     if state is not None:
         raise ValueError(f"model: it is {state}; fit it first, and compile, wrap or shard it afterwards")
-
-
-def tied_weights(model: nn.Module) -> dict[str, str]:
-    """The output head's name → that of the input embedding whose weight it has, if it has: a file holds one of them."""
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
-    if not getattr(getattr(inner, "config", None), "tie_word_embeddings", False):
-        return {}
-    names = {id(module): name for name, module in inner.named_modules()}
-    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
-    return {names[id(head)]: names[id(embedding)]} if id(head) in names and id(embedding) in names else {}
-
-
-def rescaled_norm(model: nn.Module, floats: FloatWeights) -> str | None:
-    """The first norm of a model whose weight is another than among the float weights; None where all are the same."""
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
-    for name, parameter in inner.named_parameters():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and parameter.ndim == 1 and floats.has_another(layer, parameter):
-            return str(layer)
-    return None
 
 
 def loaded_from(model: nn.Module) -> str:

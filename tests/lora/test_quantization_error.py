@@ -662,52 +662,6 @@ def test_peft_s_loftq_function_by_its_arguments(floats):
     assert model.peft_config["default"].init_lora_weights is True
 
 
-def rescaled(floats):
-    """The same function with other weights, as AWQ makes them: norms and rows divided, columns multiplied."""
-    model = copy.deepcopy(floats)
-    generator = torch.Generator().manual_seed(3)
-
-    def scales(count):
-        return (torch.rand(count, generator=generator) * 2 - 1).exp()  # from 1 / e to e
-
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for norm, fed in (
-                (layer.input_layernorm, [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]),
-                (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
-            ):
-                s = scales(len(norm.weight))
-                norm.weight.div_(s)
-                for linear in fed:
-                    linear.weight.mul_(s)
-            s = scales(layer.mlp.down_proj.in_features)
-            layer.mlp.up_proj.weight.div_(s[:, None])
-            layer.mlp.down_proj.weight.mul_(s)
-    return model
-
-
-def test_float_weights_are_scaled_as_the_base_s_are(floats):
-    moved = rescaled(floats)
-    bases = quantised(moved, group=16)
-    reports = {}
-    for kind, weights in (("theirs", floats), ("exact", moved)):
-        model = lora(copy.deepcopy(bases))
-        reports[kind] = repaired(model, weights, token_batches(9), hold_back=3)
-    assert any("moves scales between layers" in note for note in reports["theirs"].notes)
-    assert not any("moves scales" in note for note in reports["exact"].notes)
-    assert reports["theirs"].hidden_error[1] < reports["theirs"].hidden_error[0]
-    # Rows and columns take some of the rounding error with them: of its 32 · 16 numbers at the least, 32 + 16.
-    share = 1 / 32 + 1 / 16
-    for name, layer in reports["theirs"].layers.items():
-        exact = reports["exact"].layers[name]
-        assert abs(layer.weight_error / exact.weight_error - 1) < 4 * share, name
-    with pytest.raises(ValueError, match="rounds: expected 1 on a base whose weights were rescaled"):
-        fit(
-            lora(copy.deepcopy(bases)), None, floats, EvaConfig(rho=1), method="loftq", rounds=2, progress=False,
-            requantize=lambda name, layer, matrix: None,
-        )  # fmt: skip
-
-
 def test_a_base_with_the_norms_of_its_float_weights_is_not_rescaled(floats):
     floats, generator = copy.deepcopy(floats), torch.Generator().manual_seed(4)
     for name, weight in floats.named_parameters():
