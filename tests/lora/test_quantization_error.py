@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import eva_lora
+from benchmarks.harness.memory import tensor_bytes
 from eva_lora import EvaConfig, EvaPlan, EvaStatistics, ParameterSite, RepairReport, collect, eva_initialize
 from eva_lora import fit_quantization_error as fit
 from eva_lora.cli.demo import load_smollm2, packed_text
@@ -209,11 +210,11 @@ def test_part_of_the_rank_repairs_and_the_rest_starts_as_in_eva(floats):
         assert (rest @ factor).square().sum() >= (1 - 1e-5) * best
 
 
-def collect_of(model, **options):
+def collect_of(model, batches=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         config = EvaConfig(**{"max_batches": 6, "tau": 1.0, "rho": 1.0, "oversampling": 5.0, **options})
-        return collect(model, token_batches(), config, progress=False)
+        return collect(model, batches or token_batches(), config, progress=False)
 
 
 def statistics_of_rank(statistics, rank):
@@ -377,6 +378,25 @@ def test_nothing_changes_where_it_fails(floats, model):
 def failing():
     yield from token_batches(2)
     raise RuntimeError("from the loader")
+
+
+def test_a_fit_takes_the_memory_of_one_layer_whatever_their_number():
+    """In float32 its weight and what is computed with, and less than two such matrices of workspaces; eight layers
+    together would be sixteen."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    size, count, rank = 512, 8, 4
+    floats = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(count)))
+    layers = []
+    for layer in floats:
+        quantised = bnb.nn.Linear4bit(size, size, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        quantised.load_state_dict(layer.state_dict())
+        layers.append(quantised.to("cpu"))
+    model = get_peft_model(nn.Sequential(*layers), LoraConfig(r=rank, target_modules=r"\d+"))
+    statistics = collect_of(model, batches=[torch.randn(256, size) for _ in range(2)])
+    most, _ = tensor_bytes(lambda: fit(model, statistics, floats, EvaConfig(rho=1.0), progress=False))
+    factors = 2 * count * 2 * size * rank  # as they are fitted, and as they are written
+    assert most <= 4 * (4 * size**2 + factors)
 
 
 def test_a_missing_weight_is_said_before_any_batch_is_taken(floats, model):
