@@ -136,6 +136,7 @@ def test_nobody_asks_a_device_for_float64_that_it_may_not_have():
         "streaming_svd/statistics.py",
         "adapters/export.py",
         "fitting/layer_fit.py",
+        "fitting/rescaling.py",
         "planning/eva_plan.py",
         "planning/merging.py",
         "planning/statistics.py",

@@ -32,7 +32,7 @@ from .config import EvaConfig
 from .distributed import joined
 from .fitting import FloatWeights, LayerWeights, completed, fit_layer, no_preference
 from .planning import EvaPlan, PlannedSite, plan
-from .repair import base_weights_of, loaded_from, tied_weights
+from .repair import base_weights_of, loaded_from
 
 __all__ = [
     "forward_fn_dict",
@@ -308,7 +308,7 @@ def replace_lora_weights_loftq(
     adapter = PeftAdapter(peft_model, adapter_name)
     bases, _ = base_weights_of(adapter)
     floats = FloatWeights.of(loaded_from(peft_model) if model_path is None else model_path)
-    weights = LayerWeights(bases, floats, tied=tied_weights(peft_model))
+    weights = LayerWeights(peft_model, bases, floats)
     made = {}
     with adapter.disabled():
         for site in adapter.sites:

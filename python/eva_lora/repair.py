@@ -53,6 +53,7 @@ __all__ = ["fit_quantization_error", "require_same_base"]
 Method = Literal["repair", "eva+repair", "loftq"]
 
 HOLD_BACK = 10
+REPAIR_SHARE = 0.5
 COLUMNS_PER_RANK = 5.0  # of a basis, as many as EVA's default has: with half of them fits miss 1 % on some layers
 
 
@@ -63,7 +64,7 @@ def fit_quantization_error(
     config: Any = None,
     *,
     method: Method = "repair",
-    repair_share: float = 0.5,
+    repair_share: float | None = None,
     repair_explained: float | None = None,
     rounds: int = 1,
     passes: int = 1,
@@ -97,7 +98,7 @@ def fit_quantization_error(
             every layer keeps its own. None: as in :func:`eva_lora.eva_initialize`.
         method: "repair": all ranks repair. "eva+repair": ``repair_share`` of each layer's rank does, the rest starts as
             in EVA, with B = 0, in the complement. "loftq": LoftQ, which takes no data.
-        repair_share: See ``method``. How much is best is not known: it is chosen, not derived.
+        repair_share: See ``method``; None: 0.5. How much is best is not known: it is chosen, not derived.
         repair_explained: Instead of ``repair_share``: in each layer just as many directions repair as give back this
             share of the output error that all of its rank would.
         rounds: Of ``method="loftq"``. From the second on **the base is changed**: in each layer in turn, W − s·BA is
@@ -142,8 +143,8 @@ def fit_quantization_error(
         require_whole(model)
         require_changeable(model, ranks_change=False)
         floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
-        norm = rescaled_norm(model, floats)
-        source = LayerWeights(bases, floats, dequantize, tied_weights(model), rescaled=norm is not None)
+        source = LayerWeights(model, bases, floats, dequantize)
+        norm = source.other_norm
         if passes > 1 and chosen.rho != 1:
             raise ValueError(f"passes: expected 1 where ranks move, got {passes}; give config=EvaConfig(rho=1)")
         if rounds > 1:
@@ -280,25 +281,29 @@ class _Split:
     """How many of a layer's directions repair; see :func:`fit_quantization_error`."""
 
     method: str
-    share: float
+    share: float | None
     explained: float | None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"method: expected one of {get_args(Method)}, got {self.method!r}")
-        if not _is_share(self.share):
+        if self.share is not None and not _is_share(self.share):
             raise ValueError(f"repair_share: expected a number between 0 and 1, got {self.share!r}")
         if self.explained is not None and not _is_share(self.explained):
             raise ValueError(f"repair_explained: expected a number between 0 and 1, got {self.explained!r}")
+        if self.share is not None and self.method != "eva+repair":
+            raise ValueError(f'repair_share: expected None without method="eva+repair", got {self.share!r}')
         if self.explained is not None and self.method != "eva+repair":
             raise ValueError(f'repair_explained: expected None without method="eva+repair", got {self.explained!r}')
+        if self.share is not None and self.explained is not None:
+            raise ValueError(f"repair_share: expected None beside repair_explained, got {self.share!r}")
 
     def repaired(self, fit: LayerFit, rank: int) -> int:
         """Of a layer's rank, how many directions repair."""
         if self.method != "eva+repair" or not rank:
             return rank
         if self.explained is None:
-            return min(rank, max(1, round(rank * self.share)))
+            return min(rank, max(1, round(rank * (REPAIR_SHARE if self.share is None else self.share))))
         given_back = fit.energies[:rank].cumsum(0)
         return 1 + int((given_back < self.explained * given_back[-1]).sum())
 
@@ -394,28 +399,6 @@ def require_whole(model: nn.Module) -> None:
         state = "split over processes"
     if state is not None:
         raise ValueError(f"model: it is {state}; fit it first, and compile, wrap or shard it afterwards")
-
-
-def tied_weights(model: nn.Module) -> dict[str, str]:
-    """The output head's name → that of the input embedding whose weight it has, if it has: a file holds one of them."""
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
-    if not getattr(getattr(inner, "config", None), "tie_word_embeddings", False):
-        return {}
-    names = {id(module): name for name, module in inner.named_modules()}
-    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
-    return {names[id(head)]: names[id(embedding)]} if id(head) in names and id(embedding) in names else {}
-
-
-def rescaled_norm(model: nn.Module, floats: FloatWeights) -> str | None:
-    """The first norm of a model whose weight is another than among the float weights; None where all are the same."""
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
-    for name, parameter in inner.named_parameters():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and parameter.ndim == 1 and floats.has_another(layer, parameter):
-            return str(layer)
-    return None
 
 
 def loaded_from(model: nn.Module) -> str:

@@ -205,6 +205,11 @@ def test_bitsandbytes_quantises_anew_by_itself(floats):
         ({"method": "repair", "data": None}, "loader_or_statistics: expected batches or EvaStatistics with method"),
         ({"requantize": print}, "requantize: expected None, since one round leaves the base as it is"),
         ({"repair_explained": 0.5}, "repair_explained: expected None without method"),
+        ({"repair_share": 0.5}, "repair_share: expected None without method"),
+        (
+            {"method": "eva+repair", "repair_share": 0.3, "repair_explained": 0.5},
+            "repair_share: expected None beside repair_explained",
+        ),
         ({"method": "eva+repair", "repair_explained": 1.0}, "repair_explained: expected a number between 0 and 1"),
     ],
 )

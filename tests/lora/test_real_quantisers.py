@@ -103,6 +103,9 @@ def test_layers_and_model_are_nearer_to_the_float_model_on_rows_that_were_held_b
     if fitted.kind.exact:
         # Forwards in float32 of two layers: Q x + M x here, W x there.
         np.testing.assert_allclose(report.hidden_error, (before, after), rtol=1e-4)
+    elif fitted.kind.rescales:
+        # Of the error one part in 64 at most goes with scales between two layers, which are fitted.
+        np.testing.assert_allclose(report.hidden_error, (before, after), rtol=1 / 64)
     assert any("moves scales between layers" in note for note in report.notes) == fitted.kind.rescales
 
 

@@ -27,7 +27,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
-def tiny_llama(seed=0):
+def tiny_llama(seed=0, key_value_heads=2):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=97,
@@ -35,7 +35,7 @@ def tiny_llama(seed=0):
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_value_heads,
     )
     return LlamaForCausalLM(config)
 

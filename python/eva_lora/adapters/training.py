@@ -53,9 +53,9 @@ class TrainedLayers:
         if trained:
             raise ValueError(
                 f"model: its adapter was trained: B is not zero in {len(trained)} of {len(set(self.names))} layers, "
-                f"the first is {trained[0]}. EVA would overwrite it. To train on, leave EVA out; to begin "
-                "anew, pass overwrite=True to eva_lora.eva_initialize or eva_lora.apply, also where "
-                "init_lora_weights=False has filled B with random numbers"
+                f"the first is {trained[0]}. It would be overwritten. To train on, start nothing; to begin anew, pass "
+                "overwrite=True to the function of eva_lora that is to, also where init_lora_weights=False has filled "
+                "B with random numbers"
             )
 
     def trained(self) -> list[str]:

@@ -224,7 +224,7 @@ class Run:
         if pending:
             warnings.warn(
                 f"EVA stopped at {self.stop_reason}, after {self.num_batches} batches and {self.num_rows} rows, with "
-                f"{pending} of {len(self.sites)} layers not converged; see report.converged",
+                f"{pending} of {len(self.sites)} layers not converged",
                 stacklevel=5,
             )
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..adapters import BaseWeight, Dequantize, Requantize
+from .rescaling import Scales, norm_ratios, scales_of
 
 __all__ = ["FloatWeights", "LayerWeights"]
 
@@ -20,7 +21,6 @@ SAME_DIRECTION = 0.5  # cosine of a weight and what a quantiser made of it; that
 SAME_LENGTH = 2.0  # times: more is a scale that was left out
 
 SAME_NORM = 2.0**-6  # of a norm's largest entry: what short dtypes round off
-RESCALING_STEPS = 30  # each of them two small sums over the weight
 
 
 class FloatWeights:
@@ -96,35 +96,26 @@ class FloatWeights:
             )
         return found[0]
 
-    def has_another(self, name: str, weight: Tensor) -> bool:  # (n,)
-        """Whether there is a weight of a norm of that name, and it is another than this, beyond rounding."""
+    def other_norm(self, name: str, weight: Tensor) -> Tensor | None:  # (n,) -> (n,) float32
+        """The weight of a norm of that name, on the CPU, where it is another than this, beyond rounding."""
         try:
             here = self._get(self.key_of(name)).detach()
         except ValueError:
-            return False
+            return None
         if (
             here.shape != weight.shape
             or not here.is_floating_point()
             or "meta" in (here.device.type, weight.device.type)
         ):
-            return False
+            return None
         here, there = here.float().cpu(), weight.detach().float().cpu()
-        return bool((here - there).abs().max() > SAME_NORM * here.abs().max())
+        return here if (here - there).abs().max() > SAME_NORM * here.abs().max() else None
 
-    def read(
-        self, name: str, quantized: Tensor, *, fan_in_fan_out: bool = False, rescale: bool = False
-    ) -> Tensor:  # (out, in) float32
-        """A layer's weight, on the device of what a quantiser made of it.
-
-        Args:
-            name: The layer's.
-            quantized: (out, in), what the layer computes with.
-            fan_in_fan_out: Whether weights are kept as (in, out).
-            rescale: Whether rows and columns are scaled to be like those of ``quantized``.
+    def matrix(self, name: str, quantized: Tensor, *, fan_in_fan_out: bool = False) -> Tensor:  # (out, in) float32
+        """A layer's weight as it is there, on the device of what a quantiser made of it.
 
         Raises:
-            ValueError: there is none, it has another shape or is quantised itself, or is no weight that this could be
-                made of.
+            ValueError: there is none, it has another shape or is quantised itself.
         """
         weight = self._get(self.key_of(name)).detach()
         if not weight.is_floating_point() or weight.itemsize < 2:
@@ -141,9 +132,26 @@ class FloatWeights:
                 f"float_weights: expected {tuple(quantized.shape)} for layer {name}, {self._source} has "
                 f"{tuple(matrix.shape)}"
             )
-        matrix = matrix.to(quantized.device, torch.float32, copy=True)
-        if rescale:
-            rescale_like_(matrix, quantized)
+        return matrix.to(quantized.device, torch.float32, copy=True)
+
+    def read(
+        self, name: str, quantized: Tensor, *, fan_in_fan_out: bool = False, scales: Scales | None = None
+    ) -> Tensor:  # (out, in) float32
+        """A layer's weight, on the device of what a quantiser made of it.
+
+        Args:
+            name: The layer's.
+            quantized: (out, in), what the layer computes with.
+            fan_in_fan_out: Whether weights are kept as (in, out).
+            scales: Of its rows and columns, by which it becomes what the quantiser was given.
+
+        Raises:
+            ValueError: there is none, it has another shape or is quantised itself, or is no weight that this could be
+                made of.
+        """
+        matrix = self.matrix(name, quantized, fan_in_fan_out=fan_in_fan_out)
+        if scales is not None:
+            scales.apply_(matrix)
         product = torch.dot(matrix.flatten(), quantized.flatten())  # without a third matrix
         cosine = float(product / (matrix.norm() * quantized.norm()).clamp_min(1e-30))
         longer = float(matrix.norm() / quantized.norm().clamp_min(1e-30))
@@ -159,30 +167,20 @@ class FloatWeights:
         return matrix
 
 
-def rescale_like_(matrix: Tensor, quantized: Tensor) -> None:  # (out, in) float32, both
-    """Scale a matrix's rows and columns, in place, until it is as near to another as that brings it.
-
-    By alternating least squares: out + in numbers are fitted to out · in, which leaves all of the other's rounding
-    error but about one part in out, and one in in.
-    """
-    squares, products = matrix.square(), matrix * quantized
-    rows, columns = matrix.new_ones(len(matrix)), matrix.new_ones(matrix.shape[1])
-    for _ in range(RESCALING_STEPS):
-        columns = (rows @ products) / (rows.square() @ squares).clamp_min(1e-30)
-        rows = (products @ columns) / (squares @ columns.square()).clamp_min(1e-30)
-    matrix.mul_(rows[:, None]).mul_(columns)
-
-
 class LayerWeights:
     """Layers' float weights and what their bases compute with, read one layer at a time.
 
+    Where norms of the model are others than among the float weights, its weights were scaled before they were
+    quantised, and norms and layers before them scaled back, as AWQ does it; the float weights are then scaled likewise.
+
     Args:
+        model: Whose layers they are.
         bases: Layer → its base weight.
         floats: The weights before they were quantised.
         dequantize: As in :func:`eva_lora.fit_quantization_error`.
-        tied: Layer → the module whose weight it has, which a file may hold instead.
-        rescaled: Whether the base's weights were scaled before they were quantised, with norms or layers before them
-            scaled back, as AWQ does; the float weights are then scaled likewise.
+
+    Attributes:
+        other_norm: The first norm that is another than among the float weights; None where all are the same.
 
     Raises:
         ValueError: a layer has no float weight.
@@ -190,25 +188,39 @@ class LayerWeights:
 
     def __init__(
         self,
+        model: nn.Module,
         bases: Mapping[str, BaseWeight],
         floats: FloatWeights,
         dequantize: Dequantize | None = None,
-        tied: Mapping[str, str] | None = None,
-        rescaled: bool = False,
     ) -> None:
-        self._bases, self._floats, self._dequantize, self._rescaled = bases, floats, dequantize, rescaled
-        self._kept_as = {name: name if floats.has(name) else (tied or {}).get(name, name) for name in bases}
+        self._bases, self._floats, self._dequantize = bases, floats, dequantize
+        wrapper: Any = model
+        inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
+        tied = _tied_weights(inner)
+        self._kept_as = {name: name if floats.has(name) else tied.get(name, name) for name in bases}
         for name in self._kept_as.values():
             floats.key_of(name)
+        norms = dict(_other_norms(inner, floats))
+        self.other_norm = next(iter(norms), None)
+        self._ratios = [ratio for ratios in norms.values() for ratio in ratios]
+        self._scales: dict[str, Scales] | None = None if norms else {}
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:  # (out, in) float32, both
         """W, and Q that the layer computes with, on the layer's device."""
+        if self._scales is None:
+            self._scales = scales_of(self._unscaled(), self._ratios)
         base = self._bases[name]
         quantized = base.read(self._dequantize)
         weight = self._floats.read(
-            self._kept_as[name], quantized, fan_in_fan_out=base.fan_in_fan_out, rescale=self._rescaled
+            self._kept_as[name], quantized, fan_in_fan_out=base.fan_in_fan_out, scales=self._scales.get(name)
         )
         return weight, quantized
+
+    def _unscaled(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, base in self._bases.items():
+            quantized = base.read(self._dequantize)
+            kept_as = self._kept_as[name]
+            yield name, self._floats.matrix(kept_as, quantized, fan_in_fan_out=base.fan_in_fan_out), quantized
 
     def bias_beside(self, name: str) -> bool:
         """Whether a layer's adapter has a bias."""
@@ -227,6 +239,24 @@ class LayerWeights:
         """W, and M = W − Q."""
         weight, quantized = self.read(name)
         return weight, weight - quantized
+
+
+def _tied_weights(model: Any) -> dict[str, str]:
+    """The output head's name → that of the input embedding whose weight it has, if it has: a file holds one of them."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return {names[id(head)]: names[id(embedding)]} if id(head) in names and id(embedding) in names else {}
+
+
+def _other_norms(model: nn.Module, floats: FloatWeights) -> Iterator[tuple[str, list[Tensor]]]:
+    """Norms whose weight is another than among the float weights, and what the columns they feed may be scaled by."""
+    for name, parameter in model.named_parameters():
+        norm, _, kind = name.rpartition(".")
+        before = floats.other_norm(norm, parameter) if kind == "weight" and parameter.ndim == 1 else None
+        if before is not None:
+            yield norm, norm_ratios(before, parameter.detach().cpu())
 
 
 def _files(path: Path) -> dict[str, Path]:
