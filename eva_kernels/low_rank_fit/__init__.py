@@ -8,11 +8,11 @@ from torch import Tensor
 from .._double import double, like
 from ..orthonormal import orthonormalize
 from .iteration import leading_directions
-from .moment import SecondMoment
+from .moment import PrincipalMoment, SecondMoment, principal_moment
 from .reference import dense_directions
-from .steep import principal_axes, steep_directions
+from .steep import steep_directions
 
-__all__ = ["LowRankFit", "SecondMoment", "fit_image", "fit_low_rank"]
+__all__ = ["LowRankFit", "PrincipalMoment", "SecondMoment", "fit_image", "fit_low_rank", "principal_moment"]
 
 DENSE_BLOCKS = 4  # so many blocks of the iteration's columns cost more than all directions at once
 
@@ -85,7 +85,7 @@ def fit_image(
 
     Args:
         matrix, rank, seed: As in :func:`fit_low_rank`.
-        moment: R, with one ``rest`` for all directions.
+        moment: R, with one ``rest`` for all directions; of several matrices :func:`principal_moment`'s, once for all.
 
     Returns:
         ``energies`` are of M R² Mᵀ, squared singular values of M R; ``total`` is tr(M R Mᵀ) all the same.
@@ -97,15 +97,16 @@ def fit_image(
     if moment.rest.ndim:
         raise ValueError(f"moment: expected one rest for all directions, got {tuple(moment.rest.shape)}")
     flat = matrix.reshape(-1, *matrix.shape[-2:])
-    factor, squares = principal_axes(moment)
-    product, rest = flat @ factor, double(moment.rest)
+    moment = principal_moment(moment)
+    product, rest = flat @ moment.factor, double(moment.rest)
     total = moment.energy(flat, product)
+    squares = double(moment.factor).square().sum(0)
     growth = like((squares + 2 * rest).sqrt(), flat)  # (λ + t)² = λ (λ + 2 t) + t²
     product, found = product * growth, None
     if product.shape[-1] >= rank and product.shape[-1] + rank <= min(flat.shape[1:]):
         found = steep_directions(flat, rest, product, rank)
     if found is None:
-        squared = SecondMoment(factor * growth, like(rest.square(), flat))
+        squared = SecondMoment(moment.factor * growth, like(rest.square(), flat))
         found = _leading(flat, squared, rank, product, squared.energy(flat, product), seed)
     left, energies = found
     batch = matrix.shape[:-2]

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._double import double
+from .._double import double, like
+from ..symmetric_eigen import symmetric_eigen
 
-__all__ = ["SecondMoment"]
+__all__ = ["PrincipalMoment", "SecondMoment", "principal_moment"]
 
 
 class SecondMoment(NamedTuple):
@@ -42,3 +43,18 @@ class SecondMoment(NamedTuple):
         """tr R: the mean of ‖x‖²."""
         rest = double(self.rest).expand(len(self.factor)).sum()
         return float(double(self.factor).square().sum() + rest)
+
+
+class PrincipalMoment(SecondMoment):
+    """A second moment whose F has orthogonal columns, the longest first."""
+
+    __slots__ = ()
+
+
+def principal_moment(moment: SecondMoment) -> PrincipalMoment:
+    """The same R. Of one that is so already it is that: who fits several matrices on the same inputs makes it once."""
+    if isinstance(moment, PrincipalMoment):
+        return moment
+    factor = double(moment.factor)
+    axes = symmetric_eigen(factor.mT @ factor)[1]
+    return PrincipalMoment(like(factor @ axes, moment.factor), moment.rest)

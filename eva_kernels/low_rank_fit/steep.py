@@ -4,20 +4,11 @@ import torch
 from torch import Tensor
 
 from .._double import double, like
-from ..orthonormal import APART, orthonormalize, orthonormalize_apart
+from ..orthonormal import orthonormalize, orthonormalize_apart
 from ..symmetric_eigen import symmetric_eigen
-from .moment import SecondMoment
 
-BLOCKS = 2  # at least, beside M F
-MAX_BLOCKS = 8
-MISSING = 1e-7  # of a direction: what the next block must still promise to bring
-
-
-def principal_axes(moment: SecondMoment) -> tuple[Tensor, Tensor]:  # (n, k), (k,) float64
-    """F in orthogonal columns, F Fᵀ as it was, and their squared lengths, descending."""
-    factor = double(moment.factor)
-    squares, axes = torch.linalg.eigh(factor.mT @ factor)
-    return like(factor @ axes.flip(-1), moment.factor), squares.flip(-1).clamp_min(0)
+MAX_BLOCKS = 8  # beside M F
+MISSING = 2e-7  # of a direction: what may lie outside of the space that is searched
 
 
 def steep_directions(
@@ -28,11 +19,10 @@ def steep_directions(
 ) -> tuple[Tensor, Tensor] | None:  # (b, m, r), (b, r) float64
     """The leading eigenvectors and eigenvalues of M R² Mᵀ = Y Yᵀ + t² M Mᵀ, with Y = M F′.
 
-    All of Y's columns are searched (Rayleigh and Ritz), and with them what of t² M Mᵀ leads out of them from the
-    directions that are wanted: a block of M Mᵀ times those, then of M Mᵀ times that block, and so on, a Krylov space of
-    the small part alone. What is wanted has coefficients on the last block that are smaller than those on the block
-    before by some factor, by which the next one's are smaller again or more: it ends where they would be less than
-    ``MISSING``.
+    All of Y's columns are searched (Rayleigh and Ritz). A direction u with value θ that is found there is wrong by what
+    leads out of the space, z = t² (I − S Sᵀ) M Mᵀ u, about ‖z‖ / θ. As long as that is too much, z of the directions
+    concerned joins the space (Davidson 1975). What is then left after a last step u + z / θ, for which nothing needs to
+    be solved again, is smaller once more by t² M Mᵀ outside of the space over θ, which is told by what joined last.
 
     Products are in the matrices' own precision, which columns of a length of their own are exact to each, the small
     algebra is in float64.
@@ -42,27 +32,30 @@ def steep_directions(
     """
     space = orthonormalize(product)
     rows, seen = space.mT @ matrices, double(space).mT @ double(product)  # (b, c, n), (b, c, k)
-
-    def solved() -> tuple[Tensor, Tensor]:
-        y = seen
-        projected = y @ y.mT + rest.square() * double(rows @ rows.mT)
-        return symmetric_eigen((projected + projected.mT) / 2)
-
-    block = like(solved()[1][..., :rank], space).mT @ rows  # (b, r, n), the next one's image under Mᵀ
-    for count in range(1, MAX_BLOCKS + 1):
-        if space.shape[-1] + rank > min(matrices.shape[1:]):
+    projected = seen @ seen.mT + rest.square() * double(rows @ rows.mT)
+    outside = None  # (b,) float64: ‖M Mᵀ‖ there
+    for _ in range(MAX_BLOCKS + 1):
+        values, vectors = symmetric_eigen((projected + projected.mT) / 2)
+        values, best = values[..., :rank].clamp_min(0), like(vectors[..., :rank], space)
+        told = values > space.shape[-1] * torch.finfo(torch.float64).eps * values[..., :1]  # from rounding
+        share = torch.where(told, rest.square() / values.where(told, 1), 0)  # (b, r): t² / θ
+        leading = (best.mT @ rows) @ matrices.mT  # (b, r, m)
+        leading = leading - (leading @ space) @ space.mT
+        missing = share * double(torch.linalg.vector_norm(leading, dim=-1))
+        if outside is not None:
+            missing = missing * share * outside[:, None]
+        wanted = (missing > MISSING).any(0)
+        count = int(wanted.sum())
+        if not count:
+            return orthonormalize(space @ best + (like(share, space)[..., None] * leading).mT), values
+        if space.shape[-1] + count > min(matrices.shape[1:]):
             return None
-        new = orthonormalize_apart((block @ matrices.mT).mT, space)
+        new = orthonormalize_apart(leading[:, wanted].mT, space)
         block = new.mT @ matrices
         space, rows = torch.cat([space, new], -1), torch.cat([rows, block], -2)
-        seen = torch.cat([seen, double(new).mT @ double(product)], -2)
-        if count < BLOCKS:
-            continue
-        values, vectors = solved()
-        last, before = (
-            torch.linalg.matrix_norm(vectors[..., end - rank : end, :rank])
-            for end in (space.shape[-1], space.shape[-1] - rank)
-        )
-        if bool((last.square() <= MISSING * before.clamp_min(APART * torch.finfo(space.dtype).eps)).all()):
-            return orthonormalize(space @ like(vectors[..., :rank], space)), values[..., :rank].clamp_min(0)
+        # Y has nothing outside of its own columns.
+        beside = double(block @ rows.mT)  # (b, count, c)
+        outside = beside[..., -count:].abs().sum(-1).amax(-1)
+        beside *= rest.square()
+        projected = torch.cat([torch.cat([projected, beside[..., :-count].mT], -1), beside], -2)
     return None

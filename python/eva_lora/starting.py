@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_kernels.low_rank_fit import SecondMoment
+from eva_kernels.low_rank_fit import SecondMoment, principal_moment
 
 from .adapters import (
     BaseWeight,
@@ -384,7 +384,8 @@ def _pooled(entries: Sequence[InputStatistics]) -> Moment:
         return whole[0] if len(whole) == 1 else torch.stack([m * n for m, n in zip(whole, shares, strict=True)]).sum(0)
     known = [entry.second_moment() for entry in entries]
     factor = torch.cat([moment.factor * n**0.5 for moment, n in zip(known, shares, strict=True)], 1)
-    return SecondMoment(factor, torch.stack([m.rest * n for m, n in zip(known, shares, strict=True)]).sum())
+    rest = torch.stack([m.rest * n for m, n in zip(known, shares, strict=True)]).sum()
+    return principal_moment(SecondMoment(factor, rest))  # once for all layers on this input
 
 
 def _require_every_direction(name: str, entry: InputStatistics, method: Method) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from eva_kernels.low_rank_fit import SecondMoment, fit_image, fit_low_rank
+from eva_kernels.low_rank_fit import PrincipalMoment, SecondMoment, fit_image, fit_low_rank, principal_moment
+from eva_kernels.low_rank_fit.steep import MISSING
 from eva_kernels.orthonormal import APART
 from support.bounds import deviation, orthonormality
 from support.models import load_minilm
@@ -213,6 +214,33 @@ def test_images_of_zeros_and_of_few_directions_still_give_orthonormal_columns():
         fit = fit_image(matrix, r, 8)
         assert deviation(fit.left).abs().max() <= orthonormality(150, 8, torch.float32)
         assert (matrix - fit.left @ fit.right).norm() <= 1e-5 * matrix.norm()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.35])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (150, 600)], ids=str)
+def test_what_leads_out_of_the_known_directions_is_followed_until_it_is_less_than_is_asked(shape, share):
+    """With t ‖M‖ up to a third of the last singular value, as real layers have it; of each direction ``MISSING``, over
+    the gap to the next one that is left out, where what is off turns them."""
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    factor, rank = decaying(shape[1], 24).factor.double(), 8
+    strength = torch.linalg.svdvals(matrix @ factor @ factor.T)[rank - 1] / torch.linalg.matrix_norm(matrix, 2)
+    moment = SecondMoment(factor, share * strength)
+    u, s, _ = torch.linalg.svd(image(matrix, moment), full_matrices=False)
+    q, gap = fit_image(matrix, moment, rank).left, float(1 - s[rank] / s[rank - 1])
+    assert torch.linalg.matrix_norm(q - u[:, :rank] @ (u[:, :rank].T @ q)) <= rank**0.5 * MISSING / min(gap, 0.5)
+
+
+def test_principal_columns_are_orthogonal_longest_first_and_made_once():
+    moment = MOMENTS["streamed"](80)
+    turned = SecondMoment(moment.factor @ torch.linalg.qr(torch.randn(20, 20)).Q, moment.rest)
+    found = principal_moment(turned)
+    np.testing.assert_allclose(dense(found), dense(turned), rtol=0, atol=20 * UNIT * 100)  # the longest is 10
+    gram = (found.factor.mT @ found.factor).double()
+    lengths = gram.diagonal().sqrt()
+    assert (lengths.diff() <= 0).all()
+    assert (gram / torch.outer(lengths, lengths) - torch.eye(20)).abs().max() <= 80 * UNIT
+    assert principal_moment(found) is found
+    assert isinstance(principal_moment(SecondMoment(torch.zeros(5, 0), torch.ones(()))), PrincipalMoment)
 
 
 def test_an_image_takes_one_rest_for_all_directions():

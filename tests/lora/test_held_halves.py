@@ -6,10 +6,11 @@ import pickle
 import peft
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from eva_lora import EvaConfig, collect, initialize
+from eva_lora import EvaConfig, collect, export_plain, initialize
 from support.kinds import Kind, call
 from support.other_kinds import INSTALLED, Net, loralib_linear, lycoris_layer, patcher, sequences
 from support.peft_kinds import EXPERTS, KINDS, LLAMA, STACKED_EXPERTS
@@ -96,6 +97,75 @@ def test_mica_saves_and_loads_also_where_peft_does_not_know_it(kind, tmp_path):
     mine = outputs(trained(model, batch), batch)
     kind.save(model, None, tmp_path)
     assert near(outputs(kind.reload(tmp_path).eval(), batch), mine)
+
+
+class Narrow(nn.Module):
+    """Linear layers of fewer directions than twice the rank; one has another module's weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.other = nn.Linear(16, 3), nn.Linear(3, 16, bias=False), nn.Embedding(16, 3)
+        self.other.weight = self.head.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)))
+
+
+def narrow():
+    return peft.get_peft_model(Narrow(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["first", "head"]))
+
+
+def deltas(model):
+    """Module or parameter → ΔW of each of its matrices, (out, in) float64."""
+    found = {}
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            a, b = (getattr(layer, f"lora_{which}")["default"].weight.detach().double() for which in "AB")
+            experts = getattr(layer, "num_experts", 1)
+            pairs = zip(a.chunk(experts), (b[:, e::experts] for e in range(experts)), strict=True)
+            found[path] = [layer.scaling["default"] * second @ first for first, second in pairs]
+    return found
+
+
+@pytest.mark.parametrize("kind", [*PEFTS, "few directions"])
+def test_cut_down_they_are_the_nearest_of_that_rank_and_say_what_is_lost(kind, tmp_path):
+    """Against full singular value decompositions of ΔW in float64; float32 rounds what factors were summed of."""
+    if kind == "few directions":
+        base, model, batch, rank = Narrow, narrow(), torch.randn(5, 16), 5
+    else:
+        base, model, batch, rank = kind.base, kind.model().eval(), kind.batches()[0], 3
+    initialize(model, method="pissa")
+    trained(model, batch)
+    if getattr(kind, "name", "") == "use_dora":
+        with pytest.raises(ValueError, match="lora_magnitude_vector is no part of a sum of products B A"):
+            export_plain(model, tmp_path, rank=rank)
+        assert not (tmp_path / "adapter_config.json").exists()
+        return
+    whole = export_plain(model, tmp_path / "whole")
+    assert set(whole.errors.values()) == {0.0}
+    assert near(outputs(peft.PeftModel.from_pretrained(base(), whole.folder).eval(), batch), outputs(model, batch))
+    plain = export_plain(model, tmp_path / "small", rank=rank)
+    loaded = peft.PeftModel.from_pretrained(base(), plain.folder)
+    squares = {}
+    for (path, all_of_it), cut in zip(deltas(model).items(), deltas(loaded).values(), strict=True):
+        name = path.removesuffix(".base_layer.out_proj").replace(".base_layer", "")
+        layer = model.get_base_model().get_submodule(path)
+        name += f".{layer.parameter_name}" if hasattr(layer, "parameter_name") else ""
+        assert plain.ranks[name] == min(rank, *all_of_it[0].shape)
+        size = layer.scaling["default"] * layer.lora_A["default"].weight.norm() * layer.lora_B["default"].weight.norm()
+        for wanted, got in zip(all_of_it, cut, strict=True):
+            s = torch.linalg.svdvals(wanted)
+            assert (wanted - got).norm() <= s[rank:].norm() + 4 * 2.0**-24 * size
+            sums = squares.setdefault(name, [0.0, 0.0])
+            sums[0], sums[1] = sums[0] + s[rank:].square().sum(), sums[1] + s.square().sum()
+    assert plain.errors == pytest.approx({name: float((a / b) ** 0.5) for name, (a, b) in squares.items()}, abs=1e-6)
+    model.save_pretrained(tmp_path / "adapter")
+    if model.peft_config["default"].target_parameters:
+        with pytest.raises(ValueError, match="whose ranks it does not tell; load it and pass the model"):
+            export_plain(tmp_path / "adapter", tmp_path / "again", rank=rank)
+    else:
+        assert export_plain(tmp_path / "adapter", tmp_path / "again", rank=rank).errors == plain.errors
 
 
 class Tied(nn.Module):

@@ -83,8 +83,13 @@ def export_uniform(
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """One layer's rank (that of each expert, where it is a stack of them), and what PEFT multiplies B A x with."""
+    """One layer's rank (that of each expert, where it is a stack of them), and what PEFT multiplies B A x with.
 
+    Attributes:
+        name: What the patterns of a ``LoraConfig`` call it; an attention's output projection goes by the attention.
+    """
+
+    name: str
     rank: int
     scaling: float
     experts: int = 1
@@ -194,13 +199,20 @@ def _padded(key: str, value: Tensor, role: str, layer: AdapterLayer, target: int
 
 
 def layers_of_model(model: nn.Module, adapter: str) -> dict[str, AdapterLayer]:
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 
-    return {
-        path: AdapterLayer(layer.r[adapter], float(layer.scaling[adapter]), getattr(layer, "num_experts", 1))
-        for path, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and adapter in layer.r
-    }
+    layers, names = {}, dict[str, str]()
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.r:
+            continue
+        name = names.get(path) or path.removeprefix("base_model.model.").replace(".base_layer", "")
+        if isinstance(layer, MultiheadAttention):
+            names[f"{path}.base_layer.out_proj"] = name
+        if hasattr(layer, "parameter_name"):
+            name = f"{name}.{layer.parameter_name}"
+        experts = getattr(layer, "num_experts", 1)
+        layers[path] = AdapterLayer(name, layer.r[adapter], float(layer.scaling[adapter]), experts)
+    return layers
 
 
 def layers_of_folder(weights: dict[str, Tensor], config: Any) -> dict[str, AdapterLayer]:
@@ -220,5 +232,6 @@ def layers_of_folder(weights: dict[str, Tensor], config: Any) -> dict[str, Adapt
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
         if rank != a.shape[0]:
             raise ValueError(f"model_or_folder: A of {name} has rank {a.shape[0]}, its adapter_config.json says {rank}")
-        layers[owner_of(key)] = AdapterLayer(rank, float(alpha / (math.sqrt(rank) if config.use_rslora else rank)))
+        scaling = float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+        layers[owner_of(key)] = AdapterLayer(name, rank, scaling)
     return layers

@@ -1,10 +1,10 @@
-"""Adapters that took part of their base into A and B: loading them, and ordinary ones made of them."""
+"""Adapters that took part of their base into A and B: loading them, and ordinary ones made of these and of others."""
 
 import copy
 import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,22 @@ from torch import Tensor, nn
 
 from eva_kernels._double import double
 
-from .export import WEIGHTS, changes_base, layers_of_folder, owner_of, read_adapter
+from .export import (
+    WEIGHTS,
+    AdapterLayer,
+    changes_base,
+    layers_of_folder,
+    layers_of_model,
+    owner_of,
+    read_adapter,
+)
 from .peft import PeftAdapter
 from .peft_start import LOADED_BY, STARTS, begin, samples_of
 
 __all__ = ["PlainExport", "export_plain", "load_adapter"]
 
+LEAVING = ("true", "false", "gaussian", "orthogonal", "eva", "mica")  # PEFT's starts that leave the base as it is
+SUMMED = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
 DETERMINISTIC = ("pissa", "olora")  # what PEFT takes from a base weight is the same each time
 SAME_WEIGHT = 2.0**-6  # of the largest entry: what 16 bits round off, with room
 
@@ -33,8 +43,8 @@ class PlainExport:
     Attributes:
         folder: What was written.
         ranks: Layer → its rank there.
-        errors: Layer → ‖ΔW − what was written‖ / ‖ΔW‖, by the singular values that were left out; 0 where none was, and
-            B A is then the same product, of the same numbers.
+        errors: Layer → ‖ΔW − what was written‖ / ‖ΔW‖, of all its matrices together, by the singular values that were
+            left out; 0 where none was, and B A is then the same product, of the same numbers.
     """
 
     folder: Path
@@ -51,17 +61,20 @@ def export_plain(
     initial: str | Path | None = None,
     base: nn.Module | None = None,
 ) -> PlainExport:
-    """Write an adapter that took part of its base into A and B as an ordinary LoRA on the base as it was.
+    """Write an adapter as an ordinary LoRA on the base as it was, also one that took part of its base into A and B.
 
     With A₀, B₀ what it started from, ΔW = s (B A − B₀ A₀) = s [B, −B₀] [A; A₀]: of twice the rank, and nothing rounded.
-    Each layer's scaling stays, whatever rsLoRA or patterns made it.
+    Each layer's scaling stays, whatever rsLoRA or patterns made it. An adapter that took nothing, such as one half of
+    whose rank was held, is one already: it is written as it is, or cut down to ``rank``.
 
     Args:
         model_or_folder: A ``PeftModel`` with one active adapter, or an adapter folder: of
-            :func:`eva_lora.initialize`, or PEFT's own "pissa", "olora", "corda" or "lora_ga".
+            :func:`eva_lora.initialize`, of an ordinary LoRA, or PEFT's own "pissa", "olora", "corda" or "lora_ga". An
+            adapter on parameters (``target_parameters``: stacked experts) must come as a model.
         out: The folder to write; made if need be.
-        rank: The largest rank of a layer there: the leading singular directions of ΔW, from QR decompositions of both
-            factors and a singular value decomposition of 2r × 2r. None: twice the rank.
+        rank: The largest rank of a layer there, of each expert's where it is a stack of them: the leading singular
+            directions of ΔW, from QR decompositions of both factors and a singular value decomposition of as many
+            rows and columns as the whole rank. None: all of it.
         initial: Of PEFT's own: the folder that the adapter was saved in before it was trained.
         base: Of PEFT's own "pissa" and "olora", without ``initial``: the model as it was, from which PEFT takes the
             same again. It is copied.
@@ -69,8 +82,7 @@ def export_plain(
     Raises:
         TypeError: neither a ``PeftModel`` nor a path.
         FileNotFoundError: a folder holds no safetensors adapter.
-        ValueError: an adapter that took nothing from its base, that is no sum of products B A, or whose start is not
-            known; nothing is written then.
+        ValueError: an adapter that is no sum of products B A, or whose start is not known; nothing is written then.
     """
     from peft import PeftModel
 
@@ -84,36 +96,58 @@ def export_plain(
         with tempfile.TemporaryDirectory() as saved:
             model.save_pretrained(saved, selected_adapters=[name])
             config, weights = read_adapter(Path(saved, "" if name == "default" else name))
+        layers = layers_of_model(model, name)
     else:
         config, weights = read_adapter(Path(model_or_folder))
-    if not changes_base(config):
+        layers = layers_of_folder(weights, config)
+    if changes_base(config):
+        weights = _beside_starts(weights, layers, _starts(config, weights, initial, base))
+        layers = {owner: replace(layer, rank=2 * layer.rank) for owner, layer in layers.items()}
+    elif str(config.init_lora_weights).lower() not in LEAVING:
         raise ValueError(
-            f"model_or_folder: init_lora_weights={config.init_lora_weights!r} leaves the base as it is, or it is not "
-            "known what it leaves there: there is nothing to give back"
+            f"model_or_folder: it is not known what init_lora_weights={config.init_lora_weights!r} leaves in the base"
         )
-    layers = layers_of_folder(weights, config)
-    starts = _starts(config, weights, initial, base)
-    made: dict[str, Tensor] = {}
-    ranks, scalings, errors = {}, {}, {}
+    elif initial is not None or base is not None:
+        raise ValueError(
+            f"model_or_folder: init_lora_weights={config.init_lora_weights!r} leaves the base as it is: expected "
+            "neither initial nor base"
+        )
+    whole = rank is None or all(layer.rank <= rank for layer in layers.values())
+    if changes_base(config) or not whole:
+        strange = [key for key in weights if "lora_" in key and not key.endswith(SUMMED)]
+        if strange:
+            raise ValueError(f"model_or_folder: {strange[0]} is no part of a sum of products B A")
+    left: dict[str, list[float]] = {layer.name: [0.0, 0.0] for layer in layers.values()}
     for owner, layer in layers.items():
-        a, b = weights.pop(f"{owner}.lora_A.weight"), weights.pop(f"{owner}.lora_B.weight")
+        if rank is not None and layer.rank > rank:
+            names = f"{owner}.lora_A.weight", f"{owner}.lora_B.weight"
+            (weights[names[0]], weights[names[1]]), squares = _truncated(
+                weights[names[0]], weights[names[1]], rank, layer.experts
+            )
+            left[layer.name] = [sum(both) for both in zip(left[layer.name], squares, strict=True)]
+            layers[owner] = replace(layer, rank=len(weights[names[0]]) // layer.experts)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    (_plain_config(config, layers.values()) if changes_base(config) or not whole else config).save_pretrained(out)
+    errors = {name: (lost / total) ** 0.5 if total else 0.0 for name, (lost, total) in left.items()}
+    return PlainExport(out, {layer.name: layer.rank for layer in layers.values()}, errors)
+
+
+def _beside_starts(
+    weights: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], starts: Mapping[str, Factors]
+) -> dict[str, Tensor]:
+    """An adapter's weights with [A; A₀] for A and [B, −B₀] for B, and without what only its start holds."""
+    made = {key: value for key, value in weights.items() if f".{STARTS}." not in key}
+    for owner in layers:
+        names = f"{owner}.lora_A.weight", f"{owner}.lora_B.weight"
+        a, b = (made[name] for name in names)
         if owner not in starts or [part.shape for part in starts[owner]] != [a.shape, b.shape]:
             raise ValueError(f"initial: it holds no start for {owner}, or one of another shape")
         first, second = starts[owner]
-        both = torch.cat([a, first.to(a)]), torch.cat([b, -second.to(b)], 1)
-        (a, b), error = (both, 0.0) if rank is None or rank >= len(both[0]) else _truncated(*both, rank)
-        made |= {f"{owner}.lora_A.weight": a.contiguous(), f"{owner}.lora_B.weight": b.contiguous()}
-        name = owner.removeprefix("base_model.model.")
-        ranks[name], scalings[name], errors[name] = len(a), layer.scaling, error
-    others = {key: value for key, value in weights.items() if f".{STARTS}." not in key}
-    strange = [key for key in others if "lora_" in key]
-    if strange:
-        raise ValueError(f"model_or_folder: {strange[0]} is no part of a sum of products B A")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({**made, **others}, out / WEIGHTS, metadata={"format": "pt"})
-    _plain_config(config, ranks, scalings).save_pretrained(out)
-    return PlainExport(out, ranks, errors)
+        made[names[0]] = torch.cat([a, first.to(a)]).contiguous()
+        made[names[1]] = torch.cat([b, -second.to(b)], 1).contiguous()
+    return made
 
 
 @torch.no_grad()
@@ -198,21 +232,28 @@ def _starts(
     return {owner: (first[f"{owner}.lora_A.weight"], first[f"{owner}.lora_B.weight"]) for owner in owners}
 
 
-def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Factors, float]:
-    """The leading directions of B A, and ‖what is left out‖ / ‖B A‖."""
-    down, up = (torch.linalg.qr(double(matrix)) for matrix in (a.flatten(1).T, b.flatten(1)))
-    u, s, v = torch.linalg.svd(up.R @ down.R.T)
-    root = s[:rank].sqrt()
-    shapes = (rank, *a.shape[1:]), (b.shape[0], rank, *b.shape[2:])
-    factors = root[:, None] * v[:rank] @ down.Q.T, up.Q @ u[:, :rank] * root
-    kept = tuple(matrix.to(a).reshape(shape) for matrix, shape in zip(factors, shapes, strict=True))
-    total = float(s.square().sum())
-    return (kept[0], kept[1]), float((s[rank:].square().sum() / total).sqrt()) if total else 0.0
+def _truncated(a: Tensor, b: Tensor, rank: int, experts: int) -> tuple[Factors, tuple[float, float]]:
+    """The leading directions of B A, and ‖what is left out‖² and ‖B A‖²; of a stack of experts of each, all together.
+
+    PEFT has A as (experts · r, …), an expert's rows together, and B as (out, r · experts), those of one rank together.
+    """
+    first = double(a).reshape(experts, len(a) // experts, -1)  # (experts, r, in)
+    second = double(b).reshape(len(b), -1, experts).permute(2, 0, 1)  # (experts, out, r)
+    down, up = torch.linalg.qr(first.mT), torch.linalg.qr(second)
+    u, s, v = torch.linalg.svd(up.R @ down.R.mT, full_matrices=False)
+    rank = min(rank, s.shape[1])
+    root = s[:, :rank].sqrt()
+    first, second = root[..., None] * (v[:, :rank] @ down.Q.mT), up.Q @ u[..., :rank] * root[:, None]
+    shapes = (experts * rank, *a.shape[1:]), (len(b), rank * experts, *b.shape[2:])
+    factors = first.flatten(0, 1), second.permute(1, 2, 0).flatten(1)
+    kept = tuple(matrix.to(a).reshape(shape).contiguous() for matrix, shape in zip(factors, shapes, strict=True))
+    return (kept[0], kept[1]), (float(s[:, rank:].square().sum()), float(s.square().sum()))
 
 
-def _plain_config(config: Any, ranks: Mapping[str, int], scalings: Mapping[str, float]) -> Any:
+def _plain_config(config: Any, layers: Collection[AdapterLayer]) -> Any:
     """The config of the ordinary adapter: these ranks, and alphas that give these scalings."""
-    alphas = {name: scalings[name] * rank for name, rank in ranks.items()}
+    ranks = {layer.name: layer.rank for layer in layers}
+    alphas = {layer.name: layer.scaling * layer.rank for layer in layers}
     alphas = {name: int(alpha) if float(alpha).is_integer() else alpha for name, alpha in alphas.items()}
     plain = copy.deepcopy(config)
     plain.init_lora_weights, plain.use_rslora = True, False

@@ -133,8 +133,8 @@ def apply(plan_file: Path, model: str, output: Path, as_json: bool, **params: An
 @click.option(
     "--plain",
     is_flag=True,
-    help="In place of that: give back what the adapter took from its base, in an ordinary adapter of twice "
-    "the rank for the base as it was, or of --rank.",
+    help="In place of that: an ordinary adapter for the base as it was, of twice the rank where this one took part of "
+    "its base, or of --rank.",
 )
 @click.option(
     "--initial", type=click.Path(path_type=Path),

@@ -197,7 +197,7 @@ def fit_method(
 
 def _fit_leading(weight: Tensor, moment: SecondMoment, rank: int) -> MethodFit:
     """Of M = W and p = 2, at the top."""
-    moment = SecondMoment(*(part.to(weight) for part in moment))
+    moment = type(moment)(*(part.to(weight) for part in moment))
     fit = fit_image(weight, moment, rank)
     squares = double(torch.linalg.vector_norm(fit.right, dim=1)).square().cpu()
     seen = double(torch.linalg.vector_norm(fit.right @ moment.factor, dim=1)).square().cpu()

@@ -268,17 +268,33 @@ def test_an_incomplete_file_is_named_and_the_base_stays(base, tmp_path):
             assert torch.equal(getattr(layer, "base_layer", layer).weight, module.weight)
 
 
-def test_ordinary_adapters_load_as_ever_and_have_nothing_to_give_back(base, tmp_path):
+def test_ordinary_adapters_load_as_ever_and_are_written_as_they_are(base, tmp_path):
     model = lora(copy.deepcopy(base))
     eva_initialize(model, token_batches(), progress=False)
-    trained(model).save_pretrained(tmp_path)
-    assert near(logits(load_adapter(copy.deepcopy(base), tmp_path)), logits(model))
-    with pytest.raises(ValueError, match="init_lora_weights=True leaves the base as it is"):
-        export_plain(model, tmp_path / "plain")
+    trained(model).save_pretrained(tmp_path / "adapter")
+    assert near(logits(load_adapter(copy.deepcopy(base), tmp_path / "adapter")), logits(model))
+    saved, files = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), []
+    for number, source in enumerate((model, tmp_path / "adapter")):
+        plain = export_plain(source, tmp_path / f"plain{number}", rank=(None, 64)[number])
+        assert set(plain.errors.values()) == {0.0}
+        assert plain.ranks == {
+            name: layer.r["default"] for name, layer in model.get_base_model().named_modules() if hasattr(layer, "r")
+        }
+        files.append(load_file(plain.folder / "adapter_model.safetensors"))
+        assert near(logits(PeftModel.from_pretrained(copy.deepcopy(base), plain.folder)), logits(model))
+    assert all(torch.equal(value, file[name]) for name, value in saved.items() for file in files)
+    with pytest.raises(ValueError, match="leaves the base as it is: expected neither initial nor base"):
+        export_plain(model, tmp_path / "plain", base=base)
     with pytest.raises(TypeError, match="expected a PeftModel or a folder, got LlamaForCausalLM"):
         export_plain(base, tmp_path / "plain")
     with pytest.raises(ValueError, match="rank: expected None or an integer of at least 1, got 0"):
         export_plain(model, tmp_path / "plain", rank=0)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **loftq}))
+    with pytest.raises(ValueError, match="not known what init_lora_weights='loftq' leaves in the base"):
+        export_plain(tmp_path / "adapter", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
 # --- PEFT's own
