@@ -38,7 +38,7 @@ __all__ = [
 LOADED_BY = "eva_lora.load_adapter: "  # begins ``init_lora_weights`` of such an adapter; the method follows
 STARTS = "lora_start"  # PEFT saves what is named after its prefix
 SAMPLES = 32
-PIECE = 2**16  # entries of a weight that are changed at a time: half a MiB in float64, which a core's cache holds twice
+PIECE = 2**17  # entries of a weight that are changed at a time: 1 MiB in float64, which a core's cache holds
 
 _INSTEAD = "eva_lora.export_plain makes an ordinary adapter of it, for the base as it was, which does"
 _NEUTRAL = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that neither read the base nor change it
