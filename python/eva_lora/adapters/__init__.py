@@ -19,7 +19,7 @@ from .generators import noted_generators, ordinary_tensors, same_generators
 from .outline import ModelOutline
 from .parameters import ParameterSite, SiteAdapter
 from .peft import PeftAdapter
-from .peft_naming import is_targeted, pattern_of, planned_targets
+from .peft_naming import PatternsAmong, is_targeted, planned_targets
 from .plain import PlainExport, export_plain, load_adapter
 from .preflight import (
     is_lora,
@@ -47,6 +47,7 @@ __all__ = [
     "ModelOutline",
     "ParameterSite",
     "Patches",
+    "PatternsAmong",
     "PeftAdapter",
     "PlainExport",
     "Requantize",
@@ -63,7 +64,6 @@ __all__ = [
     "load_adapter",
     "noted_generators",
     "ordinary_tensors",
-    "pattern_of",
     "planned_targets",
     "register_adapter",
     "require_changeable",
