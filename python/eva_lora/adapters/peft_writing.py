@@ -11,9 +11,9 @@ from torch import nn
 
 from ..planning import EvaPlan, PlannedSite
 from .generators import same_generators
-from .parameters import check_plan
 from .peft_layers import ConvSite, factors, parts_of, renew_magnitude, second_of
 from .peft_naming import PatternsAmong, base_names, retarget
+from .plan_check import check_plan
 from .sharded import fill_
 from .sites import LoraSite
 
