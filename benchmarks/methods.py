@@ -20,6 +20,7 @@ directions' energy is lost. Of many layers every so many are compared.
 import argparse
 import copy
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -151,15 +152,15 @@ def table() -> None:
     exact = [torch.linalg.svd(w.double(), full_matrices=False) for w in weights]
     ways: dict[str, Any] = {
         f"pissa_niter_{n}": lambda w, n=n: svd_lowrank(w, RANK, niter=n)[0] for n in (4, 16)
-    } | dict.fromkeys((f"depth {depth}" for depth in (3, 4, 5, 6, 8)), lambda w: leading_singular(w, RANK).left)
-    chosen = krylov.DEPTH, krylov.GAIN
+    } | dict.fromkeys((f"depth {depth}" for depth in (4, 5, 6, 7, 8, 9)), lambda w: leading_singular(w, RANK).left)
+    chosen = krylov.DEPTH, krylov.LOST, krylov.TURNED
     ways["as it is"] = lambda w: leading_singular(w, RANK).left
     ways["full SVD"] = lambda w: torch.linalg.svd(w, full_matrices=False)[0][:, :RANK]
     for name, way in ways.items():
         if name.startswith("depth"):
-            krylov.DEPTH, krylov.GAIN = int(name.split()[1]), 1.0  # no more than that
+            krylov.DEPTH, krylov.LOST, krylov.TURNED = int(name.split()[1]), math.inf, math.inf  # no more than that
         else:
-            krylov.DEPTH, krylov.GAIN = chosen
+            krylov.DEPTH, krylov.LOST, krylov.TURNED = chosen
         way(weights[0])
         tick = time.process_time()
         found = [way(w) for w in weights]

@@ -5,13 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._double import double
 from ..orthonormal import orthonormalize
 from .krylov import leading_vectors
 from .reference import dense_vectors
 
 __all__ = ["SingularEnd", "leading_singular", "trailing_singular"]
 
-DENSE_BLOCKS = 3  # so many blocks of the smaller side: all directions at once cost no more
+DENSE_SIDE, DENSE_BLOCKS = 128, 3  # a smaller side of so many, or so many blocks of it: all directions cost no more
 
 
 class SingularEnd(NamedTuple):
@@ -19,10 +20,12 @@ class SingularEnd(NamedTuple):
 
     Attributes:
         left: U, (..., m, r): orthonormal columns.
+        right: Uᵀ M, (..., r, n).
         values: (..., r) float64: descending from the leading end, ascending from the trailing one.
     """
 
     left: Tensor
+    right: Tensor
     values: Tensor
 
 
@@ -45,14 +48,12 @@ def leading_singular(
         ValueError: fewer than two dimensions, or a rank out of range.
     """
     flat, batch = _checked(matrix, rank)
-    width = rank + max(8, rank // 2)
+    width = max(8, rank)  # no less, so that a value that is there more than once is found as often
     wide = flat if flat.shape[1] <= flat.shape[2] else flat.mT  # the smaller side is the one that is searched
-    found = leading_vectors(wide, rank, width, seed) if wide.shape[1] > DENSE_BLOCKS * width else None
+    found = leading_vectors(wide, rank, width, seed) if wide.shape[1] > max(DENSE_SIDE, DENSE_BLOCKS * width) else None
     if found is None:
-        left, values = dense_vectors(flat, rank, leading=True)
-    else:
-        left, values = found if wide is flat else _other_side(flat, *found)
-    return SingularEnd(left.reshape(*batch, *left.shape[1:]), values.reshape(*batch, rank))
+        return _end(flat, batch, *dense_vectors(flat, rank, leading=True))
+    return _end(flat, batch, orthonormalize(found if wide is flat else flat @ found))
 
 
 def trailing_singular(
@@ -62,8 +63,7 @@ def trailing_singular(
     """The ``rank`` smallest of the min(m, n) that there are, by a full decomposition in float64: no product with the
     matrix's square tells them from rounding. Arguments and errors as in :func:`leading_singular`."""
     flat, batch = _checked(matrix, rank)
-    left, values = dense_vectors(flat, rank, leading=False)
-    return SingularEnd(left.reshape(*batch, *left.shape[1:]), values.reshape(*batch, rank))
+    return _end(flat, batch, *dense_vectors(flat, rank, leading=False))
 
 
 def _checked(matrix: Tensor, rank: int) -> tuple[Tensor, torch.Size]:
@@ -76,6 +76,8 @@ def _checked(matrix: Tensor, rank: int) -> tuple[Tensor, torch.Size]:
     return matrix.reshape(-1, *matrix.shape[-2:]), matrix.shape[:-2]
 
 
-def _other_side(matrix: Tensor, right: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Left vectors from right ones, made orthonormal where the matrix has fewer directions than were asked for."""
-    return orthonormalize(matrix @ right), values
+def _end(matrices: Tensor, batch: torch.Size, left: Tensor, values: Tensor | None = None) -> SingularEnd:
+    """With Uᵀ M, and the batch's dimensions back; without values, their norms."""
+    right = left.mT @ matrices
+    values = double(torch.linalg.vector_norm(right, dim=-1)) if values is None else values
+    return SingularEnd(*(part.reshape(*batch, *part.shape[1:]) for part in (left, right, values)))

@@ -1,14 +1,22 @@
 """Leading eigenvectors of M Mᵀ from a block Krylov space."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .._double import double, home_of
-from ..orthonormal import orthonormalize, orthonormalize_apart
+from .._double import home_of
+from ..gram import gram_accumulate_
+from ..orthonormal import orthonormalize
 
-DEPTH = 6  # blocks at least: README.md
-GAIN = 3e-4  # of the leading energy: more from the last block, and another one follows
-PIECES = 4  # of a matrix's rows: products of each with those before it are 5/8 of all
+DEPTH = 7  # blocks at least: README.md
+LOST = 5e-5  # of the leading energy: more that may be missing, and blocks go on
+TURNED = 2e-3  # 1 − cosine² of the subspace, and the same
+GAP = 0.02  # of the last value's energy, to the next one: with less, no subspace is the answer
+STRAYED = 1e-3  # from orthonormal: vectors of a space that is not one
+STEEP = 25.0  # mean squares of entries: with less energy in a value, rounding entries to bfloat16 is felt
+SHARE = 0.25  # of M Mᵀ's operations in float32: what half of them take in bfloat16
 
 
 def leading_vectors(
@@ -16,50 +24,111 @@ def leading_vectors(
     rank: int,
     width: int,
     seed: int,
-) -> tuple[Tensor, Tensor]:  # (b, m, r), (b, r) float64
-    """The leading left singular vectors and values, from blocks of ``width`` columns: M Mᵀ times the block before, made
+    *,
+    rounds: bool = True,
+) -> Tensor | None:  # (b, m, r)
+    """The leading left singular vectors, from blocks of ``width`` columns: M Mᵀ times the block before, made
     orthogonal to all before and orthonormal (block Lanczos), all of which together are searched (Rayleigh and Ritz).
 
-    There are ``DEPTH`` of them, and more as long as what is found has more than ``GAIN`` of its energy in the last one:
-    that is no less than the last one brought, and what is still missing is less by about the factor that each block
-    takes off. M Mᵀ is formed where that costs less than the products with M that it spares. All of it is in the
-    matrices' own precision: neighbouring directions that its rounding turns into each other hold the same energy.
-    """
-    m, n = matrices.shape[1:]
-    columns = (DEPTH + 1) * width  # that are multiplied with M Mᵀ: the noise, and each block
-    share = (PIECES + 1) / (2 * PIECES)
-    square = _square(matrices) if share * m * n + m * columns < 2 * n * columns else None
+    There are ``DEPTH`` of them, and more as long as what is missing may be more than ``LOST`` of the energy, or turn
+    the subspace by more than ``TURNED``. The last block brought no more than vectors lose without their part in it, and
+    each takes off the same factor or more: what is missing is the rest of that series at most. How many blocks it asks
+    for is reckoned from it, so that vectors are sought two or three times.
 
-    def times(x: Tensor) -> Tensor:  # (b, m, c) -> (b, m, c)
-        return square @ x if square is not None else matrices @ (matrices.mT @ x)
+    M Mᵀ is formed where that costs less than the products with M that it spares; of a float32 matrix on a CPU its
+    entries are rounded to bfloat16, unless singular values fall so far that it would be felt (``STEEP``). Blocks
+    are rows in memory: few rows times a matrix cost less than a matrix times few columns.
+
+    Args:
+        rounds: Whether entries may be rounded.
+
+    Returns:
+        Columns that are orthonormal but for rounding. None where blocks could not be kept orthogonal, as of matrices
+        of fewer directions than are asked for, or where another block that is asked for has no room.
+    """
+    b, m, n = matrices.shape
+    rounds = rounds and matrices.dtype == torch.float32 and matrices.device.type == "cpu"
+    columns = (DEPTH + 3) * width  # that are multiplied with M Mᵀ, about
+    forms = (SHARE if rounds else 1) * m * n + m * columns < 2 * n * columns
+    square = None if not forms else _rounded_square(matrices) if rounds else matrices @ matrices.mT
+
+    def times(x: Tensor) -> Tensor:  # (b, c, m) -> (b, c, m): of each row
+        return x @ square if square is not None else (x @ matrices) @ matrices.mT
 
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(m, width, generator=generator, dtype=torch.float32, device="cpu").to(matrices)
-    block = times(noise.expand(len(matrices), -1, -1))
-    space = images = matrices.new_empty(len(matrices), m, 0)
+    noise = torch.randn(width, m, generator=generator, dtype=torch.float32, device="cpu").to(matrices)
+    block = times(noise.expand(b, -1, -1))
+    space = matrices.new_empty(b, min(m, 3 * DEPTH * width), m)
+    size, sought, images = 0, DEPTH * width, []
     while True:
-        block = orthonormalize_apart(block, space)
-        space, images = torch.cat([space, block], -1), torch.cat([images, times(block)], -1)
-        block = images[..., -width:]
-        full = space.shape[-1] + width > m
-        if space.shape[-1] < DEPTH * width and not full:
-            continue
-        projected = (space.mT @ images).to(home_of(space.device))  # where there is an eigensolver, too
-        values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-        energy = values[..., -rank:]
-        gained = (energy * vectors[..., -width:, -rank:].square().sum(-2)).sum(-1)
-        if full or bool((gained <= GAIN * energy.sum(-1)).all()):
-            break
-    best = vectors[..., -rank:].flip(-1).to(space)
-    return orthonormalize(space @ best), double(values[..., -rank:].flip(-1).clamp_min(0)).sqrt()
+        if size:
+            block = torch.baddbmm(block, block @ space[:, :size].mT, space[:, :size], alpha=-1)
+        if size + width > space.shape[1]:
+            space = torch.cat([space, torch.empty_like(space)], 1)
+        space[:, size : size + width] = orthonormalize(block.mT).mT
+        recent = space[:, max(0, size - width) : size + width]  # of earlier ones the next block has rounding alone
+        block, size = times(space[:, size : size + width]), size + width
+        images.append(block @ recent.mT)
+        if size >= sought or size + width > m:
+            projected = _assembled(images).to(home_of(space.device))  # where there is an eigensolver, too
+            values, vectors = torch.linalg.eigh(projected)
+            blocks = _blocks_to_come(projected, values, vectors, rank, width)
+            if not blocks or size == m:
+                break
+            if size + width > m:
+                return None
+            sought = size + width * blocks
+        block = torch.baddbmm(block, images[-1], recent, alpha=-1)
+    if square is not None and rounds:
+        mean = square.diagonal(dim1=-2, dim2=-1).sum(-1) / (m * n)
+        if bool((values[..., -rank] < STEEP * mean).any()):
+            return leading_vectors(matrices, rank, width, seed, rounds=False)
+    found = vectors[..., -rank:].flip(-1).to(space).mT @ space[:, :size]
+    strayed = found @ found.mT - torch.eye(rank, dtype=found.dtype, device=found.device)
+    if not bool((strayed.abs() <= STRAYED).all()):
+        return None
+    return found.mT
 
 
-def _square(matrices: Tensor) -> Tensor:  # (b, m, n) -> (b, m, m)
-    """M Mᵀ, of whose two equal halves one is computed."""
-    m = matrices.shape[1]
-    product = matrices.new_empty(len(matrices), m, m)
-    for i in range(PIECES):
-        start, end = m * i // PIECES, m * (i + 1) // PIECES
-        product[:, start:end, :end] = matrices[:, start:end] @ matrices[:, :end].mT
-        product[:, :start, start:end] = product[:, start:end, :start].mT
-    return product
+def _blocks_to_come(
+    projected: Tensor,  # (b, q, q): M Mᵀ in the space
+    values: Tensor,  # (b, q) ascending
+    vectors: Tensor,  # (b, q, q)
+    rank: int,
+    width: int,
+) -> int:
+    """How many more blocks are asked for, by what vectors have in the last two: 0 where nothing is."""
+    top, both = values[:, -rank:], vectors[:, -2 * width :, -rank:]
+    last, own = both[:, width:], projected[:, -width:, -width:]
+    held = (both.square() @ top[..., None]).view(-1, 2, width).sum(-1)
+    kept = (last * (own @ last)).sum((1, 2))
+    seen = torch.cat([values[:, -rank - 1 :], held, kept[:, None]], 1)
+    most = 0
+    for after, least, *others, before, now, stays in seen.tolist():
+        energy, gap = least + sum(others), least - after
+        allowed = LOST * energy if gap <= GAP * least else min(LOST * energy, TURNED * gap)
+        factor = min(now / before, 0.9) if before > 0 else 0.0
+        missing = (now - stays) * factor / (1 - factor)
+        if missing > allowed:
+            most = max(most, 1, round(math.log(allowed / missing) / math.log(factor)))
+    return most
+
+
+def _assembled(images: Sequence[Tensor]) -> Tensor:  # (b, c, c), (b, c, 2 c), … -> (b, q, q)
+    """M Mᵀ in a space, of which each block's image has parts in itself and the block before: the lower triangle, which
+    is all that is read."""
+    width, size = images[0].shape[1], images[0].shape[1] * len(images)
+    whole = images[0].new_zeros(len(images[0]), size, size)
+    for i, image in enumerate(images):
+        whole[:, i * width : (i + 1) * width, max(0, i - 1) * width : (i + 1) * width] = image
+    return whole
+
+
+def _rounded_square(matrices: Tensor) -> Tensor:  # (b, m, n) float32 -> (b, m, m)
+    """M Mᵀ of entries in bfloat16."""
+    b, m, _ = matrices.shape
+    squares, shift = matrices.new_zeros(b, m, m), matrices.new_zeros(m)
+    totals = torch.zeros(m, dtype=torch.float64, device="cpu"), torch.zeros((), dtype=torch.float64, device="cpu")
+    for square, matrix in zip(squares, matrices, strict=True):
+        gram_accumulate_(square, *totals, matrix.bfloat16().mT.contiguous(), shift)
+    return squares

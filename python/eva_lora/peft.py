@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from .adapters import (
     LayerInput,
     LoraSite,
+    PatternsAmong,
     PeftAdapter,
     TrainedLayers,
     is_targeted,
     ordinary_tensors,
-    pattern_of,
     planned_targets,
     require_ordinary,
 )
@@ -255,7 +255,7 @@ def planned_config(peft_config: Any, eva_plan: EvaPlan) -> Any:
     """
     from peft.utils.other import get_pattern_key
 
-    config, names = copy.deepcopy(peft_config), list(eva_plan.sites)
+    config, patterns = copy.deepcopy(peft_config), PatternsAmong(eva_plan.sites)
     config.rank_pattern, config.alpha_pattern = {}, {}
     if config.init_lora_weights in ("orthogonal", False):
         config.init_lora_weights = True
@@ -266,15 +266,15 @@ def planned_config(peft_config: Any, eva_plan: EvaPlan) -> Any:
             growth = site.rank / site.configured_rank
             alpha *= math.sqrt(growth) if peft_config.use_rslora else growth
         if site.rank:
-            config.rank_pattern[pattern_of(name, names)] = site.rank
-            config.alpha_pattern[pattern_of(name, names)] = int(alpha) if float(alpha).is_integer() else alpha
+            config.rank_pattern[patterns.of(name)] = site.rank
+            config.alpha_pattern[patterns.of(name)] = int(alpha) if float(alpha).is_integer() else alpha
     removed = [name for name, site in eva_plan.sites.items() if site.rank == 0]
     if removed:
         former = config.exclude_modules or []
-        patterns = [former] if isinstance(former, str) else [rf"(.*\.)?{re.escape(name)}" for name in former]
-        config.exclude_modules = "|".join([*patterns, *map(re.escape, removed)])  # a text is matched whole
+        before = [former] if isinstance(former, str) else [rf"(.*\.)?{re.escape(name)}" for name in former]
+        config.exclude_modules = "|".join([*before, *map(re.escape, removed)])  # a text is matched whole
         if config.target_parameters:
-            of_parameters = [name for name in names if is_targeted(name, config.target_parameters)]
+            of_parameters = [name for name in eva_plan.sites if is_targeted(name, config.target_parameters)]
             kept = [name for name in of_parameters if name not in removed]
             config.target_parameters = planned_targets(config.target_parameters, kept, of_parameters)
     return config

@@ -104,3 +104,52 @@ def test_flat_spectra_take_more_blocks():
     s = torch.linalg.svdvals(matrix.double())
     best = s[:16].square().sum()
     assert (found.left.double().T @ matrix.double()).square().sum() >= (1 - 2e-4) * best
+
+
+def with_values(values, n=400, seed=0):
+    """Of so many singular values: float32."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (
+        torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64)).Q
+        for size in (len(values), n)
+    )
+    return ((u * values) @ v.T).float()
+
+
+@pytest.mark.parametrize("times", [8, 16, 40])
+def test_a_value_that_is_there_more_than_once_is_found_as_often(times):
+    values = torch.linspace(1, 0.1, 300, dtype=torch.float64)
+    values[:times] = 1.5
+    found = leading_singular(with_values(values), 16)
+    best = values[:16].square().sum()
+    assert found.values.square().sum() >= (1 - 2e-4) * best
+    assert deviation(found.left).abs().max() <= orthonormality(300, 16, torch.float32)
+
+
+def test_where_values_fall_by_orders_of_magnitude_nothing_is_rounded():
+    """The first value is 500 times the 16th: rounding entries to bfloat16 would turn the subspace to 0.99 of itself."""
+    values = 2e-3 * torch.linspace(1, 0.1, 300, dtype=torch.float64)
+    values[0], values[16:] = 1.0, 0.97 * values[16:]
+    matrix = with_values(values)
+    u = torch.linalg.svd(matrix.double())[0][:, :16]
+    assert torch.linalg.svdvals(u.T @ leading_singular(matrix, 16).left.double())[-1] >= 0.999
+    rounded = torch.linalg.svd(matrix.bfloat16().double())[0][:, :16]
+    assert torch.linalg.svdvals(u.T @ rounded)[-1] < 0.999
+
+
+@pytest.mark.parametrize("shape", [(0,), (2,)], ids=str)
+def test_matrices_of_zeros_have_orthonormal_vectors(shape):
+    found = leading_singular(torch.zeros(*shape, 200, 300), 8)
+    assert not found.values.any()
+    assert not found.right.any()
+    assert not shape[0] or deviation(found.left).abs().max() <= orthonormality(200, 8, torch.float32)
+
+
+def test_right_vectors_and_values_are_of_the_matrix_itself():
+    """Not of its entries in bfloat16: A and B are made of them."""
+    matrix = matrix_of((200, 900), decay=0.5)
+    found = leading_singular(matrix, 16)
+    right = found.left.double().T @ matrix.double()
+    # A sum of 200 products in float32, each of a unit vector's entry and a matrix's: 200 roundings at most.
+    assert (found.right - right).abs().max() <= 200 * 2.0**-24 * matrix.norm(dim=0).max()
+    torch.testing.assert_close(found.values, right.norm(dim=1), rtol=200 * 2.0**-24, atol=0)

@@ -109,6 +109,24 @@ def test_a_weight_that_is_not_computed_with_is_not_believed():
     assert torch.allclose(base(module).read(), expected, rtol=2 * UNIT, atol=0)
 
 
+@pytest.mark.parametrize("way", ["as it is", "its own forward", "its class's forward"])
+def test_only_a_plain_linear_layer_is_not_asked_what_it_computes_with(way, monkeypatch):
+    module, calls = linear(bias=False), []
+    scale = torch.linspace(0.5, 2, 64)
+
+    def scaled(layer, x):
+        calls.append(len(x))
+        return nn.functional.linear(x * scale, layer.weight)
+
+    if way == "its own forward":
+        module.forward = lambda x: scaled(module, x)
+    elif way == "its class's forward":
+        monkeypatch.setattr(nn.Linear, "forward", scaled)
+    expected = module.weight if way == "as it is" else module.weight * scale
+    assert torch.allclose(base(module).read(), expected, rtol=2 * UNIT, atol=0)
+    assert bool(calls) == (way != "as it is")
+
+
 def test_dequantize_is_asked_first_and_checked():
     module = Packed(linear())
     asked = []

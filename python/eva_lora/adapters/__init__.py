@@ -17,9 +17,9 @@ from .export import VLLM_RANKS, export_uniform
 from .fused import is_fused
 from .generators import noted_generators, ordinary_tensors, same_generators
 from .outline import ModelOutline
-from .parameters import ParameterSite, SiteAdapter
+from .parameters import ParameterSite
 from .peft import PeftAdapter
-from .peft_naming import is_targeted, pattern_of, planned_targets
+from .peft_naming import PatternsAmong, is_targeted, planned_targets
 from .plain import PlainExport, export_plain, load_adapter
 from .preflight import (
     is_lora,
@@ -33,6 +33,7 @@ from .preflight import (
     wrapper_of,
 )
 from .sharded import whole_weights
+from .site_adapter import SiteAdapter
 from .sites import InnerWeight, LayerInput, LoraSite, Patches, Rows
 from .training import TrainedLayers
 
@@ -47,6 +48,7 @@ __all__ = [
     "ModelOutline",
     "ParameterSite",
     "Patches",
+    "PatternsAmong",
     "PeftAdapter",
     "PlainExport",
     "Requantize",
@@ -63,7 +65,6 @@ __all__ = [
     "load_adapter",
     "noted_generators",
     "ordinary_tensors",
-    "pattern_of",
     "planned_targets",
     "register_adapter",
     "require_changeable",

@@ -14,6 +14,7 @@ Requantize = Callable[[str, nn.Module, Tensor], object]
 
 PROBED_ROWS = 512  # of the identity, at a time
 CHECKED_COLUMNS = 4
+LINEAR = nn.Linear.forward
 AS_COMPUTED = 2.0**-5  # of the largest entry: what an 8-bit activation or a 16-bit output may round off
 
 
@@ -48,8 +49,8 @@ class BaseWeight:
         """The matrix that the layer multiplies its inputs with, on the layer's device.
 
         What ``dequantize`` gives; else a weight in floating point as it is, or what bitsandbytes, HQQ and torchao make
-        of theirs, if some of its columns are what the layer computes with; else what the layer makes of the identity,
-        which every linear layer answers with its matrix.
+        of theirs, if some of its columns are what the layer computes with, which a plain ``nn.Linear`` is not asked;
+        else what the layer makes of the identity, which every linear layer answers with its matrix.
 
         Raises:
             TypeError: what ``dequantize`` gives is no tensor.
@@ -63,7 +64,9 @@ class BaseWeight:
         weight = self._own() if given is None and self.matrix_is_weight else given
         if weight is not None and weight.ndim > 1:
             matrix = weight.detach().float().flatten(1)
-            believed = given is None and weight.ndim > 2  # a convolution's: it takes no rows
+            # A plain linear layer computes with nothing else; a convolution takes no rows.
+            plain = not self.fan_in_fan_out and _is_plain(self.module)
+            believed = given is None and (weight.ndim > 2 or plain)
             if matrix.shape == (self.out_features, self.in_features) and (believed or self._is_computed(matrix)):
                 return matrix
         if given is not None:
@@ -184,6 +187,13 @@ class KnownWeight(BaseWeight):
     def read(self, dequantize: Dequantize | None = None) -> Tensor:  # (out, in) float32
         """The matrix; ``dequantize`` is not asked."""
         return self.matrix().detach().float()
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module multiplies with its weight as it is, and nobody has put another forward in place of its own."""
+    if type(module) is not nn.Linear or "forward" in vars(module) or nn.Linear.forward is not LINEAR:
+        return False
+    return type(module.weight) is nn.Parameter and module.weight.is_floating_point()
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -7,7 +7,7 @@ from torch import nn
 
 from . import layouts, litgpt, loralib, patched, torchtune
 from .outline import plain_modules
-from .parameters import SiteAdapter
+from .site_adapter import SiteAdapter
 from .sites import LeftAlone, LoraSite
 
 __all__ = ["find"]

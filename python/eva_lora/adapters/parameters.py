@@ -1,8 +1,7 @@
-"""Adapters whose layers keep A and B as parameters: most implementations, and anybody's own."""
+"""Layers that keep A and B as parameters: most implementations, and anybody's own."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,32 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..planning import EvaPlan, PlannedSite
+from .answers import Answers, AskedLayer
 from .base_weights import BaseWeight, KnownWeight
 from .held import Halves, hold, is_held
-from .preflight import require_no_optimizer
 from .sharded import fill_
 from .sites import LeftAlone, LoraSite, Patches, Rows
 
-__all__ = ["Answers", "ParameterSite", "SiteAdapter", "check_plan"]
-
-LARGER = 256.0  # than the base's output, what B A x is made to be while its scaling is looked for
-ALIKE = 2.0**-5  # of what is seen: what the rounding of a layer in 16 bits may be off by
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a layer makes of its matrices A and B, as it was seen.
-
-    Attributes:
-        scaling: What it multiplies B A x with.
-        outputs: For each pair of A and B, which of the layer's outputs (n,) int64 the rows of that B add to, in order.
-        base: (out,) float32: the output with B = 0 for some input.
-    """
-
-    scaling: float
-    outputs: list[Tensor]
-    base: Tensor
+__all__ = ["ParameterSite"]
 
 
 @dataclass(frozen=True)
@@ -172,7 +152,6 @@ class ParameterSite(LoraSite):
             fill_(b, rows.T if self.transposed else rows.reshape(b.shape))
             fill_(b, b / scaling)
 
-    @torch.no_grad()
     def answers(self) -> Answers:
         """What the layer makes of its matrices: seen in its answers to one input, with matrices that are written for a
         moment.
@@ -180,74 +159,11 @@ class ParameterSite(LoraSite):
         Raises:
             ValueError: what it adds to its base's output is no multiple of B A x.
         """
-        values = [(factor, factor.detach().clone()) for factor in (*self.first, *self.second)]
-        try:
-            with _without_dropout(self.module, self.owner), torch.autocast(values[0][0].device.type, enabled=False):
-                return self._seen()
-        finally:
-            for factor, value in values:
-                factor.data.copy_(value)
-
-    def _seen(self) -> Answers:
-        first, second = ([_as_matrix(factor, self.transposed) for factor in part] for part in (self.first, self.second))
-        x, row, place = self._example(first[0])
-        groups = [a.chunk(self.groups) for a in first]  # each (rank, d)
-
-        def answer() -> Tensor:  # (out,) float32
-            y = self.module(x).float()
-            return y[0, 0] if self.row_maker is None else y.flatten(2)[0, :, place]
-
-        def clear() -> None:
-            for matrix in (*first, *second):
-                matrix.zero_()
-
-        clear()
-        base = answer()
-        level = LARGER * max(1.0, float(base.abs().max()))  # so that little is rounded off beside the base's output
-        outputs, scalings = [], []
-        for mine, b in zip(groups, second, strict=True):
-            for a in mine:
-                clear()
-                a[0], b[:, 0] = row, level
-                added = (answer() - base) / (level * float(row.float().square().sum()))
-                hit = added.abs() > added.abs().max() / 2
-                scalings.append(float(added[hit].mean()) if bool(hit.any()) else 0.0)
-                outputs.append(hit.nonzero().flatten())
-                self._require(scalings[-1] != 0 and _near(added, scalings[-1] * hit))
-            self._require(sum(map(len, outputs[-self.groups :])) == len(b))
-        scaling = scalings[0]
-        self._require(all(abs(other - scaling) <= ALIKE * abs(scaling) for other in scalings))
-        clear()
-        expected, taken = torch.zeros_like(base), iter(outputs)
-        generator = torch.Generator("cpu").manual_seed(0)
-        for mine, b in zip(groups, second, strict=True):
-            b.copy_(torch.randn(b.shape, generator=generator, dtype=torch.float32, device="cpu") * level)
-            start = 0
-            for a in mine:
-                a.copy_(torch.randn(a.shape, generator=generator, dtype=torch.float32, device="cpu"))
-                where = next(taken)
-                rows = b[start : start + len(where)].float()
-                expected[where] += scaling * rows @ (a.float() @ row.float())
-                start += len(where)
-        self._require(_near(answer() - base, expected))
-        return Answers(scaling, outputs, base)
-
-    def _example(self, a: Tensor) -> tuple[Tensor, Tensor, int]:
-        """An input, one of the rows that it makes, and where in the output that is."""
-        if self.row_maker is None:
-            row = a.new_full((self.in_features,), self.in_features**-0.5)
-            return row[None, None], row, 0
-        patches = self.row_maker
-        assert isinstance(patches, Patches)
-        reach = [d * (k - 1) + 1 for d, k in zip(patches.dilation, patches.kernel_size, strict=True)]
-        x = a.new_full((1, patches.channels, *reach), patches.width**-0.5)
-        rows = torch.cat([*patches.pieces(x)])
-        place = int(rows.float().norm(dim=1).argmax())
-        return x, rows[place].to(a), place
-
-    def _require(self, holds: bool) -> None:
-        if not holds:
-            raise ValueError(f"layer {self.name}: what it adds to its base layer's output is no multiple of B A x")
+        asked = AskedLayer(
+            self.name, self.module, self.owner, self.first, self.second, self.transposed, self.groups,
+            self.in_features, self.row_maker,
+        )  # fmt: skip
+        return asked.answers()
 
     def matrices(self, answers: Answers) -> tuple[BaseWeight, ...]:
         """For each pair of A and B, the rows of the base weight that it adds to.
@@ -321,213 +237,12 @@ class ParameterSite(LoraSite):
             setattr(self.owner, name, value)
 
 
-class SiteAdapter:
-    """An adapter that is nothing but its sites.
-
-    The model computes what its base computes while every B is zero, so that is how it is switched off.
-
-    Args:
-        sites: Its layers.
-        left_alone: Name → reason of layers that EVA does not apply to.
-
-    Raises:
-        TypeError: ``sites`` is no sequence of :class:`LoraSite`.
-        ValueError: it is empty, or names a site twice.
-    """
-
-    def __init__(self, sites: Sequence[LoraSite], left_alone: Mapping[str, str] | None = None) -> None:
-        if not isinstance(sites, Sequence) or not all(isinstance(site, LoraSite) for site in sites):
-            kinds = [type(s).__name__ for s in sites] if isinstance(sites, Sequence) else type(sites).__name__
-            raise TypeError(f"sites: expected a list of LoraSite, got {kinds}")
-        if not sites:
-            raise ValueError("sites: expected at least one LoraSite, got none")
-        names = [site.name for site in sites]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"sites: expected unique names, got {sorted({n for n in names if names.count(n) > 1})} twice"
-            )
-        self.sites = list(sites)
-        self.left_alone: dict[str, str] = dict(left_alone or {})
-        self.eva_config = None
-
-    def zero_before_training(self) -> dict[str, list[Tensor]]:
-        """Layer → its B, as far as it is known where that is."""
-        return {site.name: list(site.second) for site in self.sites if isinstance(site, ParameterSite)}
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        second = [factor for site in self.sites if isinstance(site, ParameterSite) for factor in site.second]
-        values = [factor.detach().clone() for factor in second]
-        try:
-            for factor in second:
-                factor.data.zero_()
-            yield
-        finally:
-            for factor, value in zip(second, values, strict=True):
-                factor.data.copy_(value)
-
-    def base_weights(self) -> tuple[dict[str, BaseWeight], dict[str, str]]:
-        """Layer → its base weight, and layer → why it has none: as they are within :meth:`disabled`."""
-        found, without = {}, {}
-        for site in self.sites:
-            one = isinstance(site, ParameterSite) and site.row_maker is None and site.groups == site.parts == 1
-            if not isinstance(site, ParameterSite) or not one:
-                without[site.name] = "its B A is not one matrix that is multiplied with its inputs"
-            elif len(site.second) > 1:
-                without[site.name] = "it has several matrices B"
-            else:
-                (b,) = site.second
-                out = b.shape[1] if site.transposed else b.shape[0]
-                found[site.name] = BaseWeight(
-                    site.name, site.module, site.in_features, out, b.dtype, matrix_is_weight=False
-                )
-        return found, without
-
-    def writable(self) -> list[ParameterSite]:
-        """The sites, all of which can be written.
-
-        Raises:
-            TypeError: some can only be watched.
-            ValueError: an optimizer holds their parameters.
-        """
-        writable = [site for site in self.sites if isinstance(site, ParameterSite)]
-        if len(writable) < len(self.sites):
-            kinds = sorted({type(site).__name__ for site in self.sites} - {type(site).__name__ for site in writable})
-            raise TypeError(f"sites: expected ParameterSite, which can be written, got {kinds}")
-        # Some libraries keep their parameters outside of the model, under names of their own.
-        require_no_optimizer([(f"A or B of {s.name}", p) for s in writable for p in (*s.first, *s.second)])
-        return writable
-
-    @torch.no_grad()
-    def apply(self, plan: EvaPlan) -> Callable[[], None]:
-        """Write A, zero B and set the ranks: all of it, or nothing.
-
-        Returns:
-            What undoes it.
-
-        Raises:
-            TypeError: a site that cannot be written (no :class:`ParameterSite`).
-            ValueError: the plan is for other layers, or for layers of another rank or width.
-        """
-        check_plan(plan, self.sites)
-        writable = self.writable()
-        snapshots = [site.snapshot() for site in writable]
-
-        @torch.no_grad()
-        def undo() -> None:
-            for site, snapshot in zip(writable, snapshots, strict=True):
-                site.restore(snapshot)
-
-        try:
-            for site in writable:
-                planned: PlannedSite = plan.sites[site.name]
-                site.write(planned.rank, plan.lora_a.get(site.name), adjust_scaling=plan.config.adjust_scaling_factors)
-                if site.name in plan.lora_b:
-                    site.write_second(plan.lora_b[site.name])
-        except BaseException:
-            undo()
-            raise
-        return undo
-
-    def matrices(self) -> tuple[dict[str, tuple[BaseWeight, ...]], dict[str, str]]:
-        """Layer → for each of its pairs of A and B, what of the base weight it is added to; and layer → why that is not
-        known: as they are within :meth:`disabled`.
-
-        Raises:
-            ValueError: what a layer adds to its base's output is no multiple of B A x.
-        """
-        found, without = {}, {}
-        for site in self.writable():
-            try:
-                found[site.name] = site.matrices(self._answers(site))
-            except LeftAlone as reason:
-                without[site.name] = str(reason)
-        return found, without
-
-    def scalings(self) -> dict[str, float]:
-        """Layer → what it multiplies B A x with."""
-        return {site.name: self._answers(site).scaling for site in self.writable()}
-
-    @staticmethod
-    def _answers(site: ParameterSite) -> Answers:
-        if not isinstance(site.row_maker, Patches | None):
-            raise LeftAlone("its B A is not multiplied with the patches that its base layer sees")
-        if getattr(site.owner, "merged", False):
-            raise LeftAlone("its adapter is merged, so that A and B do nothing; unmerge it first")
-        return site.answers()
-
-    def kept_whole(self) -> str:
-        """Why no part of a base weight is moved into A and B here."""
-        return "what such a library saves of an adapter is A and B alone"
-
-    def hold(self, plan: EvaPlan) -> None:
-        """Have the first half of each rank trained, and hold the second; none of a plan's is 0 here."""
-        for site in self.writable():
-            site.hold()
-
-    def freeze_second(self) -> None:
-        """Leave each B as it is in training."""
-        for site in self.writable():
-            for b in site.second:
-                b.requires_grad_(False)
-
-
-def check_plan(plan: EvaPlan, sites: Sequence[LoraSite]) -> None:
-    """Whether a plan was made for these sites, as they were or built with the ranks that it gives them.
-
-    Raises:
-        ValueError: for others, or for sites of another rank, width or number of parts, or ones that cannot
-            have the rank it gives them.
-    """
-    names = {site.name for site in sites}
-    removed = {name for name, planned in plan.sites.items() if planned.rank == 0}
-    missing, unknown = sorted(names - set(plan.sites)), sorted(set(plan.sites) - names - removed)
-    if missing or unknown:
-        raise ValueError(
-            f"plan: it is for other layers than the model's: not in the plan {missing}, not in the model {unknown}"
-        )
-    for site in sites:
-        planned = plan.sites[site.name]
-        if site.rank not in (planned.configured_rank, planned.rank) or planned.in_features != site.in_features:
-            raise ValueError(
-                f"plan: {site.name} was planned from rank {planned.configured_rank} and width {planned.in_features}, "
-                f"the model has rank {site.rank} and width {site.in_features}"
-            )
-        if planned.parts != site.parts:
-            raise ValueError(f"plan: {site.name} was planned with {planned.parts} parts, the model has {site.parts}")
-        if planned.rank % site.rank_multiple or (planned.rank == 0 and not site.removable):
-            floor = "" if site.removable else " and not 0"
-            raise ValueError(
-                f"plan: {site.name} is given rank {planned.rank}, it must be a multiple of {site.rank_multiple}{floor}"
-            )
-
-
-def _as_matrix(factor: Tensor, transposed: bool) -> Tensor:  # (rows, columns), of the same memory
-    return factor.data.T if transposed else factor.data.view(len(factor), -1)
-
-
-def _near(seen: Tensor, expected: Tensor) -> bool:
-    return bool((seen - expected).norm() <= ALIKE * expected.norm())
-
-
 def _flat_weight(layer: Any) -> Tensor:
     return layer.weight.detach().flatten(1)
 
 
 def _rows_of(read: Callable[[], Tensor], where: Tensor) -> Tensor:
     return read()[where]
-
-
-@contextmanager
-def _without_dropout(*modules: nn.Module) -> Iterator[None]:
-    training = [member for module in modules for member in module.modules() if member.training]
-    for member in training:
-        member.training = False  # not eval(), in which some libraries merge weights
-    try:
-        yield
-    finally:
-        for member in training:
-            member.training = True
 
 
 def _paths(path: str | tuple[str, ...]) -> tuple[str, ...]:

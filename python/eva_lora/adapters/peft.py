@@ -15,7 +15,6 @@ from ..planning import EvaPlan
 from .base_weights import BaseWeight
 from .fused import unfused
 from .outline import ModelOutline, plain_modules
-from .parameters import check_plan
 from .peft_layers import (
     base_weight_of,
     factors,
@@ -41,6 +40,7 @@ from .peft_start import (
     require_readable,
 )
 from .peft_writing import PlanWriter
+from .plan_check import check_plan
 from .sharded import fill_
 from .sites import LeftAlone, LoraSite
 

@@ -9,7 +9,7 @@ from torch import nn
 from .outline import plain_modules
 from .preflight import is_lora
 
-__all__ = ["base_names", "is_targeted", "pattern_of", "planned_targets", "retarget"]
+__all__ = ["PatternsAmong", "base_names", "is_targeted", "planned_targets", "retarget"]
 
 _PLAIN = re.compile(r"[\w.-]*")  # what a regular expression takes as it is, but for the dots, which match anything
 
@@ -26,13 +26,29 @@ def base_names(root: nn.Module) -> tuple[list[str], list[str]]:
     return list(modules), list(parameters)
 
 
-def pattern_of(name: str, everything: Iterable[str]) -> str:
-    """``name`` as a key of ``rank_pattern``: PEFT matches such keys as regular expressions at the name's end."""
-    if not _PLAIN.fullmatch(name):
+class PatternsAmong:
+    """Layers' names as keys of ``rank_pattern``, which PEFT matches as regular expressions at names' ends.
+
+    Args:
+        everything: All names that a key must not match but its own.
+    """
+
+    def __init__(self, everything: Iterable[str]) -> None:
+        self._whole: dict[int, set[str]] = {}  # by their lengths: a key matches as many characters as it has
+        self._ends: dict[int, set[str]] = {}  # of longer names, after a dot
+        for name in everything:
+            self._whole.setdefault(len(name), set()).add(name)
+            dot = name.find(".")
+            while dot >= 0:
+                self._ends.setdefault(len(name) - dot - 1, set()).add(name[dot + 1 :])
+                dot = name.find(".", dot + 1)
+
+    def of(self, name: str) -> str:
+        """The key: the name itself where it matches no other."""
+        whole, ends = (known.get(len(name), set()) for known in (self._whole, self._ends))
+        if _PLAIN.fullmatch(name) and not any(re.fullmatch(name, other) for other in (*(whole - {name}), *ends)):
+            return name
         return f"^{re.escape(name)}"
-    size = len(name)
-    ends = (other[-size:] for other in everything if f".{other}"[-size - 1 : -size] == "." and other != name)
-    return f"^{re.escape(name)}" if any(re.fullmatch(name, end) for end in ends) else name
 
 
 def is_targeted(parameter: str, targets: Collection[str]) -> bool:
@@ -40,17 +56,22 @@ def is_targeted(parameter: str, targets: Collection[str]) -> bool:
     return parameter in targets or any(parameter.endswith(f".{target}") for target in targets)
 
 
-def retarget(config: Any, root: nn.Module, modules: Sequence[str], parameters: Sequence[str]) -> None:
+def retarget(
+    config: Any, names_of_base: tuple[list[str], list[str]], modules: Sequence[str], parameters: Sequence[str]
+) -> None:
     """Have a ``LoraConfig`` target exactly these modules and parameters of a base model, and no other name that it has.
 
     What targets them already stays as it is.
+
+    Args:
+        names_of_base: As :func:`base_names` says.
 
     Raises:
         ValueError: it cannot be said in PEFT's terms.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    all_modules, all_parameters = base_names(root)
+    all_modules, all_parameters = names_of_base
     names, wanted = dict.fromkeys([*all_modules, *modules]), set(modules)
 
     def fits() -> bool:

@@ -383,17 +383,24 @@ def _add(layer: Any, start: Start, times: float) -> float:
     if getattr(layer, "fan_in_fan_out", False):
         left, right = right.T, left.T
     rows, norm, rounding = max(1, PIECE // right.shape[1]), 0.0, 0.0
+    scratch = left.new_empty(2, min(rows, len(left)), right.shape[1])
     done = 0
     try:
         for part, of_left in zip(torch.split(weight, rows), torch.split(left, rows), strict=True):
-            before = double(part).flatten(1)
-            exact = torch.addmm(before, of_left, right, alpha=times)
+            exact, left_there = scratch[:, : len(part)]
+            exact.copy_(part.flatten(1))
+            norm = math.hypot(norm, _norm(exact))
+            exact.addmm_(of_left, right, alpha=times)
             part.copy_(exact.view(part.shape))
             done += len(part)
-            norm = math.hypot(norm, float(torch.linalg.vector_norm(before)))
-            rounding = math.hypot(rounding, float(torch.linalg.vector_norm(exact.sub_(double(part).flatten(1)))))
+            left_there.copy_(part.flatten(1))
+            rounding = math.hypot(rounding, _norm(exact.sub_(left_there)))
     except BaseException:
         back = double(weight[:done]).flatten(1) - times * (left[:done] @ right)
         weight[:done] = back.view(weight[:done].shape).to(weight)
         raise
     return rounding / norm if norm > 0 else 0.0
+
+
+def _norm(x: Tensor) -> float:  # of contiguous memory
+    return math.sqrt(float(torch.dot(x.view(-1), x.view(-1))))

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..planning import EvaPlan, PlannedSite
 from .generators import same_generators
-from .parameters import check_plan
 from .peft_layers import ConvSite, factors, parts_of, renew_magnitude, second_of
-from .peft_naming import base_names, pattern_of, retarget
+from .peft_naming import PatternsAmong, base_names, retarget
+from .plan_check import check_plan
 from .sharded import fill_
 from .sites import LoraSite
 
@@ -172,15 +172,16 @@ class PlanWriter:
     def _describe(self, config: Any, emptied: set[str]) -> None:
         """Make the config's patterns and targets those of the layers as they are now."""
         kept = {name: layer for name, layer in self._everything.items() if name not in emptied}
+        names = base_names(self._root)
+        patterns = PatternsAmong([*names[0], *self._everything])
         for pattern, values, default in (
             ("rank_pattern", {name: layer.r[self._name] for name, layer in kept.items()}, config.r),
             ("alpha_pattern", {name: layer.lora_alpha[self._name] for name, layer in kept.items()}, config.lora_alpha),
         ):
-            unlike = {name: value for name, value in values.items() if value != default}
-            everything = [*base_names(self._root)[0], *self._everything] if unlike else []
-            setattr(config, pattern, {pattern_of(name, everything): value for name, value in unlike.items()})
+            unlike = {patterns.of(name): value for name, value in values.items() if value != default}
+            setattr(config, pattern, unlike)
         parameters = [name for name, layer in kept.items() if hasattr(layer, "parameter_name")]
-        retarget(config, self._root, [name for name in kept if name not in parameters], parameters)
+        retarget(config, names, [name for name in kept if name not in parameters], parameters)
 
 
 class _Snapshot:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .answers import Answers
 from .base_weights import BaseWeight, KnownWeight
 from .held import Halves, hold, is_held
-from .parameters import Answers, ParameterSite
+from .parameters import ParameterSite
 from .recognition import is_a, require_unmerged
 from .sharded import fill_
 from .sites import LayerInput, LoraSite, first_tensor

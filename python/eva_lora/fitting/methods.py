@@ -169,7 +169,7 @@ def fit_method(
     matrix = weight if method.data == "none" else double(weight)
     moment, kept = _beside(moment, matrix), _beside(kept, matrix)
     of_weight, of_kept = (None if known is None else _times(matrix, known) for known in (moment, kept))  # W R
-    totals = [float((matrix * (matrix if seen is None else seen)).sum()) for seen in (None, of_weight, of_kept)]
+    totals = [_energy(matrix) if seen is None else float((matrix * seen).sum()) for seen in (None, of_weight, of_kept)]
     if method.matrix == "silent part":
         assert isinstance(moment, Tensor)
         silent = torch.linalg.eigh(moment)[1][:, :rank]
@@ -180,11 +180,12 @@ def fit_method(
         outputs = ((1 - beta) * of_weight - beta * of_kept) @ matrix.mT
         values, vectors = torch.linalg.eigh((outputs + outputs.mT) / 2)
         left, values = vectors[:, -rank:].flip(-1), values[-rank:].flip(-1)
+        right = left.mT @ matrix
     else:
         image = of_weight if method.power == 2 else _image(matrix, moment) if method.power == 1 else matrix
         assert image is not None
-        left, values = ENDS[method.end](image, rank)
-    right = left.mT @ matrix
+        left, right, values = ENDS[method.end](image, rank)
+        right = right if image is matrix else left.mT @ matrix
     shares = [
         double((right * (right if known is None else _times(right, known))).sum(1)).cpu() / max(total, NO_ENERGY)
         for known, total in zip((None, moment, kept), totals, strict=True)
@@ -201,7 +202,7 @@ def _fit_leading(weight: Tensor, moment: SecondMoment, rank: int) -> MethodFit:
     fit = fit_image(weight, moment, rank)
     squares = double(torch.linalg.vector_norm(fit.right, dim=1)).square().cpu()
     seen = double(torch.linalg.vector_norm(fit.right @ moment.factor, dim=1)).square().cpu()
-    totals = float(double(torch.linalg.vector_norm(weight, dim=1)).square().sum()), float(fit.total)
+    totals = _energy(weight), float(fit.total)
     outputs = seen + squares * float(moment.rest)
     return MethodFit(
         fit.left, fit.right, fit.energies.sqrt().cpu(), totals, squares / max(totals[0], NO_ENERGY),
@@ -219,6 +220,11 @@ def known_directions(moment: Tensor, rows: int) -> int:  # (n, n) float64
     unit = moment / torch.outer(scale, scale).clamp_min(torch.finfo(torch.float64).tiny)
     rounding = len(moment) ** 0.5 * torch.finfo(torch.float64).eps + torch.finfo(torch.float32).eps ** 2
     return min(rows, int((torch.linalg.eigvalsh(unit) > rounding).sum()))
+
+
+def _energy(matrix: Tensor) -> float:
+    """‖M‖²."""
+    return float(double(torch.linalg.vector_norm(matrix, dim=1)).square().sum())
 
 
 def _beside(moment: Moment | None, matrix: Tensor) -> Moment | None:

@@ -1,6 +1,7 @@
 """How large the features are that A gives B, beside those of PEFT's default A."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from statistics import median
 from typing import Literal
 
@@ -37,11 +38,18 @@ def feature_gain(statistics: EvaStatistics, lora_a: Mapping[str, Tensor]) -> dic
     sites = [site for site in statistics.sites if site.name in lora_a]
     if not sites:
         raise ValueError("lora_a: expected matrices A of the layers that the statistics are of, it has none of them")
-    gains = {site.name: _gain(site, statistics, lora_a[site.name]) for site in sites}
+
+    @lru_cache(maxsize=1)  # layers that share an input follow each other
+    def moment(index: int) -> SecondMoment:
+        return SecondMoment(*map(double, statistics.inputs[index].second_moment()))
+
+    gains = {site.name: _gain(site, statistics, moment, lora_a[site.name]) for site in sites}
     return {name: gain for name, gain in gains.items() if gain is not None}
 
 
-def _gain(site: SiteStatistics, statistics: EvaStatistics, lora_a: Tensor) -> float | None:
+def _gain(
+    site: SiteStatistics, statistics: EvaStatistics, moment: Callable[[int], SecondMoment], lora_a: Tensor
+) -> float | None:
     parts, d = len(site.inputs), site.in_features
     if lora_a.ndim != 2 or lora_a.shape[1] != d or len(lora_a) % parts:
         raise ValueError(
@@ -54,10 +62,9 @@ def _gain(site: SiteStatistics, statistics: EvaStatistics, lora_a: Tensor) -> fl
     for index, a in zip(site.inputs, lora_a.chunk(parts), strict=True):
         if index < 0:
             continue
-        entry = statistics.inputs[index]
-        moment = SecondMoment(*map(double, entry.second_moment()))  # A may lie across a mean that is large
-        given += entry.num_rows * float(moment.energy(double(a.to(moment.factor.device))))
-        default += entry.num_rows * len(a) * moment.trace() / (3 * d)
+        rows, known = statistics.inputs[index].num_rows, moment(index)  # float64: A may lie across a mean that is large
+        given += rows * float(known.energy(double(a.to(known.factor.device))))
+        default += rows * len(a) * known.trace() / (3 * d)
     return (given / default) ** 0.5 if default > 0 else None
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from eva_lora import EvaConfig, apply, collect, eva_initialize, plan
-from eva_lora.adapters import find_adapter, pattern_of, whole_weights
+from eva_lora.adapters import PatternsAmong, find_adapter, whole_weights
 from eva_lora.peft import planned_config
 from support.models import lora_a_of, tiny_llama, token_batches
 from support.other_kinds import OTHER_KINDS
@@ -362,7 +362,7 @@ def test_a_configuration_that_could_not_load_the_adapter_is_refused():
 def test_a_pattern_matches_its_own_layer_and_no_other(name, others, pattern):
     from peft.utils.other import get_pattern_key
 
-    assert pattern_of(name, others) == pattern
+    assert PatternsAmong(others).of(name) == pattern
     assert get_pattern_key([pattern], name) == pattern
     assert all(get_pattern_key([pattern], other) == other for other in others if other != name)
 
