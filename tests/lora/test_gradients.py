@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from eva_lora import (
 )
 from eva_lora.cli.demo import load_smollm2, packed_text
 from eva_lora.collecting import Asked
+from eva_lora.fitting import fit_leading
 from support.bounds import gamma
 from support.gradients import FORMULAS, cosine, gradients_of, labelled, require_same, svd, told, whole
 from support.models import lora, tiny_llama, token_batches
@@ -301,6 +303,26 @@ def test_a_method_starts_as_its_paper_says(base, method, options):
             chord = (2 * (1 - 0.99)) ** 0.5  # by which unit vectors are apart on either side, at that cosine
             assert (b @ a - its_b @ its_a).norm() <= 2 * chord * (its_b @ its_a).norm()
     assert method == "gora" or compared >= 12  # of 21
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_few_directions_are_found_as_many_are(rank):
+    """Of a gradient whose singular values fall slowly, where five columns for each rank would miss some."""
+    u, v = (
+        torch.linalg.qr(torch.randn(n, 90, generator=torch.Generator().manual_seed(n)).double()).Q for n in (120, 90)
+    )
+    g = (u * torch.arange(1, 91) ** (-1 / 3)) @ v.T
+
+    def run(asked):
+        (one,) = asked.values()
+        return {"g": (g @ one.right.double() if one.left is None else g.T @ one.left.double()).float()}
+
+    shapes, config = {"g": tuple(g.shape)}, EvaConfig(rho=1.0)
+    for times, enough in ((None, True), (5.0, False)):
+        options = replace(config, oversampling=times)
+        fit = fit_leading(METHODS["lora-ga"], run, shapes, {"g": rank}, {"g": 1.0}, options)["g"]
+        found = cosine(fit.lora_a.T, v[:, :rank]), cosine(fit.lora_b, u[:, rank : 2 * rank])
+        assert (min(found) >= 0.99) == enough, found
 
 
 def test_lora_ga_s_first_step_goes_where_full_fine_tuning_s_does(base):

@@ -28,7 +28,7 @@ ALL = [
     for kind in (*KINDS, *MORE)
     if not kind.name.startswith(LARGE)
 ]
-QUICK = ("MultiheadAttention", "experts of GPT-OSS", "base in 4-bit", "Conv1D of transformers", "Conv2d with dilation")
+QUICK = ("MultiheadAttention", "experts of GPT-OSS", "base in 4-bit", "Conv2d with dilation")
 
 
 def loss_fn(model, batch):
