@@ -174,6 +174,26 @@ def test_reports_say_what_each_layer_aims_at(base, tmp_path):
     assert "method sc-lora" in str(report)
 
 
+@pytest.mark.parametrize("method", [name for name in FROM_INPUTS if METHODS[name].data == "none"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_on_statistics_methods_that_need_none_say_what_they_would_take_of_outputs(base, method, whole):
+    model = lora(copy.deepcopy(base))
+    statistics = statistics_of(model, token_batches(), keep_moments=whole)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = initialize(model, statistics, method, dry_run=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for site in statistics.sites:
+        w, known = base.get_submodule(site.name).weight.detach().double(), statistics.inputs[site.input]
+        u = svd(w)[0]
+        u = u[:, -4:] if METHODS[method].end == "bottom" else u[:, :4]
+        factor, rest = (part.double() for part in known.second_moment())
+        r = known.moment if whole else factor @ factor.T + rest * torch.eye(len(factor), dtype=w.dtype)
+        part, total = (float(((m @ r) * m).sum()) for m in (u.T @ w, w))
+        assert report.layers[site.name].output_share == pytest.approx(part / total, rel=1e-3)
+    with pytest.raises(ValueError, match=f"expected None with method='{method}', which looks at weights alone"):
+        initialize(model, statistics, method)
+
+
 def test_ranks_move_by_scores_and_removed_layers_keep_their_weight(base):
     model = lora(copy.deepcopy(base), r=1)
     report = initialize(model, method="pissa", config=EvaConfig(rho=2.0))
