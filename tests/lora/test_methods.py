@@ -596,6 +596,27 @@ def test_a_budget_of_parameters_is_an_optimum_or_says_how_far_it_may_be_from_one
     assert most <= held * (1 + 1e-6) + sum(told) * 1.05  # printed in two digits
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"budget_parameters": 47},
+            "expected enough for one rank of one layer, which has at least 48, got 47",
+        ),
+        ({"budget_parameters": 999, "min_rank": 1}, "expected at least the 1392 that a rank of 1 in every layer costs"),
+        ({"budget_parameters": 2000, "min_rank": 1, "rank_multiple": 4}, "the 5568 that a rank of 1 in every layer"),
+    ],
+)
+@pytest.mark.parametrize("method", ["eva", "corda"])
+def test_parameters_that_cannot_do_are_refused_before_the_first_batch(base, method, options, message):
+    def unread():
+        pytest.fail("a batch was read")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        initialize(lora(copy.deepcopy(base)), unread(), method, EvaConfig(**options))
+
+
 def test_a_budget_that_cannot_be_given_is_refused():
     for method in (name for name, row in METHODS.items() if not row.scores and row.data == "none"):
         with pytest.raises(ValueError, match=f"budget: expected None with method='{method}', whose directions have no"):
