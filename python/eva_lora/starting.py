@@ -147,8 +147,10 @@ def initialize(
         def statistics_of(data: "Iterable[Any] | EvaStatistics | None") -> EvaStatistics | None:
             if data is None or isinstance(data, EvaStatistics):
                 return data
+            # The pass holds bounds of ranks against the configured ranks' sum, which is not what is given out then.
+            of_pass = chosen if budget is None else replace(chosen, max_rank=None)
             return collect_with(
-                adapter, model, data, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
+                adapter, model, data, of_pass, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
             )
 
         statistics, kept = statistics_of(loader_or_statistics), statistics_of(keep)

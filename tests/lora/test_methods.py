@@ -617,6 +617,14 @@ def test_parameters_that_cannot_do_are_refused_before_the_first_batch(base, meth
         initialize(lora(copy.deepcopy(base)), unread(), method, EvaConfig(**options))
 
 
+def test_a_budget_may_be_less_than_configured_where_ranks_are_bounded(base):
+    config = EvaConfig(max_batches=2, max_rank=2)
+    report = initialize(lora(copy.deepcopy(base)), token_batches(2), "corda", config, budget=20, progress=False)
+    assert (sum(report.ranks.values()), max(report.ranks.values())) == (20, 2)
+    with pytest.raises(ValueError, match="budget: expected at most the 42 components"):
+        initialize(lora(copy.deepcopy(base)), token_batches(2), "corda", config, budget=43, progress=False)
+
+
 def test_a_budget_that_cannot_be_given_is_refused():
     for method in (name for name, row in METHODS.items() if not row.scores and row.data == "none"):
         with pytest.raises(ValueError, match=f"budget: expected None with method='{method}', whose directions have no"):
