@@ -3,12 +3,14 @@
     python benchmarks/methods.py [--models minilm smollm2] [--methods pissa corda] [--output FILE]
     python benchmarks/methods.py --table     # of eva_kernels/singular_ends: accuracy against cost
     python benchmarks/methods.py --widths    # CorDA from so many leading directions, beside that from all of R
-    python benchmarks/methods.py --turns     # PiSSA's whole start beside PEFT's pissa_niter_16, by turns in one process
+    python benchmarks/methods.py --turns     # a whole start beside PEFT's, by turns in one process
 
 Each start runs in a process of its own, on one thread, after the model and the batches are loaded: seconds of the
 processor's time for the pass and for the rest, which neighbours on the machine do not lengthen as they do the clock's,
 and how far its memory rose above what was there (VmHWM, set back before). The batches are the same; PEFT's CorDA takes
-one sample a forward, since it fails on more, and counts padding.
+one sample a forward, since it fails on more, and counts padding. "EVA" is EVA on the same batches, "ours" what
+``initialize`` does unless it is told otherwise: as many directions of R as EVA keeps. ``--turns`` with ``--methods
+corda`` is CorDA beside PEFT's, and beside the forwards alone.
 
 Errors are ‖s B A − L‖ / ‖L‖ with L from a full singular value decomposition in float64 of the same W, and for CorDA of
 the same R: each side's own, which is what is known of it here, and with PEFT's damping as it has it. Also the smallest
@@ -38,7 +40,7 @@ from peft.tuners.lora.layer import svd_lowrank
 from torch import Tensor, nn
 
 from eva_kernels.singular_ends import krylov, leading_singular
-from eva_lora import EvaConfig, collect, initialize
+from eva_lora import EvaConfig, apply, collect, initialize, plan
 from eva_lora.planning import versions
 from quantization import load as load_model
 
@@ -48,7 +50,7 @@ GAP = 0.01  # relative
 COMPARED = 36  # layers, evenly
 SIDES = {
     "pissa": ("ours", "PEFT, pissa", "PEFT, pissa_niter_16", "PEFT, pissa_niter_4"),
-    "corda": ("ours", "ours, whole moments", "PEFT"),
+    "corda": ("EVA", "ours", "ours, 80 directions", "ours, whole moments", "PEFT"),
 }
 WIDTHS = (48, 80, 112)
 PASSES: list[float] = []  # seconds, of this process
@@ -68,13 +70,21 @@ def memory(field: str) -> int:
 def started(side: str, method: str, model: nn.Module, batches: list[Any], layers: list[str]) -> tuple[nn.Module, Any]:
     """A PEFT model started by one side, and what of R its formula takes."""
     options: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "target_modules": layers}
+    if side == "EVA":
+        mine = get_peft_model(model, LoraConfig(**options))
+        tick = time.process_time()
+        known = collect(mine, batches, EvaConfig(max_batches=len(batches)), progress=False)
+        PASSES.append(time.process_time() - tick)
+        apply(mine, plan(known))
+        return mine, None
     if side.startswith("ours"):
         mine = get_peft_model(model, LoraConfig(**options))
         if method == "pissa":
             initialize(mine, method="pissa")
             return mine, None
-        whole = side.endswith("moments")
-        config = EvaConfig(rho=1.0, max_batches=len(batches), oversampling=None if whole else 5.0, keep_moments=whole)
+        config = EvaConfig(rho=1.0, max_batches=len(batches), keep_moments=side.endswith("moments"))
+        if side.endswith("directions"):
+            config = replace(config, oversampling=80 / RANK, statistic="subspace")
         tick = time.process_time()
         known = collect(mine, batches, config, progress=False)
         PASSES.append(time.process_time() - tick)
@@ -125,7 +135,7 @@ def measure(side: str, method: str, name: str) -> dict[str, Any]:
     made, moments = started(side, method, model, batches, layers)
     seconds, peak = time.process_time() - tick, memory("VmHWM") - before
     errors, lost, cosines = [], [], []
-    for n in layers[:: max(1, len(layers) // COMPARED)]:
+    for n in [] if side == "EVA" else layers[:: max(1, len(layers) // COMPARED)]:
         layer: Any = made.get_base_model().get_submodule(n)  # type: ignore[operator]
         b, a = layer.lora_B["default"].weight.double(), layer.lora_A["default"].weight.double()
         w = weights[n].double()
@@ -138,9 +148,12 @@ def measure(side: str, method: str, name: str) -> dict[str, Any]:
             cosines.append(float(torch.linalg.svdvals(u[:, :RANK].T @ q)[-1]))
     found: dict[str, Any] = {
         "model": name, "method": method, "side": side, "pass": sum(PASSES), "rest": seconds - sum(PASSES),
-        "bytes": peak, "error": statistics.median(errors), "worst": max(errors), "cosine": min(cosines),
-        "apart": f"{len(cosines)} of {len(errors)}",
+        "bytes": peak,
     }  # fmt: skip
+    if errors:
+        found |= {"error": statistics.median(errors), "worst": max(errors)}
+    if cosines:
+        found |= {"cosine": min(cosines), "apart": f"{len(cosines)} of {len(errors)}"}
     return found | ({"lost": max(lost)} if method == "pissa" else {})
 
 
@@ -177,17 +190,23 @@ def table() -> None:
 
 
 @torch.no_grad()
-def turns(name: str, rounds: int = 3) -> None:
-    """Seconds of the processor's time that starting PiSSA takes here, and PEFT's ``pissa_niter_16``, by turns."""
+def turns(name: str, method: str, rounds: int = 3) -> None:
+    """Seconds of the processor's time that a whole start takes here and in PEFT, by turns."""
     torch.set_num_threads(1)
     model, batches, layers = load(name)
     sides = ("ours", "PEFT, pissa_niter_16")
+    if method == "corda":
+        sides = ("forwards alone", "EVA", "ours", "ours, 80 directions", "PEFT")  # type: ignore[assignment]
     taken: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
             fresh = copy.deepcopy(model)
             tick = time.process_time()
-            started(side, "pissa", fresh, batches, layers)
+            if side == "forwards alone":
+                for batch in batches:
+                    fresh(**batch)
+            else:
+                started(side, method, fresh, batches, layers)
             taken[side].append(time.process_time() - tick)
     print(name, {side: [round(value, 2) for value in seconds] for side, seconds in taken.items()}, flush=True)
 
@@ -245,7 +264,10 @@ def main() -> None:
         return
     if arguments.widths or arguments.turns:
         for model in arguments.models:
-            (widths if arguments.widths else turns)(model)
+            if arguments.widths:
+                widths(model)
+            for method in arguments.methods if arguments.turns else ():
+                turns(model, method)
         return
     if arguments.one:
         print(json.dumps(measure(*arguments.one)))

@@ -79,7 +79,8 @@ def initialize(
             the model returns as ``loss``.
         forward_fn, row_mask_fn, sites, progress, overwrite: As in :func:`eva_initialize`. Methods that start from
             gradients take none of the first two, and show no progress.
-        dry_run: Only say what would be done, not for "eva": the model stays as it is.
+        dry_run: Only say what would be done, not for "eva": the model stays as it is. Methods that need no data take
+            statistics then, to say what they would take of outputs.
 
     Returns:
         What was done; for "eva" its report.
@@ -106,7 +107,9 @@ def initialize(
     row = METHODS[method]
     if row.data != "two sets":
         _refuse_second_set(method, keep)
-    _require_data("loader_or_statistics", row, loader_or_statistics, needed=row.data != "none")
+    to_tell = dry_run and row.data == "none" and isinstance(loader_or_statistics, EvaStatistics)
+    if not to_tell:
+        _require_data("loader_or_statistics", row, loader_or_statistics, needed=row.data != "none")
     _require_data("keep", row, keep, needed=row.data == "two sets")
     if isinstance(row, GradientMethod):
         _require_gradients_only(row, loader_or_statistics, loss_fn, forward_fn, row_mask_fn)
@@ -144,8 +147,10 @@ def initialize(
         def statistics_of(data: "Iterable[Any] | EvaStatistics | None") -> EvaStatistics | None:
             if data is None or isinstance(data, EvaStatistics):
                 return data
+            # The pass holds bounds of ranks against the configured ranks' sum, which is not what is given out then.
+            of_pass = chosen if budget is None else replace(chosen, max_rank=None)
             return collect_with(
-                adapter, model, data, chosen, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
+                adapter, model, data, of_pass, forward_fn=forward_fn, row_mask_fn=row_mask_fn, progress=progress
             )
 
         statistics, kept = statistics_of(loader_or_statistics), statistics_of(keep)

@@ -596,7 +596,13 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
     corda, pissa = json.loads(done.stdout)["methods"]
     assert corda["output_share"] == pytest.approx(report.mean("output_share"), rel=1e-6)
     assert pissa["weight_share"] > corda["weight_share"]
-    assert pissa["output_share"] is None
+    assert 0 < pissa["output_share"] < corda["output_share"]  # of the inputs that the run saw
+    for command, argument in (("compare", "FIRST"), ("plan", "STATISTICS")):
+        done = invoke(command, tmp_path / "corda" / "statistics.safetensors", "--method", "corda")
+        assert done.exit_code == 2
+        assert f"{argument}: with --method expected a folder that init wrote" in done.output
+    done = invoke("compare", tmp_path / "corda", "--method", "sc-lora")
+    assert "corda knows one set of inputs; init --method sc-lora saves both" in done.output
     done = invoke("compare", tmp_path / "corda", "--method", "corda", "--method", "milora")
     assert "milora" in done.stdout
     for method in ("corda", "pissa"):
@@ -619,6 +625,9 @@ def test_init_starts_by_other_methods_and_compare_reads_their_statistics(files, 
     }
     done = invoke("plan", tmp_path / "corda", "--method", "pissa", "--budget-parameters", 3000)
     assert "parameters are spent" in done.output
+    for method in ("corda", "pissa"):  # as init does, nothing moves unless it is told to
+        done = invoke("plan", tmp_path / "corda", "--method", method, "--json")
+        assert {*json.loads(done.stdout)["ranks"].values()} == {4}
     done = invoke("compare", tmp_path / "corda", "--method", "astra")
     assert done.exit_code == 1
     assert "need statistics with keep_moments=True" in done.output

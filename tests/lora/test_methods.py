@@ -174,6 +174,26 @@ def test_reports_say_what_each_layer_aims_at(base, tmp_path):
     assert "method sc-lora" in str(report)
 
 
+@pytest.mark.parametrize("method", [name for name in FROM_INPUTS if METHODS[name].data == "none"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_on_statistics_methods_that_need_none_say_what_they_would_take_of_outputs(base, method, whole):
+    model = lora(copy.deepcopy(base))
+    statistics = statistics_of(model, token_batches(), keep_moments=whole)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = initialize(model, statistics, method, dry_run=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for site in statistics.sites:
+        w, known = base.get_submodule(site.name).weight.detach().double(), statistics.inputs[site.input]
+        u = svd(w)[0]
+        u = u[:, -4:] if METHODS[method].end == "bottom" else u[:, :4]
+        factor, rest = (part.double() for part in known.second_moment())
+        r = known.moment if whole else factor @ factor.T + rest * torch.eye(len(factor), dtype=w.dtype)
+        part, total = (float(((m @ r) * m).sum()) for m in (u.T @ w, w))
+        assert report.layers[site.name].output_share == pytest.approx(part / total, rel=1e-3)
+    with pytest.raises(ValueError, match=f"expected None with method='{method}', which looks at weights alone"):
+        initialize(model, statistics, method)
+
+
 def test_ranks_move_by_scores_and_removed_layers_keep_their_weight(base):
     model = lora(copy.deepcopy(base), r=1)
     report = initialize(model, method="pissa", config=EvaConfig(rho=2.0))
@@ -574,6 +594,35 @@ def test_a_budget_of_parameters_is_an_optimum_or_says_how_far_it_may_be_from_one
     told = [float(re.search(r"sum to ([\d.e-]+) more", note).group(1)) for note in report.notes if "sum to" in note]
     assert held <= most * (1 + 1e-6)
     assert most <= held * (1 + 1e-6) + sum(told) * 1.05  # printed in two digits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"budget_parameters": 47},
+            "expected enough for one rank of one layer, which has at least 48, got 47",
+        ),
+        ({"budget_parameters": 999, "min_rank": 1}, "expected at least the 1392 that a rank of 1 in every layer costs"),
+        ({"budget_parameters": 2000, "min_rank": 1, "rank_multiple": 4}, "the 5568 that a rank of 1 in every layer"),
+    ],
+)
+@pytest.mark.parametrize("method", ["eva", "corda"])
+def test_parameters_that_cannot_do_are_refused_before_the_first_batch(base, method, options, message):
+    def unread():
+        pytest.fail("a batch was read")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        initialize(lora(copy.deepcopy(base)), unread(), method, EvaConfig(**options))
+
+
+def test_a_budget_may_be_less_than_configured_where_ranks_are_bounded(base):
+    config = EvaConfig(max_batches=2, max_rank=2)
+    report = initialize(lora(copy.deepcopy(base)), token_batches(2), "corda", config, budget=20, progress=False)
+    assert (sum(report.ranks.values()), max(report.ranks.values())) == (20, 2)
+    with pytest.raises(ValueError, match="budget: expected at most the 42 components"):
+        initialize(lora(copy.deepcopy(base)), token_batches(2), "corda", config, budget=43, progress=False)
 
 
 def test_a_budget_that_cannot_be_given_is_refused():

@@ -211,14 +211,14 @@ def _initialize(
     model = pretrained.load()
     try:
         statistics = collect(
-            model, batches, config, progress=not (params["quiet"] or params["as_json"]),
+            model, batches, _of_pass(config, params), progress=not (params["quiet"] or params["as_json"]),
             checkpoint=params["checkpoint"], checkpoint_every=params["checkpoint_every"],
         )  # fmt: skip
     except Exception as error:
         if not is_refusal(error):
             _require_forward(model, batches, pretrained)
         raise
-    eva_plan = plan(statistics, budget=params["budget"])
+    eva_plan = plan(statistics, config, params["budget"])
     apply(model, eva_plan)
     report = EvaReport.of(statistics, eva_plan, run={"command": command_line(), **run})
     if not writes:
@@ -229,6 +229,13 @@ def _initialize(
     model.save_pretrained(output / "adapter")
     report.save(output / "report", plots=params["plots"])
     return report
+
+
+def _of_pass(config: EvaConfig, params: dict[str, Any]) -> EvaConfig:
+    """The options of a pass, which holds bounds of ranks against the configured ranks' sum: not what --budget gives."""
+    from dataclasses import replace
+
+    return replace(config, max_rank=None) if params["budget"] else config
 
 
 def _require_data(params: dict[str, Any]) -> None:
@@ -273,7 +280,7 @@ def _start(pretrained: Any, config: EvaConfig, output: Path, params: dict[str, A
 
     def known(paths: Any) -> Any:
         batches, _ = _batches(pretrained, config, {**params, "data": paths}, (0, 1), for_loss=from_gradients)
-        return batches if from_gradients else collect(model, batches, wanted, progress=not quiet)
+        return batches if from_gradients else collect(model, batches, _of_pass(wanted, params), progress=not quiet)
 
     data, kept = (known(params[name]) if params[name] else None for name in ("data", "keep_data"))
     report = initialize(model, data, method, wanted, keep=kept, budget=params["budget"])

@@ -23,6 +23,7 @@ from .running import (
     print_json,
     quiet_progress_bars,
     require_new_folder,
+    require_run,
 )
 
 
@@ -69,10 +70,10 @@ def _plan_by(method: str, run: Path, budget: int | None, report: Path | None, pa
     from .. import EvaConfig, EvaStatistics, initialize
     from .pretrained import Pretrained
 
+    require_run("STATISTICS", run)
     statistics = EvaStatistics.load(run / "statistics.safetensors") if METHODS[method] else None
-    config = take_config(
-        params, replace(EvaConfig() if statistics is None else statistics.config, budget_parameters=None)
-    )
+    as_init = EvaConfig(rho=1.0) if statistics is None else statistics.config
+    config = take_config(params, replace(as_init, budget_parameters=None))
     quiet_progress_bars()
     model = Pretrained(str(run / "lora")).load()
     made = initialize(model, statistics, method, config, budget=budget, dry_run=True)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .options import FROM_GRADIENTS, METHODS
-from .running import Command, json_option, print_facts, print_json, print_table
+from .running import Command, json_option, print_facts, print_json, print_table, require_run
 
 
 @click.command(cls=Command, name="report")
@@ -66,7 +66,8 @@ def compare(first: Path, second: Path | None, methods: tuple[str, ...], as_json:
     """Compare two runs: how far their subspaces overlap, how their ranks differ. Or methods on one run's statistics.
 
     FIRST and SECOND are folders that init wrote, plan files, or PEFT adapter folders. With --method FIRST is a folder
-    that init wrote; nothing is written, and no data passes through the model.
+    that init wrote; nothing is written, and no data passes through the model. What methods take of outputs is said
+    where that run has statistics, also of those that do not look at inputs.
     """
     if methods:
         if second is not None:
@@ -98,15 +99,20 @@ def _compare_methods(run: Path, methods: tuple[str, ...], as_json: bool) -> None
     from .. import EvaStatistics, initialize
     from .pretrained import Pretrained
 
-    kinds = {TABLE[method].data for method in methods}
-    statistics = EvaStatistics.load(run / "statistics.safetensors") if kinds != {"none"} else None
-    kept = EvaStatistics.load(run / "statistics-to-keep.safetensors") if "two sets" in kinds else None
+    require_run("FIRST", run)
+    kinds, path, to_keep = (
+        {TABLE[method].data for method in methods}, run / "statistics.safetensors",
+        run / "statistics-to-keep.safetensors",
+    )  # fmt: skip
+    if "two sets" in kinds and not to_keep.is_file():
+        raise click.UsageError(f"--method sc-lora: {run} knows one set of inputs; init --method sc-lora saves both")
+    statistics = EvaStatistics.load(path) if kinds != {"none"} or path.is_file() else None
+    kept = EvaStatistics.load(to_keep) if "two sets" in kinds else None
     model = Pretrained(str(run / "lora")).load()
     found: list[Any] = []
     for method in methods:
-        data = TABLE[method].data
-        known = None if data == "none" else statistics
-        found.append(initialize(model, known, method, keep=kept if data == "two sets" else None, dry_run=True))
+        keep = kept if TABLE[method].data == "two sets" else None
+        found.append(initialize(model, statistics, method, keep=keep, dry_run=True))
     shares = ("weight_share", "output_share", "kept_share")
     if as_json:
         print_json({"methods": [{"method": one.method, **{name: one.mean(name) for name in shares}} for one in found]})

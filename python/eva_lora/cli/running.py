@@ -111,6 +111,12 @@ def require_new_folder(output: Path) -> None:
         raise click.UsageError(f"--output: {output} cannot be made in {there}")
 
 
+def require_run(argument: str, run: Path) -> None:
+    """Raises a usage error unless a path is a folder that init wrote, which knows its model."""
+    if not (run / "lora" / "adapter_config.json").is_file():
+        raise click.UsageError(f"{argument}: with --method expected a folder that init wrote, {run} is none")
+
+
 def _quiet_libraries() -> None:
     """Keep the libraries' own chatter off the screen; warnings of ours come as one line."""
     warnings.simplefilter("ignore")

@@ -12,6 +12,7 @@ from eva_kernels.streaming_svd import Refreshed
 
 from ..adapters import LoraSite
 from ..config import EvaConfig
+from ..planning import require_affordable
 from .capture import Capture
 from .inputs import DistinctInput
 from .measurements import agreement
@@ -41,6 +42,7 @@ class LayerConvergence:
 
     def __init__(self, sites: list[LoraSite], config: EvaConfig) -> None:
         self._sites, self._config = sites, config
+        require_affordable(sites, config)
         self.members = list(range(len(sites)))
         self.candidates = candidate_components(
             [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites],

@@ -5,7 +5,7 @@ Knows numbers and names of layers; what a pass leaves behind (:class:`EvaStatist
 """
 
 from . import storage
-from .eva_plan import Allocation, EvaPlan, PlannedSite, plan
+from .eva_plan import Allocation, EvaPlan, PlannedSite, plan, require_affordable
 from .gain import feature_gain
 from .merging import merged
 from .provenance import command_line, versions
@@ -26,6 +26,7 @@ __all__ = [
     "merged",
     "plan",
     "raw_bytes",
+    "require_affordable",
     "storage",
     "versions",
 ]

@@ -1,5 +1,6 @@
 """From statistics to ranks and A matrices, under one budget. No model, no data, no forward pass."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from . import storage
 from .gain import with_matched_gain
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
-__all__ = ["Allocation", "EvaPlan", "PlannedSite", "plan"]
+__all__ = ["Allocation", "EvaPlan", "PlannedSite", "plan", "require_affordable"]
 
 _B, _BIAS = "lora_b:", "lora_bias:"  # before the names of matrices B and biases in a file; those of A have none
 
@@ -224,6 +225,29 @@ def plan(statistics: EvaStatistics, config: Any = None, budget: int | None = Non
     return EvaPlan(sites, lora_a, config, free + kept, tuple(notes))
 
 
+def require_affordable(sites: Sequence[Any], config: EvaConfig) -> None:
+    """Raise ValueError where no ranks of these layers are within ``budget_parameters``, whatever their scores."""
+    budget = config.budget_parameters
+    if budget is None:
+        return
+    unknown = [site.name for site in sites if not site.parameters]
+    if unknown:
+        raise ValueError(f"budget_parameters: how many parameters {unknown[0]} has is not known")
+    least, rank = 0, config.least_rank(site.removable for site in sites)
+    for site in sites:
+        step = math.lcm(config.rank_multiple, site.rank_multiple)
+        least += -(-rank // step) * step * site.parameters
+    if least > budget:
+        raise ValueError(
+            f"budget_parameters: expected at least the {least} that a rank of {rank} in every layer costs, got {budget}"
+        )
+    cheapest = min((site.parameters for site in sites), default=0)
+    if cheapest > budget:
+        raise ValueError(
+            f"budget_parameters: expected enough for one rank of one layer, which has at least {cheapest}, got {budget}"
+        )
+
+
 class Allocation:
     """How many components of each layer are candidates, and who is given which rank.
 
@@ -279,9 +303,7 @@ class Allocation:
 
     def _spend(self, table: np.ndarray, budget: int) -> dict[str, int]:
         """Ranks for a budget of parameters."""
-        unknown = [site.name for site in (*self._sites, *self._kept) if not site.parameters]
-        if unknown:
-            raise ValueError(f"budget_parameters: how many parameters {unknown[0]} has is not known")
+        require_affordable([*self._sites, *self._kept], self._config)
         fixed = sum(site.rank * site.parameters for site in self._kept)
         if fixed > budget:
             raise ValueError(
