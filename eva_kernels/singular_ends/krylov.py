@@ -11,7 +11,7 @@ from ..gram import gram_accumulate_
 from ..orthonormal import orthonormalize
 
 DEPTH = 7  # blocks at least: README.md
-LOST = 5e-5  # of the leading energy: more that may be missing, and blocks go on
+LOST = 1e-5  # of the leading energy: more that may be missing, and blocks go on
 TURNED = 2e-3  # 1 − cosine² of the subspace, and the same
 GAP = 0.02  # of the last value's energy, to the next one: with less, no subspace is the answer
 STRAYED = 1e-3  # from orthonormal: vectors of a space that is not one

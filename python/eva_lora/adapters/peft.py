@@ -31,6 +31,7 @@ from .peft_layers import (
 from .peft_roots import base_models
 from .peft_start import (
     LOADED_BY,
+    Scratch,
     begin,
     give_back,
     holders_of_memory,
@@ -244,11 +245,11 @@ class PeftAdapter:
         Returns:
             Layer → what its weight's dtype rounds off, over ‖W‖.
         """
-        errors = {}
+        errors, scratch = {}, Scratch()
         try:
             for name, layer in self.layers.items():
                 if plan.sites[name].rank:
-                    errors[name] = begin(layer, self.name)
+                    errors[name] = begin(layer, self.name, scratch=scratch)
         except BaseException:
             self.move_back()
             raise

@@ -23,6 +23,7 @@ from .preflight import living
 __all__ = [
     "LOADED_BY",
     "STARTS",
+    "Scratch",
     "Start",
     "begin",
     "give_back",
@@ -169,7 +170,7 @@ class Starts(nn.ModuleDict):
             if getattr(hook, "__self__", None) is start:
                 del base._forward_hooks[key]
         if not start.acts_with():
-            _add(layer, start, 1.0)
+            _add(layer, start, 1.0, Scratch())
 
     def mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """PEFT's, the base's output being that of W for every sample whose adapter does not make up for it."""
@@ -341,8 +342,17 @@ def _base_tensors(layer: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def begin(layer: Any, adapter: str, a: Tensor | None = None, b: Tensor | None = None) -> float:
+def begin(
+    layer: Any,
+    adapter: str,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scratch: "Scratch | None" = None,
+) -> float:
     """Take s B A from a layer's base weight, and keep A and B as they are, or as they are given.
+
+    Args:
+        scratch: One for all layers. None: memory of its own.
 
     Returns:
         ‖W − (what is left, in the weight's dtype) − s B A‖ / ‖W‖: what that dtype rounds off.
@@ -351,7 +361,7 @@ def begin(layer: Any, adapter: str, a: Tensor | None = None, b: Tensor | None = 
     parts: list[Any] = [weights[0], modules[0].weight]
     kept = [(x.detach() if given is None else given.to(x)).clone() for x, given in zip(parts, (a, b), strict=True)]
     start = Start(layer, adapter, *kept)
-    rounding = _add(layer, start, -1.0)
+    rounding = _add(layer, start, -1.0, scratch or Scratch())
     if not hasattr(layer, STARTS):
         setattr(layer, STARTS, Starts(layer))
     getattr(layer, STARTS)[adapter] = start
@@ -371,7 +381,21 @@ def samples_of(weight: Tensor) -> Tensor:  # (k,) float32
     return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().clone()
 
 
-def _add(layer: Any, start: Start, times: float) -> float:
+class Scratch:
+    """Memory in float64 for two pieces of a weight, used again for all weights: what is made for each, between tensors
+    that stay, is never used again."""
+
+    def __init__(self) -> None:
+        self._of: dict[torch.device, Tensor] = {}
+
+    def pieces(self, rows: int, columns: int, device: torch.device) -> Tensor:  # (2, rows, columns)
+        size, held = 2 * rows * columns, self._of.get(device)
+        if held is None or len(held) < size:
+            held = self._of[device] = torch.empty(max(size, 2 * PIECE), dtype=torch.float64, device=device)
+        return held[:size].view(2, rows, columns)
+
+
+def _add(layer: Any, start: Start, times: float, scratch: Scratch) -> float:
     """Add so many times s B₀ A₀ to a layer's base weight, in float64 and a few rows at a time: of a whole matrix that
     would take longer, and scatter memory. All of it, or nothing but a rounding.
 
@@ -383,11 +407,11 @@ def _add(layer: Any, start: Start, times: float) -> float:
     if getattr(layer, "fan_in_fan_out", False):
         left, right = right.T, left.T
     rows, norm, rounding = max(1, PIECE // right.shape[1]), 0.0, 0.0
-    scratch = left.new_empty(2, min(rows, len(left)), right.shape[1])
+    pieces = scratch.pieces(min(rows, len(left)), right.shape[1], left.device)
     done = 0
     try:
         for part, of_left in zip(torch.split(weight, rows), torch.split(left, rows), strict=True):
-            exact, left_there = scratch[:, : len(part)]
+            exact, left_there = pieces[:, : len(part)]
             exact.copy_(part.flatten(1))
             norm = math.hypot(norm, _norm(exact))
             exact.addmm_(of_left, right, alpha=times)

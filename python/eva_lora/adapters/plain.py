@@ -24,7 +24,7 @@ from .export import (
     read_adapter,
 )
 from .peft import PeftAdapter
-from .peft_start import LOADED_BY, STARTS, begin, samples_of
+from .peft_start import LOADED_BY, STARTS, Scratch, begin, samples_of
 
 __all__ = ["PlainExport", "export_plain", "load_adapter"]
 
@@ -195,8 +195,9 @@ def load_adapter(
                 f"model: the weight of {name} is not the one that the adapter was taken from; load the base anew"
             )
         starts[name] = a, b
+    scratch = Scratch()
     for name, layer in adapter.layers.items():
-        begin(layer, adapter_name, *starts[name])
+        begin(layer, adapter_name, *starts[name], scratch)
     adapter.name_start(init)
     return loaded
 
