@@ -9,8 +9,9 @@ Fitted is on text of the Python documentation, measured on other text of it: the
 error, E‖(W − Q − s B A) x‖² over E‖W x‖² with x from the float model; the model's hidden states, ‖h − h_float‖ over
 ‖h_float‖; and SmolLM2's perplexity. Methods: none; LoftQ, one round and five, each of which rounds W − s B A anew;
 QERA's approximation (the diagonal of E x xᵀ); and ours, with every layer's own rank ("repair"), with ranks moved
-("repair, rho 2"), and with the model fitted in parts, one after the other ("repair, in parts": 12 of MiniLM's, 6 of
-SmolLM2's, or ``--parts``). Cells that the file has already stay, unless they are measured anew.
+("repair, rho 2"), with the model fitted in parts, one after the other ("repair, in parts": 12 of MiniLM's, 6 of
+SmolLM2's, or ``--parts``), and on the inputs of the float model beside those of the quantised one ("repair, float
+inputs"). Cells that the file has already stay, unless they are measured anew.
 
 ``--cost``: at 4 bits, groups of 128 and rank 16, seconds that the process computed on one thread, which the work of
 others does not change much: of LoftQ's singular value decompositions, one of each layer, as LoftQ and PEFT have them;
@@ -41,7 +42,16 @@ from until_converged import load as load_minilm
 
 MEASURED = Path(__file__).parents[1] / "docs" / "measured"
 OUTPUT, COST = MEASURED / "quantization.json", MEASURED / "quantization_cost.json"
-METHODS = ("none", "loftq", "loftq, 5 rounds", "qera, diagonal", "repair", "repair, rho 2", "repair, in parts")
+METHODS = (
+    "none",
+    "loftq",
+    "loftq, 5 rounds",
+    "qera, diagonal",
+    "repair",
+    "repair, rho 2",
+    "repair, in parts",
+    "repair, float inputs",
+)
 PARTS = {"minilm": 12, "smollm2": 6}
 KEY = ("model", "bits", "group", "rank", "method")
 FITTED, HELD = 10, 3  # batches
@@ -135,12 +145,18 @@ def starts(
         diagonal = {n: SecondMoment(none[n].factor, squares[n] / squares[n].mean()) for n in layers}
         yield "qera, diagonal", {n: q[n] + fitted_to(w[n] - q[n], diagonal[n], rank) for n in layers}
 
-    for label, rho, passes in (("repair", 1.0, 1), ("repair, rho 2", 2.0, 1), ("repair, in parts", 1.0, parts)):
+    options: dict[str, tuple[float, dict[str, Any]]] = {
+        "repair": (1.0, {}),
+        "repair, rho 2": (2.0, {}),
+        "repair, in parts": (1.0, {"passes": parts}),
+        "repair, float inputs": (1.0, {"float_inputs": True}),
+    }
+    for label, (rho, chosen) in options.items():
         if label not in methods:
             continue
         ours = peft_of(base, layers, rank)
         config = EvaConfig(rho=rho, max_batches=len(batches), oversampling=5.0 / rho)
-        fit_quantization_error(ours, batches, model, config, progress=False, hold_back=0, passes=passes)
+        fit_quantization_error(ours, batches, model, config, progress=False, hold_back=0, **chosen)
         made = deltas(ours, layers)
         yield label, {n: q[n] + made[n] if n in made else q[n] for n in layers}
 

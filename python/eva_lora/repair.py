@@ -26,7 +26,7 @@ from .adapters import (
     tell_left_alone,
     wrapped,
 )
-from .collecting import ForwardFn, RowMaskFn, Visits, collect_with, own
+from .collecting import Change, ForwardFn, RowMaskFn, Visits, collect_with, own
 from .config import DEFAULT_MAX_BATCHES, EvaConfig, default_columns
 from .distributed import joined
 from .fitting import (
@@ -40,6 +40,7 @@ from .fitting import (
     fit_in_sequence,
     fit_layer,
     layer_errors,
+    missing_of,
     model_errors,
     no_preference,
     quantization_of,
@@ -68,6 +69,7 @@ def fit_quantization_error(
     repair_explained: float | None = None,
     rounds: int = 1,
     passes: int = 1,
+    float_inputs: bool = False,
     hold_back: int = HOLD_BACK,
     dequantize: Dequantize | None = None,
     requantize: Requantize | None = None,
@@ -110,6 +112,10 @@ def fit_quantization_error(
             parts before are repaired, which is better where little is left of the model, at 2 bits. All batches are
             kept (1000 at most where ``max_batches`` says nothing), and run once for each part. Ranks do not move then
             (``rho=1``).
+        float_inputs: Whether every second batch is run with the float weights in the layers' place, so that layers are
+            fitted to what the quantised model and the float model give them, half and half: once repaired it gives them
+            what is between the two. Better the fewer bits there are; it reads each layer's weights once for each such
+            batch.
         hold_back: Every so many batches one is kept from the fit, and errors are measured on those. 0: none is.
         dequantize: ``dequantize(name, layer)`` returns the matrix (out, in) that a base layer computes with, or None
             for what is done anyhow: bitsandbytes, HQQ and torchao are asked, others are shown the identity.
@@ -129,6 +135,7 @@ def fit_quantization_error(
     _require_data(method, loader_or_statistics)
     _require_rounds(method, rounds, requantize)
     _require_passes(method, passes)
+    _require_float_inputs(float_inputs, passes, loader_or_statistics)
     _require_hold_back(hold_back)
     _require_callable(dequantize=dequantize, requantize=requantize)
     started = time.perf_counter()
@@ -193,6 +200,10 @@ def fit_quantization_error(
             )
             if kept:
                 statistics, fits = fit_in_sequence(adapter, visits, kept, passes, collected, fitted, split.repaired)
+            elif float_inputs:
+                turns = _InTurn(batches, bases, missing_of(bases, source.error_of))
+                with visits.changed(turns.changes):
+                    statistics = collected(adapter, iter(turns))
             else:
                 statistics = collected(adapter, batches)
         fits = fitted(adapter.sites, statistics) if fits is None else fits
@@ -276,6 +287,23 @@ class _HeldBack:
                 yield batch
 
 
+class _InTurn:
+    """Batches, and changes of layers' outputs that are made in every second batch and are zero in the others."""
+
+    def __init__(self, batches: Iterable[Any], bases: Mapping[str, BaseWeight], changes: Mapping[str, Change]) -> None:
+        self._batches, self._bases, self._on = batches, bases, False
+        self.changes = {name: self._in_turn(name, change) for name, change in changes.items()}
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self._batches):
+            self._on = number % 2 == 1
+            yield batch
+
+    def _in_turn(self, name: str, change: Change) -> Change:
+        width = self._bases[name].out_features
+        return lambda x: change(x) if self._on else x.new_zeros(*x.shape[:-1], width)
+
+
 @dataclass(frozen=True)
 class _Split:
     """How many of a layer's directions repair; see :func:`fit_quantization_error`."""
@@ -336,6 +364,13 @@ def _require_passes(method: str, passes: int) -> None:
         raise ValueError(f"passes: expected an integer of at least 1, got {passes!r}")
     if passes > 1 and method == "loftq":
         raise ValueError(f'passes: expected 1 with method="loftq", which asks for no inputs, got {passes}')
+
+
+def _require_float_inputs(float_inputs: bool, passes: int, data: Any) -> None:
+    if not isinstance(float_inputs, bool):
+        raise TypeError(f"float_inputs: expected True or False, got {type(float_inputs).__name__}")
+    if float_inputs and (passes > 1 or data is None or isinstance(data, EvaStatistics)):
+        raise ValueError("float_inputs: expected False without batches, and with passes above 1, got True")
 
 
 def _require_callable(**functions: Any) -> None:

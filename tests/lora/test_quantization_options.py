@@ -201,6 +201,11 @@ def test_bitsandbytes_quantises_anew_by_itself(floats):
         ({"passes": 0}, "passes: expected an integer of at least 1"),
         ({"passes": 2}, "passes: expected 1 with method"),
         ({"passes": 2, "method": "repair", "config": EvaConfig()}, "passes: expected 1 where ranks move"),
+        ({"float_inputs": True}, "float_inputs: expected False without batches"),
+        (
+            {"float_inputs": True, "passes": 2, "method": "repair"},
+            "float_inputs: expected False without batches, and with passes above 1",
+        ),
         ({"data": []}, "loader_or_statistics: expected None with method"),
         ({"method": "repair", "data": None}, "loader_or_statistics: expected batches or EvaStatistics with method"),
         ({"requantize": print}, "requantize: expected None, since one round leaves the base as it is"),
@@ -435,3 +440,29 @@ def test_trl_trains_from_the_repaired_adapter(floats, tmp_path):
     trainer.train()
     changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(before[name], parameter)}
     assert changed == {name for name in before if "lora_" in name}
+
+
+# --- inputs of both models
+
+
+def test_with_float_inputs_each_layer_is_at_its_minimum_on_what_both_models_give_it(floats):
+    """Every second batch's rows are the float model's: of layers that do not share their inputs, too."""
+    base, batches = (
+        quantised(floats, bits=2, group=16, keep=("lm_head", "k_proj", "v_proj", "gate_proj")),
+        token_batches(),
+    )
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    model = lora(copy.deepcopy(base), target_modules=targets)
+    report = repaired(model, floats, batches, float_inputs=True)
+    true = lora(copy.deepcopy(floats), target_modules=targets)
+    theirs, ours = layer_inputs(true, batches[1::2]), layer_inputs(model, batches[::2])
+    rows = {name: torch.cat([ours[name], theirs[name]]) for name in ours}
+    least = least_errors(floats, base, rows, report.ranks)
+    assert len(report.layers) == 12
+    for name, (before, after, output) in output_errors(model, floats, rows).items():
+        # Forwards in float32, of Q x and M x apart there and of W x here: each layer adds roundings of its own.
+        rounding = 12 * rows[name].shape[1] * UNIT * before
+        assert after <= (1 + 1e-6) * least[name] + rounding, name
+        np.testing.assert_allclose(report.layers[name].fitted[1], after / output, rtol=0, atol=4 * rounding / output)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(**batches[0]).logits, base.eval()(**batches[0]).logits)

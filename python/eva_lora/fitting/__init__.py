@@ -9,7 +9,7 @@ from .float_weights import FloatWeights, LayerWeights
 from .gradients import GradientFit, fit_drawn, fit_leading, importances, ranks_by_importance, sketch_columns
 from .in_sequence import fit_in_sequence
 from .layer_fit import LayerFit, completed, fit_layer, no_preference
-from .measuring import ModelErrors, added_by, layer_errors, model_errors
+from .measuring import ModelErrors, added_by, layer_errors, missing_of, model_errors
 from .methods import METHODS, GradientMethod, Method, MethodFit, Moment, fit_method, known_directions
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "importances",
     "known_directions",
     "layer_errors",
+    "missing_of",
     "model_errors",
     "no_preference",
     "quantization_of",

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..collecting import Change, Visits
 
-__all__ = ["ModelErrors", "added_by", "layer_errors", "model_errors"]
+__all__ = ["ModelErrors", "added_by", "layer_errors", "missing_of", "model_errors"]
 
 ROWS = 1024  # whose outputs are made at a time
 
@@ -67,10 +67,7 @@ def layer_errors(
 def model_errors(visits: Visits, batches: Iterable[Any], error_of: Error, factors: Factors) -> ModelErrors:
     """What becomes of the layers' errors at the model's end."""
 
-    def true_to(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: functional.linear(x.float(), error_of(name)[1].to(x.device))
-
-    changes = [{name: true_to(name) for name in factors}, added_by(factors)]
+    changes = [missing_of(factors, error_of), added_by(factors)]
     squares, divergences, rows = [0.0, 0.0, 0.0], [0.0, 0.0], 0
     with visits.outputs() as outputs:
         for batch in batches:
@@ -94,6 +91,15 @@ def model_errors(visits: Visits, batches: Iterable[Any], error_of: Error, factor
     before, after = (float((part / squares[2]) ** 0.5) for part in squares[:2])
     kl = (divergences[0] / rows, divergences[1] / rows) if rows else None
     return ModelErrors((before, after), kl)
+
+
+def missing_of(names: Iterable[str], error_of: Error) -> dict[str, Change]:
+    """Layer → x → M x: what its output lacks to be that of its float weight."""
+
+    def of(name: str) -> Change:
+        return lambda x: functional.linear(x.float(), error_of(name)[1].to(x.device))
+
+    return {name: of(name) for name in names}
 
 
 def added_by(factors: Factors) -> dict[str, Change]:
