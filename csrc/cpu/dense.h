@@ -1,5 +1,6 @@
 // Dense matrices, for the form that includes this: products by tiles of registers. All matrices are row-major, and their
-// rows are padded with zeros to `padded` widths; `stride` is the padded width.
+// rows are padded to `padded` widths; `stride` is the padded width. Padding of factors is zero. That of products is too in
+// their last register; what lies beyond it is not written, and must not be read for what it says.
 #pragma once
 
 #include <immintrin.h>

@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -47,7 +48,13 @@ thread_local Pool pool;
 
 }  // namespace
 
+#ifdef EVA_FILL_MEMORY
+int fill_memory = 0;
+
+void* take_memory(size_t size) { return std::memset(pool.take(size), fill_memory, size); }
+#else
 void* take_memory(size_t size) { return pool.take(size); }
+#endif
 void give_memory(void* data, size_t size) { pool.give(data, size); }
 
 }  // namespace eva

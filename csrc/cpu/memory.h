@@ -12,6 +12,10 @@ namespace eva {
 void* take_memory(size_t size);
 void give_memory(void* data, size_t size);
 
+#ifdef EVA_FILL_MEMORY
+extern int fill_memory;  // a test's: the byte that memory holds when it is taken
+#endif
+
 // Reads memory once in its own order. That is the order that a processor foresees: data that no cache holds then comes
 // two to three times as fast as in the order in which it is wanted.
 inline void fetch(const void* data, int64_t size) {

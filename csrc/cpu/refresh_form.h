@@ -141,6 +141,7 @@ class Extractor {
     const float* difference = task.means + d_;
     const float* basis = with_padding(task.basis);
     multiply<float>({difference, d_, 1}, basis, stride_, beside_.get(), stride_, 1, q_, d_);
+    std::fill(beside_.get() + q_, beside_.get() + stride_, 0.0f);  // a product ends with its last register
     for (int64_t j = 0; j < d_; ++j) difference_[j] = difference[j] - dot(basis + j * stride_, beside_.get(), 0, stride_);
     squares(nystrom_.get(), small_.get());
     multiply<float>({difference_.get(), d_, 1}, nystrom_.get(), stride_, across_.get(), stride_, 1, q_, d_);

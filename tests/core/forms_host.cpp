@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/forms.h"
+#include "cpu/memory.h"
 
 namespace {
 
@@ -19,6 +20,11 @@ std::vector<float> random_matrix(int64_t size, std::mt19937& generator) {
   std::vector<float> matrix(size);
   for (float& entry : matrix) entry = normal(generator);
   return matrix;
+}
+
+double total(const std::vector<float>& numbers, double sum) {
+  for (size_t i = 0; i < numbers.size(); ++i) sum += numbers[i] * static_cast<double>(1 + i % 7);
+  return sum;
 }
 
 double refresh(int64_t d, int64_t q, int64_t members, bool summarises, int threads, std::mt19937& generator) {
@@ -39,16 +45,18 @@ double refresh(int64_t d, int64_t q, int64_t members, bool summarises, int threa
   eva::code().refresh(tasks, {1e-6, 5e-4, 0.1, 1e-5, 1e-12, 100, 1e-12, 2}, solved.data(), threads);
   double sum = 0;
   for (int64_t i = 0; i < members; ++i) sum += solved[i];
+  for (const double value : values) sum += value;
+  for (const std::vector<float>& basis : bases) sum = total(basis, sum);
   return sum;
 }
 
 // Rows in bfloat16 times few columns, and their transpose.
-float thin(int64_t n, int64_t d, int64_t q, const uint16_t* x, const std::vector<uint8_t>& mask,
+double thin(int64_t n, int64_t d, int64_t q, const uint16_t* x, const std::vector<uint8_t>& mask,
            const std::vector<float>& basis, int threads) {
   std::vector<float> images(n * q), product(d * q);
   eva::code().project({x, n, d, d, mask.data(), basis.data(), q, images.data()}, threads);
   eva::code().outer({x, n, d, d, mask.data(), images.data(), q, product.data()}, threads);
-  return product[0];
+  return total(product, total(images, 0));
 }
 
 // All rows but every fifth, in memory that ends where they end.
@@ -62,19 +70,19 @@ double products(int64_t n, int64_t d, int64_t q, int threads, std::mt19937& gene
   for (int64_t i = 0; i < n; ++i) mask[i] = i % 5 != 0;
   const std::vector<float> shift(d, 0.25f), basis = random_matrix(d * q, generator), signs(n, -1.0f);
   std::vector<float> product(d * q), sums(q * d), tally(q);
-  std::vector<double> column_sum(d), total(d);
+  std::vector<double> column_sum(d), totals(d);
   double square_sum = 0;
   eva::code().subspace({x.data(), std::is_same_v<X, float>, n, d, d, mask.data(), shift.data(), basis.data(), q, 1,
                         product.data(), column_sum.data(), &square_sum},
                        threads);
   eva::code().sketch({x.data(), std::is_same_v<X, float>, n, d, d, mask.data(), signs.data(), 256, 3, 3 % q, q,
-                      sums.data(), tally.data(), total.data()},
+                      sums.data(), tally.data(), totals.data()},
                      threads);
   std::vector<float> gram(d * d);
   eva::code().gram({x.data(), std::is_same_v<X, float>, n, d, d, mask.data(), shift.data(), 1, gram.data(),
                     column_sum.data(), &square_sum},
                    threads);
-  double sum = square_sum + product[0] + total[0] + gram[0];
+  double sum = total(gram, total(sums, total(product, square_sum + totals[0])));
   if constexpr (std::is_same_v<X, uint16_t>) sum += thin(n, d, q, x.data(), mask, basis, threads);
   return sum;
 }
@@ -93,6 +101,8 @@ void run_all(std::mt19937& generator, double& sum) {
         std::vector<uint8_t> solved(3);
         eva::code().symmetric_eigen(matrices.data(), 3, q, values.data(), vectors.data(), solved.data(), threads);
         for (const uint8_t one : solved) sum += one;
+        for (const double value : values) sum += value;
+        sum = total(out, sum);
       }
   for (const auto& [n, d, q] : std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {70, 33, 17}, {301, 130, 16}})
     for (const int threads : {1, 3})
@@ -104,7 +114,11 @@ void run_all(std::mt19937& generator, double& sum) {
 extern "C" int start_emulating();
 
 // Prints the forms it has run: all that this processor runs, and with AVX-512 BF16 the one for AMX too, in emulated tiles.
-int main() {
+// On the other stream a sum of what each has put out. Compiled with EVA_FILL_MEMORY it takes the byte to fill memory with.
+int main([[maybe_unused]] int count, [[maybe_unused]] char** given) {
+#ifdef EVA_FILL_MEMORY
+  if (count > 1) eva::fill_memory = std::atoi(given[1]);
+#endif
   const std::vector<std::string> here = eva::forms();
   const auto runs = [&](const std::string& form) { return std::count(here.begin(), here.end(), form) > 0; };
   for (const std::string& form : eva::built_forms()) {
@@ -117,5 +131,6 @@ int main() {
     run_all(generator, sum);
     if (!std::isfinite(sum)) return EXIT_FAILURE;
     std::puts(form.c_str());
+    std::fprintf(stderr, "%a\n", sum);
   }
 }

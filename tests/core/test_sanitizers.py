@@ -45,14 +45,27 @@ def test_trackers_are_clean_in_several_threads(compile_program: Callable[..., Pa
     subprocess.run([compile_program(*TRACKERS, flags=flags)], check=True)
 
 
-@pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
-def test_every_form_is_clean_at_odd_sizes(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
+def forms_program(compile_program: Callable[..., Path], *flags: str) -> Path:
     sources = [
         "tests/core/forms_host.cpp",
         "tests/core/tiles_emulated.cpp",
         *(f"csrc/cpu/{form}.cpp" for form in FORMS),
     ]
     amx = ["-DEVA_AMX"] if "amx" in build_info()["built_forms"] else []
-    own = compile_program(*sources, flags=(*flags, *amx, "-ldl"))
+    return compile_program(*sources, flags=(*flags, *amx, "-ldl"))
+
+
+def test_no_form_computes_with_memory_that_it_has_not_written(compile_program: Callable[..., Path]) -> None:
+    program = forms_program(compile_program, "-DEVA_FILL_MEMORY")
+    zeros, nans = (
+        subprocess.run([program, byte], check=True, text=True, capture_output=True).stderr for byte in ("0", "255")
+    )
+    assert zeros == nans
+    assert len(zeros.split()) >= len(build_info()["cpu_forms"])
+
+
+@pytest.mark.parametrize("flags", SANITIZERS.values(), ids=SANITIZERS.keys())
+def test_every_form_is_clean_at_odd_sizes(compile_program: Callable[..., Path], flags: tuple[str, ...]) -> None:
+    own = forms_program(compile_program, *flags)
     shown = subprocess.run([own], check=True, text=True, capture_output=True)
     assert shown.stdout.split() == build_info()["built_forms"] or "avx512bf16" not in build_info()["cpu_forms"]
