@@ -4,6 +4,7 @@
     python benchmarks/methods.py --table     # of eva_kernels/singular_ends: accuracy against cost
     python benchmarks/methods.py --widths    # CorDA from so many leading directions, beside that from all of R
     python benchmarks/methods.py --turns     # a whole start beside PEFT's, by turns in one process
+    python benchmarks/methods.py --longer    # CorDA beside EVA, by turns, in the pass that benchmarks/end_to_end.py has
 
 Each start runs in a process of its own, on one thread, after the model and the batches are loaded: seconds of the
 processor's time for the pass and for the rest, which neighbours on the machine do not lengthen as they do the clock's,
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 
 from eva_kernels.singular_ends import krylov, leading_singular
 from eva_lora import EvaConfig, apply, collect, initialize, plan
+from eva_lora.cli.demo import load_smollm2, packed_text
 from eva_lora.planning import versions
 from quantization import load as load_model
 
@@ -190,13 +192,16 @@ def table() -> None:
 
 
 @torch.no_grad()
-def turns(name: str, method: str, rounds: int = 3) -> None:
+def turns(name: str, method: str, rounds: int = 3, *, longer: bool = False) -> None:
     """Seconds of the processor's time that a whole start takes here and in PEFT, by turns."""
     torch.set_num_threads(1)
     model, batches, layers = load(name)
-    sides = ("ours", "PEFT, pissa_niter_16")
+    sides: tuple[str, ...] = ("ours", "PEFT, pissa_niter_16")
     if method == "corda":
-        sides = ("forwards alone", "EVA", "ours", "ours, 80 directions", "PEFT")  # type: ignore[assignment]
+        sides = ("forwards alone", "EVA", "ours", "ours, 80 directions", "PEFT")
+    if longer:
+        _, tokenizer = load_smollm2(echo=lambda message: None)
+        batches, sides = packed_text(tokenizer, sequences=4, tokens=256)[:12], ("forwards alone", "EVA", "ours")
     taken: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
@@ -257,10 +262,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--widths", action="store_true")
     parser.add_argument("--turns", action="store_true")
+    parser.add_argument("--longer", action="store_true")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "METHOD", "MODEL"), help="what the processes are given")
     arguments = parser.parse_args()
     if arguments.table:
         table()
+        return
+    if arguments.longer:
+        turns("smollm2", "corda", longer=True)
         return
     if arguments.widths or arguments.turns:
         for model in arguments.models:
