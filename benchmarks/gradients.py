@@ -43,7 +43,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -212,87 +212,97 @@ def starts(rank: int, count: int, methods: list[str], every: int) -> str:
     return "\n".join(lines)
 
 
+class Subject:
+    """The adapted model, its batches, and the five passes of LoRA-GA over them."""
+
+    def __init__(self, rank: int, count: int, checkpointing: bool) -> None:
+        model, self.batches, layers = load(count)
+        self.model, self.ranks = adapted(model, layers, rank), dict.fromkeys(layers, rank)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+        self.adapter: Any = find_adapter(self.model)
+        self.passes = GradientPasses(self.adapter, self.model, self.batches)
+        self.weights: dict[str, Any] = {n: model.get_submodule(n).base_layer.weight for n in layers}
+        self.shapes = {n: tuple(w.shape) for n, w in self.weights.items()}
+
+    def fit(self, run: Callable[[Mapping[str, Asked]], dict[str, Tensor]]) -> None:
+        method: Any = METHODS["lora-ga"]
+        fit_leading(method, run, self.shapes, self.ranks, self.adapter.scalings(), EvaConfig(rho=1.0))
+
+    def warm_up(self) -> None:
+        """What is done once, and the weights' pages, which were not read before."""
+        with torch.no_grad():
+            self.model(**self.batches[0])
+
+    def plain(self) -> None:
+        for batch in self.batches:
+            self.model(**batch).loss.backward()
+
+    def listen(self) -> Any:
+        """Have the frozen model's backward go all the way down."""
+        embedding = self.model.get_base_model().get_input_embeddings()
+        return embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
 def measure(side: str, rank: int, count: int, checkpointing: bool, *, tensors: bool) -> dict[str, Any]:
     """One side, in this process: seconds and what the process held, or what its tensors took."""
-    model, batches, layers = load(count)
-    mine = adapted(model, layers, rank)
-    if checkpointing:
-        mine.gradient_checkpointing_enable({"use_reentrant": False})
-        mine.train()
-    adapter: Any = find_adapter(mine)
-    passes = GradientPasses(adapter, mine, batches)
-    weights: dict[str, Any] = {n: model.get_submodule(n).base_layer.weight for n in layers}
-    shapes = {n: tuple(w.shape) for n, w in weights.items()}
+    subject = Subject(rank, count, checkpointing)
     seconds: list[float] = []
 
     def run(asked: Mapping[str, Asked]) -> dict[str, Tensor]:
         tick = time.process_time()
-        products = passes.run(asked).products
+        products = subject.passes.run(asked).products
         seconds.append(time.process_time() - tick)
         return products
-
-    def sketched() -> None:
-        method: Any = METHODS["lora-ga"]
-        fit_leading(method, run, shapes, dict.fromkeys(layers, rank), adapter.scalings(), EvaConfig(rho=1.0))
 
     def plain() -> None:
         for _ in range(1 if tensors else 5):  # each takes what the first does
             tick = time.process_time()
-            for batch in batches:
-                mine(**batch).loss.backward()
+            subject.plain()
             seconds.append(time.process_time() - tick)
 
-    call = sketched if side == "sketches" else plain
-    embedding = mine.get_base_model().get_input_embeddings()
-    with passes.frozen():
+    def call() -> None:
+        subject.fit(run) if side == "sketches" else plain()
+
+    with subject.passes.frozen():
         if side == "frozen":
-            embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-        for weight in weights.values() if side == "formed" else ():
+            subject.listen()
+        for weight in subject.weights.values() if side == "formed" else ():
             weight.requires_grad_(True)
             weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         if tensors:
             return {"tensors": tensor_bytes(call)[0]}
-        with torch.no_grad():
-            mine(**batches[0])  # what is done once, and the weights' pages, which were not read before
+        subject.warm_up()
         tick = time.process_time()
         peak = resident_peak(call, "cpu")
         whole = time.process_time() - tick
-    return {"seconds": whole, "passes": seconds, "peak": peak, "gradients": 4 * sum(m * n for m, n in shapes.values())}
+    gradients = 4 * sum(m * n for m, n in subject.shapes.values())
+    return {"seconds": whole, "passes": seconds, "peak": peak, "gradients": gradients}
 
 
 def turns(rank: int, count: int, checkpointing: bool) -> str:
-    model, batches, layers = load(count)
-    mine = adapted(model, layers, rank)
-    if checkpointing:
-        mine.gradient_checkpointing_enable({"use_reentrant": False})
-        mine.train()
-    adapter: Any = find_adapter(mine)
-    passes = GradientPasses(adapter, mine, batches)
-    shapes = {n: tuple(model.get_submodule(n).base_layer.weight.shape) for n in layers}
-    embedding = mine.get_base_model().get_input_embeddings()
+    subject = Subject(rank, count, checkpointing)
     sketched: list[float] = []
     plain: list[float] = []
     left_out: list[float] = []
 
     def run(asked: Mapping[str, Asked]) -> dict[str, Tensor]:
         tick = time.process_time()
-        products = passes.run(asked).products
+        products = subject.passes.run(asked).products
         sketched.append(time.process_time() - tick)
-        handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        handle = subject.listen()
         for seconds in (left_out, plain):
             tick = time.process_time()
-            for batch in batches:
-                mine(**batch).loss.backward()
+            subject.plain()
             seconds.append(time.process_time() - tick)
         handle.remove()
         return products
 
-    method: Any = METHODS["lora-ga"]
-    with passes.frozen():
-        with torch.no_grad():
-            mine(**batches[0])  # what is done once
+    with subject.passes.frozen():
+        subject.warm_up()
         tick = time.process_time()
-        fit_leading(method, run, shapes, dict.fromkeys(layers, rank), adapter.scalings(), EvaConfig(rho=1.0))
+        subject.fit(run)
         whole = time.process_time() - tick - sum(plain) - sum(left_out)
     one, other = (f"{min(of):.1f} to {max(of):.1f} s" for of in (sketched, plain))
     lines = [

@@ -229,6 +229,9 @@ def fit_quantization_error(
             "the float weights' rows and columns were scaled to be like the base's. Where it has not, they are another "
             "model's",
         )
+    if float_inputs and statistics is not None:
+        turned = f"{statistics.num_batches // 2} of {statistics.num_batches} batches"
+        notes = (*notes, f"{turned} were run with the float weights in the layers' place")
     if held and not errors:
         notes = (*notes, f"Nothing was measured on what was held back: no row of its {len(held)} batches counts")
     if of_model.reason:

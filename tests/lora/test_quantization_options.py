@@ -454,6 +454,10 @@ def test_with_float_inputs_each_layer_is_at_its_minimum_on_what_both_models_give
     targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
     model = lora(copy.deepcopy(base), target_modules=targets)
     report = repaired(model, floats, batches, float_inputs=True)
+    used = f"{len(batches) // 2} of {len(batches)} batches were run with the float weights in the layers' place"
+    assert used in report.notes
+    alone = repaired(lora(copy.deepcopy(base), target_modules=targets), floats, batches[:1], float_inputs=True)
+    assert "0 of 1 batches were run with the float weights in the layers' place" in alone.notes
     true = lora(copy.deepcopy(floats), target_modules=targets)
     theirs, ours = layer_inputs(true, batches[1::2]), layer_inputs(model, batches[::2])
     rows = {name: torch.cat([ours[name], theirs[name]]) for name in ours}
