@@ -345,3 +345,27 @@ def test_directions_that_inputs_lack_bring_no_variance_from_nowhere(lacking, com
         a = statistic.basis[:, :8].double()
         held = (a.T @ (rows - rows.mean(0)).T).square().sum()
         assert exact[:8].sum() - held <= rounding
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-22, 1e-16, 1e-12])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "PyTorch"])
+def test_rounding_that_looks_like_a_direction_hides_no_other(compiled, size, monkeypatch):
+    """The image of a feature of zeros is rounding: as small as it likes, and by chance along the feature itself."""
+    if not compiled:
+        monkeypatch.setattr(refresh, "refresh_core_runs", lambda statistic: False)
+    d, lacking = 16, 5
+    x = torch.randn(96, d, generator=torch.Generator().manual_seed(1)) * torch.linspace(3, 1, d)
+    x[:, lacking] = 0
+    statistic = SubspaceStatistic(d, d)
+    statistic.accumulate_(x)
+    statistic.basis = statistic._sample = torch.eye(d)
+    rows = x.double() - x.double().mean(0)
+    exact = rows.T @ rows
+    noise = torch.randn(d, d, generator=torch.Generator().manual_seed(2)) * torch.finfo(torch.float32).eps * exact.max()
+    noise[:, lacking] = size * torch.eye(d)[lacking]
+    statistic.pending.copy_(exact + noise)
+    refresh_([statistic])
+    wanted = torch.linalg.eigvalsh(exact).flip(0)
+    # Of the noise, which is symmetrised, its norm; half the jitter of each direction's own; the mean in float32.
+    bound = noise.double().norm() + refresh.RELATIVE_JITTER * wanted + d * torch.finfo(torch.float32).eps * wanted[0]
+    assert ((statistic.eigenvalues - wanted).abs() <= bound).all()
