@@ -42,11 +42,13 @@ def test_every_method_has_one_budget_and_starts_from_the_base():
     task = Tiny(short=True)
     initialise = Initialiser(task)
     expected = task.validation_loss(task.base(0))
-    # A loss moves by at most twice what a logit does; and a logit by as much as a float32 forward is off, twice.
+    # A loss moves by at most twice what a logit does, and a logit by as much as a float32 forward is off, twice; and the
+    # sum over tokens rounds once for each.
     batch = task.validation[0]
     with torch.no_grad():
         plain, exact = (base.eval()(**batch).logits for base in (task.base(0), task.base(0).double()))
     rounding = float(2 * 2 * (plain - exact).abs().max())
+    rounding += batch["labels"].numel() * torch.finfo(torch.float32).eps * expected
     made = {name: initialise(name, seed=1) for name in METHODS}
     ranks = {
         name: {n: m.r["default"] for n, m in one.model.named_modules() if isinstance(m, LoraLayer) and m.r}

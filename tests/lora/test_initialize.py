@@ -207,6 +207,8 @@ def test_another_budget_needs_no_forward():
     model = lora(tiny_llama())
     statistics = collect(model, token_batches(), EvaConfig(max_batches=3, oversampling=2.5), progress=False)
     assert sum(plan(statistics, budget=50).ranks.values()) == 50
+    beyond = plan(statistics, EvaConfig(rho=1.5), budget=5000)
+    assert f"{sum(beyond.ranks.values())} of 5,000 ranks are given: candidates and bounds allow no more" in beyond.notes
     assert sum(plan(statistics, EvaConfig(rho=1.5)).ranks.values()) == 84
     with pytest.raises(ValueError, match=r"^rho: 7.0 asks for 28 components of .*, but the statistics hold 20"):
         plan(statistics, EvaConfig(rho=7.0))

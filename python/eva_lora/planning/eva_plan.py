@@ -259,7 +259,7 @@ class Allocation:
 
     Attributes:
         candidates: (sites,) int64.
-        notes: What :meth:`ranks` has to say of a budget of parameters.
+        notes: What :meth:`ranks` has to say of its budget.
     """
 
     def __init__(
@@ -299,6 +299,8 @@ class Allocation:
             min_rank=self._config.least_rank(site.removable for site in self._sites), max_rank=self._config.max_rank,
             rank_multiple=self._config.rank_multiple,
         )  # fmt: skip
+        if (given := int(allocated.sum())) < budget:
+            self.notes.append(f"{given:,} of {budget:,} ranks are given: candidates and bounds allow no more")
         return dict(zip([site.name for site in self._sites], allocated.tolist(), strict=True))
 
     def _spend(self, table: np.ndarray, budget: int) -> dict[str, int]:
