@@ -144,6 +144,9 @@ struct Tiles {
     for (int64_t j = 0; j < width; j += kTile)
       for (int64_t c = 0; c < q; c += kWide * kTile) {
         const int high = registers(c, q);
+        // What is added to may be in no cache; it is here when the sums are.
+        for (int64_t i = 0; i < std::min(kTile, width - j); ++i)
+          for (int64_t v = 0; v < high; ++v) _mm_prefetch(out + (j + i) * out_width + c + v * kTile, _MM_HINT_T0);
         kColumnsOfTiles[high](projected + c * stride, stride, columns + j, d, pairs, sums);
         for (int64_t v = 0; v < high; ++v) {
           const __mmask16 lanes = first_lanes(out_width - c - v * kTile);

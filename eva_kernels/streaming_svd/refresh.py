@@ -25,8 +25,8 @@ from .statistics import Statistic, bring_home_
 # may come out larger by the inverse of it. Above the rounding of a float32 product: the README has what less does.
 RELATIVE_JITTER = 1e-6
 RELATIVE_ALIGNMENT = 5e-4  # ωᵀCω below this fraction of ‖Cω‖ is rounding: no direction is that far from its image
-# A column of ΩᵀY that is further than this from its row, or above the geometric mean of two diagonal entries by more, is
-# nothing else: it is left out.
+# A column of ΩᵀY that is further than this from its row, or above the geometric mean of two diagonal entries by more,
+# is nothing else: it is left out.
 RELATIVE_SYMMETRY = 0.1
 RELATIVE_ORTHOGONAL = 1e-5  # spectra steeper than this leave a float32 basis too far from orthonormal
 RELATIVE_RANK = 1e-12  # eigenvalues below this fraction of the largest are rounding, not directions
@@ -409,8 +409,8 @@ def _scaled_core(sample: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:  # (
 
     A direction that the rows lack has an image of rounding alone, which scaled up would be variance from nowhere: it
     gets 0. What tells it from a small one beside an outlier, whose image is the outlier's for the most part, is that
-    ΩᵀY is symmetric there. If by chance its image is no more than its diagonal, the rounding of larger directions in its
-    row is more than any semidefinite matrix could have there, and scaled up would hide those directions.
+    ΩᵀY is symmetric there. If by chance its image is no more than its diagonal, the rounding of larger directions in
+    its row is more than any semidefinite matrix could have there, and scaled up would hide those directions.
     """
     core = double(sample.mT @ product)
     image = double(torch.linalg.vector_norm(product, dim=-2))

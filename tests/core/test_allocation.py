@@ -114,14 +114,14 @@ def cases(draw: st.DrawFn, sites: int, columns: int, multiples: list[int]) -> tu
     return ratios, case
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(cases(sites=4, columns=6, multiples=[1, 2, 3, 4]))
 def test_optimal_on_small_cases(case: tuple[list[list[float]], Case]) -> None:
     for impl in IMPLS:
         assert_optimal(*case, impl)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(sites=14, columns=24, multiples=[2, 3, 5, 8]))
 def test_optimal_where_divisors_differ(case: tuple[list[list[float]], Case]) -> None:
     for impl in IMPLS:

@@ -42,8 +42,8 @@ def test_every_method_has_one_budget_and_starts_from_the_base():
     task = Tiny(short=True)
     initialise = Initialiser(task)
     expected = task.validation_loss(task.base(0))
-    # A loss moves by at most twice what a logit does, and a logit by as much as a float32 forward is off, twice; and the
-    # sum over tokens rounds once for each.
+    # A loss moves by at most twice what a logit does, and a logit by as much as a float32 forward is off, twice; and
+    # the sum over tokens rounds once for each.
     batch = task.validation[0]
     with torch.no_grad():
         plain, exact = (base.eval()(**batch).logits for base in (task.base(0), task.base(0).double()))

@@ -69,7 +69,11 @@ def minilm():
 
 @pytest.mark.parametrize(
     "options",
-    [{"statistic": "gram"}, {"statistic": "subspace"}, {"statistic": "subspace", "convergence": "captured"}],
+    [
+        {"statistic": "gram"},
+        {"statistic": "subspace"},
+        pytest.param({"statistic": "subspace", "convergence": "captured"}, marks=pytest.mark.slow),
+    ],
     ids=lambda options: "-".join(options.values()),
 )
 def test_a_pass_on_minilm_misses_no_more_than_twice_what_it_misses_on_the_cpu(options, minilm, simulated):

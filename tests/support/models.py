@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -128,10 +129,15 @@ def scatter(rows):
     return centred.T @ centred
 
 
+_spectra = WeakTensorKeyDictionary()  # of scatters that tests hold several matrices against
+
+
 def captured_share(lora_a, exact):
     """Variance in the row space of A, over the most that any subspace of its rank can hold."""
     basis = torch.linalg.qr(lora_a.double().T).Q
-    best = torch.linalg.eigvalsh(exact)[-lora_a.shape[0] :].sum()
+    if exact not in _spectra:
+        _spectra[exact] = torch.linalg.eigvalsh(exact)
+    best = _spectra[exact][-lora_a.shape[0] :].sum()
     return float(torch.trace(basis.T @ exact @ basis) / best)
 
 
