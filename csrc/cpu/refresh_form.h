@@ -109,8 +109,10 @@ class Extractor {
       if (diagonal <= least && is_rounding(c)) scale_[c] = 0;
     }
     std::fill_n(root_.get(), square_, 0.0);
-    // The reciprocals of scales are the diagonal's roots: of two columns the one with the greater scale is the smaller.
-    std::copy_n(scale_.get(), q_, norms);
+    // A column whose row has more than a semidefinite matrix could have there is left out. The reciprocals of scales are
+    // the diagonal's roots: of two columns the one with the greater scale is the smaller.
+    double* kept = norms_.get();  // norms are done with
+    std::copy_n(scale_.get(), q_, kept);
     for (int64_t i = 0; i < q_; ++i) {
       double largest = 0;
       for (int64_t j = 0; j < q_; ++j) {
@@ -118,14 +120,14 @@ class Extractor {
         entry = scale_[i] * scale_[j] * (static_cast<double>(small_[i * stride_ + j]) + small_[j * stride_ + i]) / 2;
         largest = std::max(largest, scale_[j] < scale_[i] ? std::abs(entry) : 0.0);
       }
-      if (largest > 1 + limits_.symmetry) norms[i] = 0;
+      if (largest > 1 + limits_.symmetry) kept[i] = 0;
     }
     for (int64_t i = 0; i < q_; ++i) {
       for (int64_t j = 0; j < q_; ++j)
-        if (norms[i] == 0 || norms[j] == 0) root_[i * stride_ + j] = 0;
+        if (kept[i] == 0 || kept[j] == 0) root_[i * stride_ + j] = 0;
       root_[i * stride_ + i] += limits_.jitter;
     }
-    std::copy_n(norms, q_, scale_.get());
+    std::copy_n(kept, q_, scale_.get());
     if (!invert_root()) return false;
     convert(inverse_.get(), small_.get(), square_);
     multiply<float>({product_.get(), stride_, 1}, small_.get(), stride_, nystrom_.get(), stride_, d_, q_, q_);
