@@ -22,6 +22,7 @@ directions' energy is lost. Of many layers every so many are compared.
 
 import argparse
 import copy
+import gc
 import json
 import math
 import statistics
@@ -206,6 +207,8 @@ def turns(name: str, method: str, rounds: int = 3, *, longer: bool = False) -> N
     for _ in range(rounds):
         for side in sides:
             fresh = copy.deepcopy(model)
+            gc.collect()  # as timeit has it: whose turn it is to tidy up is chance
+            gc.disable()
             tick = time.process_time()
             if side == "forwards alone":
                 for batch in batches:
@@ -213,6 +216,7 @@ def turns(name: str, method: str, rounds: int = 3, *, longer: bool = False) -> N
             else:
                 started(side, method, fresh, batches, layers)
             taken[side].append(time.process_time() - tick)
+            gc.enable()
     print(name, {side: [round(value, 2) for value in seconds] for side, seconds in taken.items()}, flush=True)
 
 

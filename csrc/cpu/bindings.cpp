@@ -71,6 +71,22 @@ void gram(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride
   run.gram(task, threads);
 }
 
+// The squared norms of the matrix as it was and of what is rounded off.
+std::pair<double, double> low_rank(uintptr_t matrix, bool is_float32, int64_t m, int64_t n, uintptr_t left, int64_t r,
+                                   uintptr_t right, int threads) {
+  require_at_least("m", m, 1);
+  require_at_least("n", n, 1);
+  require_at_least("r", r, 1);
+  require_at_least("threads", threads, 1);
+  const eva::LowRankTask task{is_float32 ? static_cast<void*>(address<float>("matrix", matrix))
+                                         : address<uint16_t>("matrix", matrix),
+                              is_float32, m, n, r, address<double>("left", left), address<double>("right", right)};
+  const eva::Code& run = eva::code();
+  py::gil_scoped_release unlocked;
+  const eva::LowRankNorms norms = run.low_rank(task, threads);
+  return {norms.matrix, norms.rounding};
+}
+
 void mirror(uintptr_t matrix, int64_t d) {
   require_at_least("d", d, 1);
   float* entries = address<float>("matrix", matrix);
@@ -177,6 +193,7 @@ void bind_cpu(py::module_& module) {
              "column_sum"_a, "square_sum"_a, "threads"_a);
   module.def("thin", &thin, "x"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "factor"_a, "q"_a, "product"_a, "outer"_a,
              "threads"_a);
+  module.def("low_rank", &low_rank, "matrix"_a, "is_float32"_a, "m"_a, "n"_a, "left"_a, "r"_a, "right"_a, "threads"_a);
   module.def("mirror", &mirror, "matrix"_a, "d"_a);
   module.def("refresh", &refresh, "d"_a, "q"_a, "samples"_a, "images"_a, "bases"_a, "eigenvalues"_a, "means"_a,
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,

@@ -3,6 +3,7 @@
 // compiled for any processor: it may be what the linker keeps of several copies.
 #include "dense.h"
 #include "float32_products.h"
+#include "low_rank_form.h"
 #include "refresh_form.h"
 #include "sketch_form.h"
 #include "symmetric_eigen_form.h"
@@ -12,7 +13,7 @@ namespace eva::EVA_FORM {
 
 Code code() {
   return {&accumulate_in_blocks<Block>, &accumulate_triangle<Triangle>, &sketch_add, &refresh,
-          &cholesky_qr, &symmetric_eigen_of_all, &project_rows, &add_outer};
+          &cholesky_qr, &symmetric_eigen_of_all, &project_rows, &add_outer, &add_low_rank};
 }
 
 }  // namespace eva::EVA_FORM

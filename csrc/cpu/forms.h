@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gram.h"
+#include "low_rank.h"
 #include "refresh.h"
 #include "sketch.h"
 #include "subspace.h"
@@ -28,6 +29,7 @@ struct Code {
   SymmetricEigen* symmetric_eigen;
   ThinProduct* project;  // X F
   ThinProduct* outer;    // Xᵀ F
+  LowRankAdd* low_rank;
 };
 
 // What a processor says of itself (CPUID's leaves 1, 7 and 7.1; whether 8 tiles of 16 rows of 64 bytes are among its

@@ -50,10 +50,10 @@ def leading_vectors(
     rounds = rounds and matrices.dtype == torch.float32 and matrices.device.type == "cpu"
     columns = (DEPTH + 3) * width  # that are multiplied with M Mᵀ, about
     forms = (SHARE if rounds else 1) * m * n + m * columns < 2 * n * columns
-    square = None if not forms else _rounded_square(matrices) if rounds else matrices @ matrices.mT
+    square = None if not forms else _rounded_square(matrices) if rounds else torch.bmm(matrices, matrices.mT)
 
     def times(x: Tensor) -> Tensor:  # (b, c, m) -> (b, c, m): of each row
-        return x @ square if square is not None else (x @ matrices) @ matrices.mT
+        return torch.bmm(x, square) if square is not None else torch.bmm(torch.bmm(x, matrices), matrices.mT)
 
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(width, m, generator=generator, dtype=torch.float32, device="cpu").to(matrices)
@@ -62,13 +62,15 @@ def leading_vectors(
     size, sought, images = 0, DEPTH * width, []
     while True:
         if size:
-            block = torch.baddbmm(block, block @ space[:, :size].mT, space[:, :size], alpha=-1)
+            before = space[:, :size]
+            block = torch.baddbmm(block, torch.bmm(block, before.mT), before, alpha=-1)
         if size + width > space.shape[1]:
             space = torch.cat([space, torch.empty_like(space)], 1)
-        space[:, size : size + width] = orthonormalize(block.mT).mT
+        own = space[:, size : size + width]
+        own.copy_(orthonormalize(block.mT).mT)
         recent = space[:, max(0, size - width) : size + width]  # of earlier ones the next block has rounding alone
-        block, size = times(space[:, size : size + width]), size + width
-        images.append(block @ recent.mT)
+        block, size = times(own), size + width
+        images.append(torch.bmm(block, recent.mT))
         if size >= sought or size + width > m:
             projected = _assembled(images).to(home_of(space.device))  # where there is an eigensolver, too
             values, vectors = torch.linalg.eigh(projected)

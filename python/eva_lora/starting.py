@@ -447,10 +447,8 @@ def _fit(
         of_pairs = []
         for base in bases[site.name]:
             weight = base.read()
-            if not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
-                raise ValueError(f"model: the weight of {site.name} holds NaN or Inf")
             moment, kept = (known.of(site.name, base.part) for known in moments)
-            of_pairs.append(fit_method(method, weight, rank, moment, kept, beta))
+            of_pairs.append(fit_method(method, weight, rank, moment, kept, beta, site.name))
         rows, kept_rows = ([known.rows(site.name, base.part) for base in bases[site.name]] for known in moments)
         fits[site.name] = _Fits(of_pairs, rows, kept_rows)
     return fits

@@ -59,6 +59,21 @@ double thin(int64_t n, int64_t d, int64_t q, const uint16_t* x, const std::vecto
   return total(product, total(images, 0));
 }
 
+// Entries in float32 or bfloat16, and a matrix of low rank that is added to them.
+template <typename X>
+double low_rank(int64_t m, int64_t n, int64_t r, int threads) {
+  std::vector<X> matrix(m * n);
+  for (int64_t i = 0; i < m * n; ++i) matrix[i] = static_cast<X>(std::is_same_v<X, float> ? i % 11 : 0x3f00 + i * 37 % 128);
+  std::vector<double> left(m * r), right(r * n);
+  for (int64_t i = 0; i < m * r; ++i) left[i] = 1.0 / (1 + i % 13);
+  for (int64_t i = 0; i < r * n; ++i) right[i] = 1.0 / (1 + i % 17);
+  const eva::LowRankNorms norms =
+      eva::code().low_rank({matrix.data(), std::is_same_v<X, float>, m, n, r, left.data(), right.data()}, threads);
+  double sum = norms.matrix + norms.rounding;
+  for (int64_t i = 0; i < m * n; ++i) sum += static_cast<double>(matrix[i]) * static_cast<double>(1 + i % 7);
+  return sum;
+}
+
 // All rows but every fifth, in memory that ends where they end.
 template <typename X>
 double products(int64_t n, int64_t d, int64_t q, int threads, std::mt19937& generator) {
@@ -105,8 +120,10 @@ void run_all(std::mt19937& generator, double& sum) {
         sum = total(out, sum);
       }
   for (const auto& [n, d, q] : std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {70, 33, 17}, {301, 130, 16}})
-    for (const int threads : {1, 3})
+    for (const int threads : {1, 3}) {
       sum += products<float>(n, d, q, threads, generator) + products<uint16_t>(n, d, q, threads, generator);
+      sum += low_rank<float>(n, d, q, threads) + low_rank<uint16_t>(n, d, q, threads);
+    }
 }
 
 }  // namespace

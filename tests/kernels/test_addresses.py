@@ -266,6 +266,7 @@ def bindings():
         "gram": {**rows, "shift": at, "sign": 1.0, "gram": at, "column_sum": at, "square_sum": at, "threads": 1},
         "thin": {"x": at, "n": N, "d": D, "row_stride": D, "mask": 0, "factor": at, "q": Q, "product": at,
                  "outer": True, "threads": 1},
+        "low_rank": {"matrix": at, "is_float32": True, "m": N, "n": D, "left": at, "r": Q, "right": at, "threads": 1},
         "mirror": {"matrix": at, "d": D},
         "sketch": {**rows, "signs": at, "chunk_rows": 256, "before": 0, "column": 0, "q": Q, "sums": at, "tally": at,
                    "total": at, "threads": 1},
@@ -278,7 +279,7 @@ def bindings():
     }  # fmt: skip
 
 
-SIZES = {"n", "d", "q", "row_stride", "threads", "batch", "chunk_rows", "before", "column", "power_steps"}
+SIZES = {"m", "n", "r", "d", "q", "row_stride", "threads", "batch", "chunk_rows", "before", "column", "power_steps"}
 ZERO_IS_FINE = {"n", "row_stride", "before", "column", "power_steps"}
 BYTES = {"mask", "solved"}  # one of which begins anywhere
 BOUND = [

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_kernels.low_rank_update import Scratch
+
 from ..planning import EvaPlan
 from .base_weights import BaseWeight
 from .fused import unfused
@@ -31,7 +33,6 @@ from .peft_layers import (
 from .peft_roots import base_models
 from .peft_start import (
     LOADED_BY,
-    Scratch,
     begin,
     give_back,
     holders_of_memory,

@@ -4,7 +4,6 @@ What is kept is in the adapter's state dict, so that every way to save the adapt
 initialisation that PEFT does not know, so that PEFT refuses to load such an adapter onto W, where it would be wrong.
 """
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from eva_kernels._double import double
 from eva_kernels._transfer import sent
+from eva_kernels.low_rank_update import Scratch, add_low_rank_
 
 from .peft_layers import factors, is_stacked
 from .preflight import living
@@ -23,7 +23,6 @@ from .preflight import living
 __all__ = [
     "LOADED_BY",
     "STARTS",
-    "Scratch",
     "Start",
     "begin",
     "give_back",
@@ -39,7 +38,6 @@ __all__ = [
 LOADED_BY = "eva_lora.load_adapter: "  # begins ``init_lora_weights`` of such an adapter; the method follows
 STARTS = "lora_start"  # PEFT saves what is named after its prefix
 SAMPLES = 32
-PIECE = 2**17  # entries of a weight that are changed at a time: 1 MiB in float64, which a core's cache holds
 
 _INSTEAD = "eva_lora.export_plain makes an ordinary adapter of it, for the base as it was, which does"
 _NEUTRAL = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that neither read the base nor change it
@@ -347,7 +345,7 @@ def begin(
     adapter: str,
     a: Tensor | None = None,
     b: Tensor | None = None,
-    scratch: "Scratch | None" = None,
+    scratch: Scratch | None = None,
 ) -> float:
     """Take s B A from a layer's base weight, and keep A and B as they are, or as they are given.
 
@@ -381,50 +379,13 @@ def samples_of(weight: Tensor) -> Tensor:  # (k,) float32
     return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float().clone()
 
 
-class Scratch:
-    """Memory in float64 for two pieces of a weight, used again for all weights: what is made for each, between tensors
-    that stay, is never used again."""
-
-    def __init__(self) -> None:
-        self._of: dict[torch.device, Tensor] = {}
-
-    def pieces(self, rows: int, columns: int, device: torch.device) -> Tensor:  # (2, rows, columns)
-        size, held = 2 * rows * columns, self._of.get(device)
-        if held is None or len(held) < size:
-            held = self._of[device] = torch.empty(max(size, 2 * PIECE), dtype=torch.float64, device=device)
-        return held[:size].view(2, rows, columns)
-
-
 def _add(layer: Any, start: Start, times: float, scratch: Scratch) -> float:
-    """Add so many times s B₀ A₀ to a layer's base weight, in float64 and a few rows at a time: of a whole matrix that
-    would take longer, and scatter memory. All of it, or nothing but a rounding.
+    """Add so many times s B₀ A₀ to a layer's base weight: all of it, or nothing but a rounding.
 
     Returns:
         What the weight's dtype rounds off, over the norm that the weight had.
     """
-    weight = layer.get_base_layer().weight.data
     left, right = start.factors()
     if getattr(layer, "fan_in_fan_out", False):
         left, right = right.T, left.T
-    rows, norm, rounding = max(1, PIECE // right.shape[1]), 0.0, 0.0
-    pieces = scratch.pieces(min(rows, len(left)), right.shape[1], left.device)
-    done = 0
-    try:
-        for part, of_left in zip(torch.split(weight, rows), torch.split(left, rows), strict=True):
-            exact, left_there = pieces[:, : len(part)]
-            exact.copy_(part.flatten(1))
-            norm = math.hypot(norm, _norm(exact))
-            exact.addmm_(of_left, right, alpha=times)
-            part.copy_(exact.view(part.shape))
-            done += len(part)
-            left_there.copy_(part.flatten(1))
-            rounding = math.hypot(rounding, _norm(exact.sub_(left_there)))
-    except BaseException:
-        back = double(weight[:done]).flatten(1) - times * (left[:done] @ right)
-        weight[:done] = back.view(weight[:done].shape).to(weight)
-        raise
-    return rounding / norm if norm > 0 else 0.0
-
-
-def _norm(x: Tensor) -> float:  # of contiguous memory
-    return math.sqrt(float(torch.dot(x.view(-1), x.view(-1))))
+    return add_low_rank_(layer.get_base_layer().weight.data, times * left, right, scratch=scratch)

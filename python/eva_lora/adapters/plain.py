@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eva_kernels._double import double
+from eva_kernels.low_rank_update import Scratch
 
 from .export import (
     WEIGHTS,
@@ -24,7 +25,7 @@ from .export import (
     read_adapter,
 )
 from .peft import PeftAdapter
-from .peft_start import LOADED_BY, STARTS, Scratch, begin, samples_of
+from .peft_start import LOADED_BY, STARTS, begin, samples_of
 
 __all__ = ["PlainExport", "export_plain", "load_adapter"]
 

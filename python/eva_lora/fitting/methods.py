@@ -4,6 +4,7 @@ With U the singular vectors of M R^(p/2) at one end, on the side of the outputs,
 B = U D^a and A = D^−a Uᵀ M, so that B A = U Uᵀ M whatever a is.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -154,6 +155,7 @@ def fit_method(
     moment: Moment | None = None,
     kept: Moment | None = None,
     beta: float = 0.0,
+    name: str = "",
 ) -> MethodFit:
     """The method's U, Uᵀ M and D for one layer, on the weight's device; in float64 where more is known of inputs than
     leading directions.
@@ -163,13 +165,21 @@ def fit_method(
         kept: With "two sets": of inputs that are to be kept, R₋; R is then (1 − β) R₊ − β R₋, and directions are
             ordered by eigenvalues, which may be negative.
         beta: β.
+        name: The layer's, for the error.
+
+    Raises:
+        ValueError: a weight that is not finite.
     """
+    energy = _energy(weight)  # read for that, it says as well whether entries are finite
+    if not math.isfinite(energy) and not bool(weight.isfinite().all()):
+        raise ValueError(f"model: the weight of {name} holds NaN or Inf")
     if isinstance(moment, SecondMoment) and (method.power, method.end, method.data) == (2, "top", "leading"):
-        return _fit_leading(weight, moment, rank)
+        return _fit_leading(weight, energy, moment, rank)
     matrix = weight if method.data == "none" else double(weight)
     moment, kept = _beside(moment, matrix), _beside(kept, matrix)
     of_weight, of_kept = (None if known is None else _times(matrix, known) for known in (moment, kept))  # W R
-    totals = [_energy(matrix) if seen is None else float((matrix * seen).sum()) for seen in (None, of_weight, of_kept)]
+    energy = energy if matrix is weight else _energy(matrix)
+    totals = [energy if seen is None else float((matrix * seen).sum()) for seen in (None, of_weight, of_kept)]
     if method.matrix == "silent part":
         assert isinstance(moment, Tensor)
         silent = torch.linalg.eigh(moment)[1][:, :rank]
@@ -196,13 +206,13 @@ def fit_method(
     )  # fmt: skip
 
 
-def _fit_leading(weight: Tensor, moment: SecondMoment, rank: int) -> MethodFit:
+def _fit_leading(weight: Tensor, energy: float, moment: SecondMoment, rank: int) -> MethodFit:
     """Of M = W and p = 2, at the top."""
     moment = type(moment)(*(part.to(weight) for part in moment))
     fit = fit_image(weight, moment, rank)
     squares = double(torch.linalg.vector_norm(fit.right, dim=1)).square().cpu()
     seen = double(torch.linalg.vector_norm(fit.right @ moment.factor, dim=1)).square().cpu()
-    totals = _energy(weight), float(fit.total)
+    totals = energy, float(fit.total)
     outputs = seen + squares * float(moment.rest)
     return MethodFit(
         fit.left, fit.right, fit.energies.sqrt().cpu(), totals, squares / max(totals[0], NO_ENERGY),
