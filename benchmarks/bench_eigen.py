@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eva_kernels import Statistic, SubspaceStatistic, refresh_
-from eva_kernels.symmetric_eigen import symmetric_eigen
+from eva_kernels.symmetric_eigen import leading_eigen, symmetric_eigen
 from harness.paired import Candidate, Case
 from rows import power_law
 from shapes import MODELS
@@ -54,6 +54,31 @@ def bench_eigen(compare: Callable[..., Any], device: str, quick: bool, k: int) -
             },
             dtype=torch.float32,
             facts={"matrices": count, "k": k},
+        ),
+        device,
+    )
+
+
+@pytest.mark.parametrize(("k", "count"), [(64, 16), (112, 17), (144, 17)])
+def bench_leading_eigen(compare: Callable[..., Any], device: str, k: int, count: int) -> None:
+    """The leading ones of one k x k float32, a Rayleigh-Ritz step of one weight's singular vectors."""
+    root = torch.randn(2 * k, k, generator=torch.Generator().manual_seed(0)).to(device)
+    matrix = (root.mT @ root)[None]
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return leading_eigen(matrix, count)
+
+    compare(
+        Case(
+            "Eigenproblems",
+            f"{count} of {k} x {k}, float32",
+            Candidate(ours, lambda: residual(matrix, *ours())),
+            {
+                "torch.linalg.eigh": Candidate(
+                    lambda: torch.linalg.eigh(matrix), lambda: residual(matrix, *torch.linalg.eigh(matrix))
+                )
+            },
+            facts={"k": k, "count": count},
         ),
         device,
     )

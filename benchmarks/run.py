@@ -25,6 +25,7 @@ SUITES = (
     "gram",
     "subspace",
     "orthonormal",
+    "low_rank_update",
     "eigen",
     "streaming",
     "convergence",

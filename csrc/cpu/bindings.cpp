@@ -155,6 +155,22 @@ void symmetric_eigen(uintptr_t matrices, int64_t batch, int64_t n, uintptr_t val
   run.symmetric_eigen(from, batch, n, to_values, to_vectors, flags, threads);
 }
 
+void leading_eigen(uintptr_t matrices, int64_t batch, int64_t n, int64_t count, uintptr_t values, uintptr_t vectors,
+                   uintptr_t solved, int threads) {
+  require_at_least("batch", batch, 1);
+  require_at_least("n", n, 1);
+  require_at_least("count", count, 1);
+  require_below("count", count, n + 1);
+  require_at_least("threads", threads, 1);
+  const double* from = address<double>("matrices", matrices);
+  double* to_values = address<double>("values", values);
+  double* to_vectors = address<double>("vectors", vectors);
+  uint8_t* flags = address<uint8_t>("solved", solved);
+  const eva::Code& run = eva::code();
+  py::gil_scoped_release unlocked;
+  run.leading_eigen(from, batch, n, count, to_values, to_vectors, flags, threads);
+}
+
 void sketch(uintptr_t x, bool is_float32, int64_t n, int64_t d, int64_t row_stride, uintptr_t mask, uintptr_t signs,
             int64_t chunk_rows, int64_t before, int64_t column, int64_t q, uintptr_t sums, uintptr_t tally,
             uintptr_t total, int threads) {
@@ -202,6 +218,8 @@ void bind_cpu(py::module_& module) {
   module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "growth"_a, "threads"_a);
   module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,
              "threads"_a);
+  module.def("leading_eigen", &leading_eigen, "matrices"_a, "batch"_a, "n"_a, "count"_a, "values"_a, "vectors"_a,
+             "solved"_a, "threads"_a);
   module.def("sketch", &sketch, "x"_a, "is_float32"_a, "n"_a, "d"_a, "row_stride"_a, "mask"_a, "signs"_a,
              "chunk_rows"_a, "before"_a, "column"_a, "q"_a, "sums"_a, "tally"_a, "total"_a, "threads"_a);
 }

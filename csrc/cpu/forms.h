@@ -27,6 +27,7 @@ struct Code {
   Refresh* refresh;
   CholeskyQr* cholesky_qr;
   SymmetricEigen* symmetric_eigen;
+  LeadingEigen* leading_eigen;
   ThinProduct* project;  // X F
   ThinProduct* outer;    // Xᵀ F
   LowRankAdd* low_rank;

@@ -11,4 +11,9 @@ namespace eva {
 using SymmetricEigen = void(const double* matrices, int64_t batch, int64_t n, double* values, double* vectors,
                             uint8_t* solved, int threads);
 
+// The same of the `count` largest eigenvalues alone, from the matrices' lower triangles; `values` (batch, count),
+// eigenvectors are the rows of `vectors` (batch, count, n). solved[i] is 0 as well where what was found does not hold.
+using LeadingEigen = void(const double* matrices, int64_t batch, int64_t n, int64_t count, double* values,
+                          double* vectors, uint8_t* solved, int threads);
+
 }  // namespace eva

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._double import double, like
 from ..orthonormal import orthonormalize, orthonormalize_apart
-from ..symmetric_eigen import symmetric_eigen
+from ..symmetric_eigen import leading_eigen
 
 MAX_BLOCKS = 8  # beside M F
 MISSING = 2e-7  # of a direction: what may lie outside of the space that is searched
@@ -35,8 +35,8 @@ def steep_directions(
     projected = seen @ seen.mT + rest.square() * double(rows @ rows.mT)
     outside = None  # (b,) float64: ‖M Mᵀ‖ there
     for _ in range(MAX_BLOCKS + 1):
-        values, vectors = symmetric_eigen((projected + projected.mT) / 2)
-        values, best = values[..., :rank].clamp_min(0), like(vectors[..., :rank], space)
+        values, vectors = leading_eigen(projected, rank)
+        values, best = values.clamp_min(0), like(vectors, space)
         told = values > space.shape[-1] * torch.finfo(torch.float64).eps * values[..., :1]  # from rounding
         share = torch.where(told, rest.square() / values.where(told, 1), 0)  # (b, r): t² / θ
         leading = (best.mT @ rows) @ matrices.mT  # (b, r, m)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._double import home_of
 from ..gram import gram_accumulate_
 from ..orthonormal import orthonormalize
+from ..symmetric_eigen import leading_eigen
 
 DEPTH = 7  # blocks at least: README.md
 LOST = 1e-5  # of the leading energy: more that may be missing, and blocks go on
@@ -72,8 +72,8 @@ def leading_vectors(
         block, size = times(own), size + width
         images.append(torch.bmm(block, recent.mT))
         if size >= sought or size + width > m:
-            projected = _assembled(images).to(home_of(space.device))  # where there is an eigensolver, too
-            values, vectors = torch.linalg.eigh(projected)
+            projected = _assembled(images)
+            values, vectors = leading_eigen(projected, rank + 1)
             blocks = _blocks_to_come(projected, values, vectors, rank, width)
             if not blocks or size == m:
                 break
@@ -83,9 +83,9 @@ def leading_vectors(
         block = torch.baddbmm(block, images[-1], recent, alpha=-1)
     if square is not None and rounds:
         mean = square.diagonal(dim1=-2, dim2=-1).sum(-1) / (m * n)
-        if bool((values[..., -rank] < STEEP * mean).any()):
+        if bool((values[..., rank - 1] < STEEP * mean).any()):
             return leading_vectors(matrices, rank, width, seed, rounds=False)
-    found = vectors[..., -rank:].flip(-1).to(space).mT @ space[:, :size]
+    found = vectors[..., :rank].mT @ space[:, :size]
     strayed = found @ found.mT - torch.eye(rank, dtype=found.dtype, device=found.device)
     if not bool((strayed.abs() <= STRAYED).all()):
         return None
@@ -94,19 +94,19 @@ def leading_vectors(
 
 def _blocks_to_come(
     projected: Tensor,  # (b, q, q): M Mᵀ in the space
-    values: Tensor,  # (b, q) ascending
-    vectors: Tensor,  # (b, q, q)
+    values: Tensor,  # (b, r + 1) descending
+    vectors: Tensor,  # (b, q, r + 1)
     rank: int,
     width: int,
 ) -> int:
     """How many more blocks are asked for, by what vectors have in the last two: 0 where nothing is."""
-    top, both = values[:, -rank:], vectors[:, -2 * width :, -rank:]
+    top, both = values[:, :rank], vectors[:, -2 * width :, :rank]
     last, own = both[:, width:], projected[:, -width:, -width:]
     held = (both.square() @ top[..., None]).view(-1, 2, width).sum(-1)
     kept = (last * (own @ last)).sum((1, 2))
-    seen = torch.cat([values[:, -rank - 1 :], held, kept[:, None]], 1)
+    seen = torch.cat([values, held, kept[:, None]], 1)
     most = 0
-    for after, least, *others, before, now, stays in seen.tolist():
+    for *others, least, after, before, now, stays in seen.tolist():
         energy, gap = least + sum(others), least - after
         allowed = LOST * energy if gap <= GAP * least else min(LOST * energy, TURNED * gap)
         factor = min(now / before, 0.9) if before > 0 else 0.0

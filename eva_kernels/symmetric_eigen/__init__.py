@@ -5,10 +5,10 @@ from torch import Tensor
 
 from .._dispatch import choose_impl
 from .._double import home_of
-from .core import core_runs, symmetric_eigen_core
-from .reference import symmetric_eigen_reference
+from .core import core_runs, leading_core_runs, leading_eigen_core, symmetric_eigen_core
+from .reference import leading_eigen_reference, symmetric_eigen_reference
 
-__all__ = ["symmetric_eigen"]
+__all__ = ["leading_eigen", "symmetric_eigen"]
 
 MAX_SIZE = 256  # of a matrix the kernel takes
 CACHED_SIZE = 128  # up to it float64 matrices, one for each multiprocessor, stay in the L2 cache
@@ -51,6 +51,37 @@ def symmetric_eigen(
     if impl == "auto" and core_runs(matrix):
         return symmetric_eigen_core(matrix)
     return symmetric_eigen_reference(matrix)
+
+
+def leading_eigen(
+    matrix: Tensor,  # (..., k, k) float32 or float64, symmetric: the lower triangle is read
+    count: int,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # (..., count) descending, (..., k, count)
+    """The eigenpairs of the ``count`` largest eigenvalues of every matrix of a batch, all of them where that is all.
+
+    Of a quarter of them at most, "auto" takes compiled code on a CPU with AVX2 or AVX-512, k up to 256; else PyTorch's
+    solver for all.
+
+    Raises:
+        TypeError: ``matrix`` is neither float32 nor float64.
+        ValueError: ``matrix`` is not square, ``count`` is out of range, or another ``impl`` than "auto" or "reference".
+    """
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"matrix: expected shape (..., k, k), got {tuple(matrix.shape)}")
+    if matrix.dtype not in _DTYPES:
+        raise TypeError(f"matrix: expected dtype float32 or float64, got {matrix.dtype}")
+    if not 1 <= count <= matrix.shape[-1]:
+        raise ValueError(f"count: expected 1 to {matrix.shape[-1]}, got {count}")
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"impl: expected 'auto' or 'reference', got {impl!r}")
+    if (home := home_of(matrix.device)) != matrix.device:
+        values, vectors = leading_eigen(matrix.to(home), count, impl=impl)
+        return values.to(matrix.device), vectors.to(matrix.device)
+    if impl == "auto" and leading_core_runs(matrix, count):
+        return leading_eigen_core(matrix, count)
+    return leading_eigen_reference(matrix, count)
 
 
 def eigh_is_batched() -> bool:

@@ -5,15 +5,24 @@ from torch import Tensor
 
 from .._build import cpu_form, use_core
 from .._memory import address
-from .reference import symmetric_eigen_reference
+from .reference import leading_eigen_reference, symmetric_eigen_reference
 
 CORE_MAX_SIZE = 128  # beyond it LAPACK's divide and conquer is as fast
+LEADING_MAX_SIZE = 256  # the same of few eigenpairs
 
 
 def core_runs(matrix: Tensor) -> bool:
-    """Whether there is compiled code for these matrices on this machine."""
-    is_small = matrix.numel() > 0 and matrix.shape[-1] <= CORE_MAX_SIZE
-    if matrix.device.type != "cpu" or matrix.dtype != torch.float64 or not is_small:
+    """Whether there is compiled code for all eigenpairs of these matrices on this machine."""
+    return matrix.dtype == torch.float64 and _takes(matrix, CORE_MAX_SIZE)
+
+
+def leading_core_runs(matrix: Tensor, count: int) -> bool:
+    """The same for the leading ones: a quarter of them at most, more take longer than all."""
+    return 4 * count <= matrix.shape[-1] and count > 0 and _takes(matrix, LEADING_MAX_SIZE)
+
+
+def _takes(matrix: Tensor, most: int) -> bool:
+    if matrix.device.type != "cpu" or matrix.numel() == 0 or matrix.shape[-1] > most:
         return False
     return use_core("auto") is not None and cpu_form() is not None
 
@@ -35,3 +44,24 @@ def symmetric_eigen_core(
     if not bool(solved.all()):
         return symmetric_eigen_reference(matrix)
     return values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
+
+
+def leading_eigen_core(
+    matrix: Tensor,  # (..., k, k) float32 or float64
+    count: int,
+) -> tuple[Tensor, Tensor]:  # (..., count), (..., k, count)
+    """As the reference, which is also left what this does not solve."""
+    flat = matrix.reshape(-1, *matrix.shape[-2:]).double().contiguous()
+    batch, n, _ = flat.shape
+    values, vectors = flat.new_empty(batch, count), flat.new_empty(batch, count, n)
+    solved = flat.new_zeros(batch, dtype=torch.bool)
+    use_core("core").leading_eigen(
+        matrices=address("matrix", flat, torch.float64, (batch, n, n)), batch=batch, n=n, count=count,
+        values=address("values", values, torch.float64, (batch, count)),
+        vectors=address("vectors", vectors, torch.float64, (batch, count, n)),
+        solved=address("solved", solved, torch.bool, (batch,)), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if not bool(solved.all()):
+        return leading_eigen_reference(matrix, count)
+    outer = matrix.shape[:-2]
+    return values.reshape(*outer, count).to(matrix), vectors.mT.reshape(*outer, n, count).to(matrix)

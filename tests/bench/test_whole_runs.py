@@ -49,6 +49,7 @@ def test_every_suite_runs(tmp_path, monkeypatch):
         "Gram",
         "Subspace product",
         "Orthonormalisation",
+        "Low-rank update",
         "Eigenproblems",
         "Refresh",
         "Streams",

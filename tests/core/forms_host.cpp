@@ -116,6 +116,11 @@ void run_all(std::mt19937& generator, double& sum) {
         std::vector<uint8_t> solved(3);
         eva::code().symmetric_eigen(matrices.data(), 3, q, values.data(), vectors.data(), solved.data(), threads);
         for (const uint8_t one : solved) sum += one;
+        const int64_t count = (q + 3) / 4;
+        std::vector<double> leading(3 * count), rows(3 * count * q);
+        eva::code().leading_eigen(matrices.data(), 3, q, count, leading.data(), rows.data(), solved.data(), threads);
+        for (const uint8_t one : solved) sum += one;
+        for (const double value : leading) sum += value;
         for (const double value : values) sum += value;
         sum = total(out, sum);
       }
