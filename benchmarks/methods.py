@@ -194,7 +194,8 @@ def table() -> None:
 
 @torch.no_grad()
 def turns(name: str, method: str, rounds: int = 3, *, longer: bool = False) -> None:
-    """Seconds of the processor's time that a whole start takes here and in PEFT, by turns."""
+    """Seconds of the processor's time that a whole start takes here and in PEFT, by turns; the median of the ratios to
+    the last side, each to its own turn."""
     torch.set_num_threads(1)
     model, batches, layers = load(name)
     sides: tuple[str, ...] = ("ours", "PEFT, pissa_niter_16")
@@ -218,6 +219,10 @@ def turns(name: str, method: str, rounds: int = 3, *, longer: bool = False) -> N
             taken[side].append(time.process_time() - tick)
             gc.enable()
     print(name, {side: [round(value, 2) for value in seconds] for side, seconds in taken.items()}, flush=True)
+    last = taken[sides[-1]]
+    for side in sides[:-1]:
+        ratio = statistics.median(own / its for own, its in zip(taken[side], last, strict=True))
+        print(f"{name}: {side} {ratio:.2f} of {sides[-1]}'s time", flush=True)
 
 
 @torch.no_grad()
@@ -280,7 +285,7 @@ def main() -> None:
             if arguments.widths:
                 widths(model)
             for method in arguments.methods if arguments.turns else ():
-                turns(model, method)
+                turns(model, method, rounds=9 if method == "pissa" else 3)
         return
     if arguments.one:
         print(json.dumps(measure(*arguments.one)))

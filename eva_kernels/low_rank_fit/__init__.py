@@ -10,7 +10,7 @@ from ..orthonormal import orthonormalize
 from .iteration import leading_directions
 from .moment import PrincipalMoment, SecondMoment, principal_moment
 from .reference import dense_directions
-from .steep import steep_directions
+from .steep import NEAR, steep_directions
 
 __all__ = ["LowRankFit", "PrincipalMoment", "SecondMoment", "fit_image", "fit_low_rank", "principal_moment"]
 
@@ -85,7 +85,8 @@ def fit_image(
 
     Args:
         matrix, rank, seed: As in :func:`fit_low_rank`.
-        moment: R, with one ``rest`` for all directions; of several matrices :func:`principal_moment`'s, once for all.
+        moment: R, of the matrix's dtype and device or in float64 where that is, with one ``rest`` for all directions;
+            for several matrices :func:`principal_moment`'s, once for all.
 
     Returns:
         ``energies`` are of M R² Mᵀ, squared singular values of M R; ``total`` is tr(M R Mᵀ) all the same.
@@ -97,18 +98,22 @@ def fit_image(
     if moment.rest.ndim:
         raise ValueError(f"moment: expected one rest for all directions, got {tuple(moment.rest.shape)}")
     flat = matrix.reshape(-1, *matrix.shape[-2:])
-    moment = principal_moment(moment)
-    product, rest = flat @ moment.factor, double(moment.rest)
-    total = moment.energy(flat, product)
-    squares = double(moment.factor).square().sum(0)
+    principal = SecondMoment(*(like(part, flat) for part in principal_moment(moment)))
+    product, rest = flat @ principal.factor, double(principal.rest)
+    squares = double(principal.factor).square().sum(0)
     growth = like((squares + 2 * rest).sqrt(), flat)  # (λ + t)² = λ (λ + 2 t) + t²
-    product, found = product * growth, None
+    total, product = principal.energy(flat, product), product * growth
+    found = None
     if product.shape[-1] >= rank and product.shape[-1] + rank <= min(flat.shape[1:]):
         found = steep_directions(flat, rest, product, rank)
-    if found is None:
-        squared = SecondMoment(moment.factor * growth, like(rest.square(), flat))
-        found = _leading(flat, squared, rank, product, squared.energy(flat, product), seed)
-    left, energies = found
+    if found is not None:
+        left, energies, after = found
+        if flat.dtype == torch.float32 and bool((energies[:, -1] - after < NEAR * energies[:, -1]).any()):
+            wide = fit_image(double(matrix), type(moment)(*map(double, moment)), rank, seed=seed)
+            return LowRankFit(like(wide.left, matrix), like(wide.right, matrix), wide.energies, wide.total)
+    else:
+        squared = SecondMoment(principal.factor * growth, like(rest.square(), flat))
+        left, energies = _leading(flat, squared, rank, product, squared.energy(flat, product), seed)
     batch = matrix.shape[:-2]
     right = left.mT @ flat
     return LowRankFit(

@@ -54,15 +54,15 @@ def symmetric_eigen(
 
 
 def leading_eigen(
-    matrix: Tensor,  # (..., k, k) float32 or float64, symmetric: the lower triangle is read
+    matrix: Tensor,  # (..., k, k) float32 or float64, symmetric positive semidefinite: the lower triangle is read
     count: int,
     *,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # (..., count) descending, (..., k, count)
-    """The eigenpairs of the ``count`` largest eigenvalues of every matrix of a batch, all of them where that is all.
+    """The eigenpairs of the ``count`` largest eigenvalues of every matrix of a batch.
 
-    Of a quarter of them at most, "auto" takes compiled code on a CPU with AVX2 or AVX-512, k up to 256; else PyTorch's
-    solver for all.
+    Of a quarter of them at most, "auto" takes compiled code on a CPU with AVX2 or AVX-512, k up to 256; else it is
+    :func:`symmetric_eigen`, and what is left of all.
 
     Raises:
         TypeError: ``matrix`` is neither float32 nor float64.
@@ -79,9 +79,12 @@ def leading_eigen(
     if (home := home_of(matrix.device)) != matrix.device:
         values, vectors = leading_eigen(matrix.to(home), count, impl=impl)
         return values.to(matrix.device), vectors.to(matrix.device)
-    if impl == "auto" and leading_core_runs(matrix, count):
+    if impl == "reference":
+        return leading_eigen_reference(matrix, count)
+    if leading_core_runs(matrix, count):
         return leading_eigen_core(matrix, count)
-    return leading_eigen_reference(matrix, count)
+    values, vectors = symmetric_eigen(matrix.tril() + matrix.tril(-1).mT)
+    return values[..., :count], vectors[..., :count]
 
 
 def eigh_is_batched() -> bool:

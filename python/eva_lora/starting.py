@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_kernels._double import double
 from eva_kernels.low_rank_fit import SecondMoment, principal_moment
 
 from .adapters import (
@@ -390,7 +391,7 @@ def _pooled(entries: Sequence[InputStatistics]) -> Moment:
     known = [entry.second_moment() for entry in entries]
     factor = torch.cat([moment.factor * n**0.5 for moment, n in zip(known, shares, strict=True)], 1)
     rest = torch.stack([m.rest * n for m, n in zip(known, shares, strict=True)]).sum()
-    return principal_moment(SecondMoment(factor, rest))  # once for all layers on this input
+    return principal_moment(SecondMoment(double(factor), double(rest)))  # once for all layers on this input
 
 
 def _require_every_direction(name: str, entry: InputStatistics, method: Method) -> None:

@@ -230,6 +230,28 @@ def test_what_leads_out_of_the_known_directions_is_followed_until_it_is_less_tha
     assert torch.linalg.matrix_norm(q - u[:, :rank] @ (u[:, :rank].T @ q)) <= rank**0.5 * MISSING / min(gap, 0.5)
 
 
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (2, 130, 150)], ids=str)
+def test_neighbours_that_float32_would_turn_into_each_other_are_told_apart(shape):
+    """Singular values of M R that differ by 10⁻⁴ where the last one is taken: float32 rounds to 10⁻³ of that."""
+    n = shape[-1]
+    generator, rank = torch.Generator().manual_seed(6), 8
+    v = torch.linalg.qr(torch.randn(n, 24, generator=generator, dtype=torch.float64)).Q
+    u = torch.linalg.qr(torch.randn(*shape[:-1], 24, generator=generator, dtype=torch.float64)).Q
+    values = 1 / (1 + torch.arange(24, dtype=torch.float64))
+    values[rank] = values[rank - 1] * (1 - 1e-4)
+    factor = torch.linspace(3, 1, 24, dtype=torch.float64).sqrt()
+    moment = SecondMoment((v * factor).float(), torch.zeros(()))
+    matrix = (u * (values / factor.square()) @ v.mT).float()
+    matrix += 1e-5 * torch.randn(shape, generator=generator) / n**0.5
+    fit = fit_image(matrix, moment, rank)
+    assert fit.left.dtype == fit.right.dtype == torch.float32
+    for w, left, right in zip(*(part.reshape(-1, *part.shape[-2:]) for part in (matrix, *fit[:2])), strict=True):
+        u, s, _ = torch.linalg.svd(image(w, moment), full_matrices=False)
+        assert 1e-5 < float(1 - s[rank] / s[rank - 1]) < 1e-3
+        exact = u[:, :rank] @ (u[:, :rank].T @ w.double())
+        assert (left.double() @ right.double() - exact).norm() <= 1e-6 * exact.norm()
+
+
 def test_principal_columns_are_orthogonal_longest_first_and_made_once():
     moment = MOMENTS["streamed"](80)
     turned = SecondMoment(moment.factor @ torch.linalg.qr(torch.randn(20, 20)).Q, moment.rest)

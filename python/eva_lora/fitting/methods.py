@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eva_kernels._double import double
+from eva_kernels._double import double, home_of, like
 from eva_kernels.low_rank_fit import SecondMoment, fit_image
 from eva_kernels.singular_ends import SingularEnd, leading_singular, trailing_singular
 
@@ -208,10 +208,10 @@ def fit_method(
 
 def _fit_leading(weight: Tensor, energy: float, moment: SecondMoment, rank: int) -> MethodFit:
     """Of M = W and p = 2, at the top."""
-    moment = type(moment)(*(part.to(weight) for part in moment))
+    moment = type(moment)(*(part.to(home_of(weight.device)) for part in moment))
     fit = fit_image(weight, moment, rank)
     squares = double(torch.linalg.vector_norm(fit.right, dim=1)).square().cpu()
-    seen = double(torch.linalg.vector_norm(fit.right @ moment.factor, dim=1)).square().cpu()
+    seen = double(torch.linalg.vector_norm(fit.right @ like(moment.factor, weight), dim=1)).square().cpu()
     totals = energy, float(fit.total)
     outputs = seen + squares * float(moment.rest)
     return MethodFit(
