@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from .._dispatch import choose_impl
-from .._double import home_of
+from .._double import double, home_of, like
 from .core import core_runs, leading_core_runs, leading_eigen_core, symmetric_eigen_core
 from .reference import leading_eigen_reference, symmetric_eigen_reference
+from .steep import is_steep, refined
 
 __all__ = ["leading_eigen", "symmetric_eigen"]
 
@@ -61,8 +62,9 @@ def leading_eigen(
 ) -> tuple[Tensor, Tensor]:  # (..., count) descending, (..., k, count)
     """The eigenpairs of the ``count`` largest eigenvalues of every matrix of a batch.
 
-    Of a quarter of them at most, "auto" takes compiled code on a CPU with AVX2 or AVX-512, k up to 256; else it is
-    :func:`symmetric_eigen`, and what is left of all.
+    In float64, whatever the dtype. Of a quarter of them at most, "auto" takes compiled code on a CPU with AVX2 or
+    AVX-512, k up to 256; else it is :func:`symmetric_eigen`, and what is left of all. Where the last of them is far
+    below the first, they are solved for again without the largest (README.md).
 
     Raises:
         TypeError: ``matrix`` is neither float32 nor float64.
@@ -76,14 +78,21 @@ def leading_eigen(
         raise ValueError(f"count: expected 1 to {matrix.shape[-1]}, got {count}")
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl: expected 'auto' or 'reference', got {impl!r}")
-    if (home := home_of(matrix.device)) != matrix.device:
-        values, vectors = leading_eigen(matrix.to(home), count, impl=impl)
-        return values.to(matrix.device), vectors.to(matrix.device)
+    values, vectors = _leading(double(matrix), count, impl)
+    return like(values, matrix), like(vectors, matrix)
+
+
+def _leading(matrix: Tensor, count: int, impl: str) -> tuple[Tensor, Tensor]:  # of float64, at home
     if impl == "reference":
         return leading_eigen_reference(matrix, count)
     if leading_core_runs(matrix, count):
-        return leading_eigen_core(matrix, count)
-    values, vectors = symmetric_eigen(matrix.tril() + matrix.tril(-1).mT)
+        values, vectors = leading_eigen_core(matrix, count)
+        if not is_steep(values):
+            return values, vectors
+    whole = matrix.tril() + matrix.tril(-1).mT
+    values, vectors = symmetric_eigen(whole)
+    if is_steep(values[..., :count]):
+        values, vectors = refined(whole, values, vectors, count)
     return values[..., :count], vectors[..., :count]
 
 

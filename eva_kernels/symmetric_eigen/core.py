@@ -18,7 +18,7 @@ def core_runs(matrix: Tensor) -> bool:
 
 def leading_core_runs(matrix: Tensor, count: int) -> bool:
     """The same for the leading ones: a quarter of them at most, more take longer than all."""
-    return 4 * count <= matrix.shape[-1] and count > 0 and _takes(matrix, LEADING_MAX_SIZE)
+    return matrix.dtype == torch.float64 and 4 * count <= matrix.shape[-1] and _takes(matrix, LEADING_MAX_SIZE)
 
 
 def _takes(matrix: Tensor, most: int) -> bool:
@@ -47,11 +47,11 @@ def symmetric_eigen_core(
 
 
 def leading_eigen_core(
-    matrix: Tensor,  # (..., k, k) float32 or float64
+    matrix: Tensor,  # (..., k, k) float64
     count: int,
 ) -> tuple[Tensor, Tensor]:  # (..., count), (..., k, count)
     """As the reference, which is also left what this does not solve."""
-    flat = matrix.reshape(-1, *matrix.shape[-2:]).double().contiguous()
+    flat = matrix.reshape(-1, *matrix.shape[-2:]).contiguous()
     batch, n, _ = flat.shape
     values, vectors = flat.new_empty(batch, count), flat.new_empty(batch, count, n)
     solved = flat.new_zeros(batch, dtype=torch.bool)
@@ -64,4 +64,4 @@ def leading_eigen_core(
     if not bool(solved.all()):
         return leading_eigen_reference(matrix, count)
     outer = matrix.shape[:-2]
-    return values.reshape(*outer, count).to(matrix), vectors.mT.reshape(*outer, n, count).to(matrix)
+    return values.reshape(*outer, count), vectors.mT.reshape(*outer, n, count)

@@ -61,6 +61,46 @@ def test_tridiagonals_that_come_apart_and_diagonals(n, monkeypatch):
         assert_leading(matrix, n // 4, *leading_eigen(matrix, n // 4))
 
 
+@pytest.mark.parametrize("n", [20, 64, 112])  # the first is not compiled
+def test_graded_matrices_have_all_digits_of_their_small_eigenvalues(n):
+    """D H D with H well conditioned and D falling by 10⁶, whose eigenvalues are given to a few roundings of each (Barlow
+    and Demmel 1990, Computing accurate eigensystems of scaled diagonally dominant matrices): Jacobi's method finds them as
+    its Cholesky factor's singular values."""
+    generator = torch.Generator().manual_seed(n)
+    scale = 10 ** torch.linspace(0, -6, n, dtype=torch.float64)
+    rest = torch.randn(n, n, generator=generator, dtype=torch.float64) / (8 * n)
+    matrix = (torch.eye(n) + rest @ rest.T) * torch.outer(scale, scale)
+    count = n // 4 * 3
+    values, vectors = leading_eigen(matrix, count)
+    exact, axes = one_sided_jacobi(torch.linalg.cholesky(matrix))
+    assert ((values - exact[:count]).abs() <= 1e-10 * exact[:count]).all()
+    assert ((vectors * axes[:, :count]).sum(0).abs() >= 1 - 1e-10).all()
+    assert (vectors.T @ vectors - torch.eye(count)).abs().max() <= 8 * n * EPS
+
+
+def one_sided_jacobi(factor):
+    """Eigenpairs of L Lᵀ: columns of L turned in pairs until they are orthogonal, which loses no small one."""
+    columns = factor.clone().numpy()
+    for _ in range(30):
+        worst = 0.0
+        for i in range(len(columns)):
+            for j in range(i + 1, len(columns)):
+                x, y = columns[:, i].copy(), columns[:, j].copy()
+                a, b, c = x @ x, y @ y, x @ y
+                worst = max(worst, abs(c) / (a * b) ** 0.5)
+                if abs(c) <= EPS * (a * b) ** 0.5:
+                    continue
+                zeta = (b - a) / (2 * c)
+                tangent = (1 if zeta >= 0 else -1) / (abs(zeta) + (1 + zeta * zeta) ** 0.5)
+                cosine = 1 / (1 + tangent * tangent) ** 0.5
+                columns[:, i], columns[:, j] = cosine * (x - tangent * y), cosine * (y + tangent * x)
+        if worst <= 10 * EPS:
+            break
+    squares = torch.from_numpy((columns**2).sum(0))
+    order = squares.argsort(descending=True)
+    return squares[order], torch.from_numpy(columns)[:, order] / squares[order].sqrt()
+
+
 def test_the_lower_triangle_is_read():
     matrix = matrix_of(SPECTRA["even"](40))
     garbage = matrix.tril() + torch.full_like(matrix, torch.nan).triu(1)
