@@ -63,7 +63,7 @@ def test_tridiagonals_that_come_apart_and_diagonals(n, monkeypatch):
 
 @pytest.mark.parametrize("n", [20, 64, 112])  # the first is not compiled
 def test_graded_matrices_have_all_digits_of_their_small_eigenvalues(n):
-    """D H D with H well conditioned and D falling by 10⁶, whose eigenvalues are given to a few roundings of each (Barlow
+    """D H D with H well conditioned and D falling by 10⁶, whose eigenvalues are known to a few roundings each (Barlow
     and Demmel 1990, Computing accurate eigensystems of scaled diagonally dominant matrices), and which Jacobi's method
     finds as its Cholesky factor's singular values."""
     generator = torch.Generator().manual_seed(n)
