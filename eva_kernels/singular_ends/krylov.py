@@ -14,6 +14,10 @@ DEPTH = 7  # blocks at least: README.md
 LOST = 1e-5  # of the leading energy: more that may be missing, and blocks go on
 TURNED = 2e-3  # 1 − cosine² of the subspace, and the same
 GAP = 0.02  # of the last value's energy, to the next one: with less, no subspace is the answer
+TOLD = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-12,
+}  # of the first value: M Mᵀ tells smaller ones from its rounding badly
 STRAYED = 1e-3  # from orthonormal: vectors of a space that is not one
 STEEP = 25.0  # mean squares of entries: with less energy in a value, rounding entries to bfloat16 is felt
 SHARE = 0.25  # of M Mᵀ's operations in float32: what half of them take in bfloat16
@@ -44,7 +48,8 @@ def leading_vectors(
 
     Returns:
         Columns that are orthonormal but for rounding. None where blocks could not be kept orthogonal, as of matrices
-        of fewer directions than are asked for, or where another block that is asked for has no room.
+        of fewer directions than are asked for; where the last value is so small beside the first that M Mᵀ tells little
+        of it; or where another block that is asked for has no room.
     """
     b, m, n = matrices.shape
     rounds = rounds and matrices.dtype == torch.float32 and matrices.device.type == "cpu"
@@ -81,6 +86,8 @@ def leading_vectors(
                 return None
             sought = size + width * blocks
         block = torch.baddbmm(block, images[-1], recent, alpha=-1)
+    if bool((values[:, rank - 1] < TOLD[matrices.dtype] * values[:, 0]).any()):
+        return None
     if square is not None and rounds:
         mean = square.diagonal(dim1=-2, dim2=-1).sum(-1) / (m * n)
         if bool((values[..., rank - 1] < STEEP * mean).any()):

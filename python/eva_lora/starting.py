@@ -91,7 +91,7 @@ def initialize(
         ValueError: an unknown method, data that it does not take or lacks, a layer that it cannot start; and as
             :func:`eva_lora.collect` and :func:`eva_lora.apply`. The model is then as it was.
     """
-    if loss_fn is not None and not isinstance(METHODS.get(method), GradientMethod):
+    if loss_fn is not None and not isinstance(METHODS.get(str(method)), GradientMethod):
         raise ValueError(f"loss_fn: expected None with method={method!r}, which takes no gradients")
     if method == "eva":
         _refuse_second_set(method, keep)
@@ -103,7 +103,7 @@ def initialize(
             model, loader_or_statistics, config, forward_fn=forward_fn, row_mask_fn=row_mask_fn, sites=sites,
             progress=progress, overwrite=overwrite,
         )  # fmt: skip
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: expected one of {('eva', *METHODS)}, got {method!r}")
     row = METHODS[method]
     if row.data != "two sets":
@@ -125,6 +125,7 @@ def initialize(
             TrainedLayers.of(adapter).require_none()
         require_whole(model)
         _require_directions(adapter, bases, row)
+        _require_scalings(adapter, row)
         _require_budget(row, chosen, budget)
         moves_ranks = chosen.moves_ranks or budget is not None or (isinstance(row, GradientMethod) and row.moves_ranks)
         require_changeable(model, ranks_change=moves_ranks or bool(kept_whole))
@@ -309,6 +310,8 @@ def _require_budget(method: Method, config: EvaConfig, budget: int | None) -> No
         return
     if not method.scores:
         raise ValueError(f"budget: expected None with method={method.name!r}, whose directions have no scores")
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"budget: expected an integer or None, got {budget!r}")
     if budget < 1:
         raise ValueError(f"budget: expected at least 1, got {budget}")
     if config.budget_parameters is not None:
@@ -342,6 +345,16 @@ def _require_directions(adapter: LoraAdapter, bases: Mapping[str, Sequence[BaseW
         if each * site.rank > there:
             of = "" if each == 1 else f", of which method={method.name!r} takes {each} for each"
             raise ValueError(f"model: {site.name} has rank {site.rank}, its weight has {there} directions{of}")
+
+
+def _require_scalings(adapter: Any, method: Method) -> None:
+    """Raise unless B A reaches every layer's output as it is meant: B₀ A₀ is divided by the scaling."""
+    for name, scaling in adapter.scalings().items():
+        if not scaling > 0:
+            raise ValueError(
+                f"model: {name} has a scaling of {scaling:g}: expected a positive one, as of a positive lora_alpha, "
+                f"with method={method.name!r}"
+            )
 
 
 class _Moments:

@@ -137,6 +137,23 @@ def test_where_values_fall_by_orders_of_magnitude_nothing_is_rounded():
     assert torch.linalg.svdvals(u.T @ rounded)[-1] < 0.999
 
 
+@pytest.mark.parametrize(
+    ("dtype", "steep"), [(torch.float32, 1e4), (torch.float64, 1e7), (torch.float64, 1e9)], ids=str
+)
+@pytest.mark.parametrize("shape", [(200, 576), (384, 384)], ids=str)
+def test_values_that_squares_do_not_tell_are_found_all_the_same(shape, dtype, steep):
+    """Of directions with a gap of 5 %, whose values are that many times below the first, in M's own precision."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(2)
+    u = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(n, m, generator=generator, dtype=torch.float64)).Q
+    values = torch.linspace(2, 1, m, dtype=torch.float64) / steep
+    values[0], values[16:] = 2.0, 0.95 * values[16:]
+    matrix = ((u * values) @ v.mT).to(dtype)
+    exact = torch.linalg.svd(matrix.double())[0][:, :16]
+    assert torch.linalg.svdvals(exact.mT @ leading_singular(matrix, 16).left.double())[-1] >= 0.999
+
+
 @pytest.mark.parametrize("shape", [(0,), (2,)], ids=str)
 def test_matrices_of_zeros_have_orthonormal_vectors(shape):
     found = leading_singular(torch.zeros(*shape, 200, 300), 8)

@@ -274,9 +274,29 @@ def _combine(tuner: Any, adapters: Sequence[str], *args: Any, **kwargs: Any) -> 
 
 
 def holders_of_memory(root: nn.Module) -> Counter[int]:
-    """Address of each parameter → how many modules have one there."""
-    held = (p for module in root.modules() for p in module._parameters.values() if p is not None)
-    return Counter(p.data_ptr() for p in held if p.device.type != "meta" and p.numel())
+    """Address of each parameter and buffer → how many of the modules' tensors have memory there, itself among them."""
+    tensors = [
+        tensor
+        for module in root.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None and tensor.device.type != "meta" and tensor.numel() and tensor.data_ptr()
+    ]
+    ranges = sorted((t.device.index or 0, t.data_ptr(), t.data_ptr() + span(t) * t.element_size()) for t in tensors)
+    held: Counter[int] = Counter()
+    device, last, end = -1, 0, 0  # the range that reaches furthest, so far
+    for place, start, stop in ranges:
+        held[start] += 1
+        if place == device and start < end and start != last:
+            held[start] += 1
+            held[last] += 1
+        if place != device or stop > end:
+            device, last, end = place, start, stop
+    return held
+
+
+def span(tensor: Tensor) -> int:
+    """From its first element to its last in memory, in elements: fewer than it has where some are the same."""
+    return 1 + sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def require_movable(name: str, layer: Any, holders: Counter[int]) -> None:
@@ -325,8 +345,11 @@ def kept_whole(layer: Any, holders: Counter[int]) -> str:
         return f"it is part of a {type(layer.get_base_layer()).__name__}, which is computed with as a whole"
     if any(getattr(layer, "use_dora", {}).values()):
         return "its adapter is DoRA, whose lengths are of the whole weight's rows"
-    if holders[layer.get_base_layer().weight.data_ptr()] > 1:
-        return "another module has the same weight, which would change with it"
+    weight = layer.get_base_layer().weight
+    if holders[weight.data_ptr()] > 1:
+        return "another module has the same weight or part of it, which would change with it"
+    if span(weight) < weight.numel():
+        return "several of its entries are one in memory"
     return ""
 
 

@@ -138,8 +138,10 @@ def export_plain(
 def _beside_starts(
     weights: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], starts: Mapping[str, Factors]
 ) -> dict[str, Tensor]:
-    """An adapter's weights with [A; A₀] for A and [B, −B₀] for B, and without what only its start holds."""
-    made = {key: value for key, value in weights.items() if f".{STARTS}." not in key}
+    """An adapter's weights with [A; A₀] for A and [B, −B₀] for B, without what only its start holds, and without what
+    is left of a base weight, which PEFT saves of an output head."""
+    left = tuple(f"{owner}.base_layer." for owner in layers)
+    made = {key: value for key, value in weights.items() if f".{STARTS}." not in key and not key.startswith(left)}
     for owner in layers:
         names = f"{owner}.lora_A.weight", f"{owner}.lora_B.weight"
         a, b = (made[name] for name in names)
@@ -182,7 +184,13 @@ def load_adapter(
         raise ValueError("model: expected a base without LoRA layers; load it anew")
     plain = copy.deepcopy(config)
     plain.init_lora_weights, plain.inference_mode = True, not is_trainable
+    # PEFT saves what is left of an output head's weight, and loads it.
+    heads = [key.removesuffix(".base_layer.weight") for key in weights if key.endswith(".base_layer.weight")]
+    modules: dict[str, Any] = {name: model.get_submodule(name.removeprefix("base_model.model.")) for name in heads}
+    whole = {name: module.weight.detach().clone() for name, module in modules.items()}
     loaded: Any = PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=plain)
+    for name, module in modules.items():
+        module.weight.data.copy_(whole[name])
     adapter = PeftAdapter(loaded, adapter_name)
     adapter.require_movable()
     starts: dict[str, Factors] = {}

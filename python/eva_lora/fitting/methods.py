@@ -6,7 +6,7 @@ B = U D^a and A = D^−a Uᵀ M, so that B A = U Uᵀ M whatever a is.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from eva_kernels.singular_ends import SingularEnd, leading_singular, trailing_si
 __all__ = ["METHODS", "GradientMethod", "Method", "MethodFit", "Moment", "fit_method", "known_directions"]
 
 NO_ENERGY = 1e-300
+ENERGIES = 1e-24, 1e24  # of an entry: beyond, squares of squares leave float32
 ENDS: dict[str, Callable[[Tensor, int], SingularEnd]] = {"top": leading_singular, "bottom": trailing_singular}
 
 Moment = SecondMoment | Tensor  # R in parts, as far as it is known; or whole: (in, in) float64
@@ -173,6 +174,8 @@ def fit_method(
     energy = _energy(weight)  # read for that, it says as well whether entries are finite
     if not math.isfinite(energy) and not bool(weight.isfinite().all()):
         raise ValueError(f"model: the weight of {name} holds NaN or Inf")
+    if not ENERGIES[0] < energy / weight.numel() < ENERGIES[1] and bool(weight.any()):
+        return _fit_scaled(method, weight, rank, moment, kept, beta)
     if isinstance(moment, SecondMoment) and (method.power, method.end, method.data) == (2, "top", "leading"):
         return _fit_leading(weight, energy, moment, rank)
     matrix = weight if method.data == "none" else double(weight)
@@ -204,6 +207,17 @@ def fit_method(
         left.to(weight), right.to(weight), double(values).cpu(), tuple(totals), shares[0],
         None if moment is None else shares[1], None if kept is None else shares[2],
     )  # fmt: skip
+
+
+def _fit_scaled(
+    method: Method, weight: Tensor, rank: int, moment: Moment | None, kept: Moment | None, beta: float
+) -> MethodFit:
+    """The same of entries so large or small that squares of sums of them do not fit: times a power of two, and back."""
+    shift = -math.frexp(float(weight.abs().max()))[1]
+    fit = fit_method(method, torch.ldexp(weight, torch.tensor(shift, device=weight.device)), rank, moment, kept, beta)
+    back = torch.tensor(-shift, device=weight.device)
+    totals = tuple(math.ldexp(total, -2 * shift) for total in fit.totals)
+    return replace(fit, right=torch.ldexp(fit.right, back), values=torch.ldexp(fit.values, back.cpu()), totals=totals)
 
 
 def _fit_leading(weight: Tensor, energy: float, moment: SecondMoment, rank: int) -> MethodFit:
