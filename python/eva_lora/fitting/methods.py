@@ -213,11 +213,11 @@ def _fit_scaled(
     method: Method, weight: Tensor, rank: int, moment: Moment | None, kept: Moment | None, beta: float
 ) -> MethodFit:
     """The same of entries so large or small that squares of sums of them do not fit: times a power of two, and back."""
-    shift = -math.frexp(float(weight.abs().max()))[1]
-    fit = fit_method(method, torch.ldexp(weight, torch.tensor(shift, device=weight.device)), rank, moment, kept, beta)
-    back = torch.tensor(-shift, device=weight.device)
-    totals = tuple(math.ldexp(total, -2 * shift) for total in fit.totals)
-    return replace(fit, right=torch.ldexp(fit.right, back), values=torch.ldexp(fit.values, back.cpu()), totals=totals)
+    shift = max(-126, min(126, -math.frexp(float(weight.abs().max()))[1]))
+    scale, back = 2.0**shift, 2.0**-shift
+    fit = fit_method(method, weight * scale, rank, moment, kept, beta)
+    totals = tuple(total * back**2 for total in fit.totals)
+    return replace(fit, right=fit.right * back, values=fit.values * back, totals=totals)
 
 
 def _fit_leading(weight: Tensor, energy: float, moment: SecondMoment, rank: int) -> MethodFit:
