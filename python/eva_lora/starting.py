@@ -34,6 +34,9 @@ from .reporting import EvaReport, LayerStart, StartReport
 
 __all__ = ["config_for", "initialize"]
 
+STEEP = 1e6  # a streamed R is off by 1e-5 of its first direction, and R² of all that are shorter than its root of it
+NOTHING = 1e-300
+
 
 def initialize(
     model: nn.Module,
@@ -170,8 +173,8 @@ def initialize(
     return StartReport(
         method=method, layers=layers, budget=made.budget, base=row.base,
         num_batches=statistics.num_batches if statistics else 0, num_rows=statistics.num_rows if statistics else 0,
-        seconds=time.perf_counter() - started, notes=(*made.notes, *_unseen(members, statistics), *_held(kept_whole)),
-        config=chosen.to_dict(),
+        seconds=time.perf_counter() - started, config=chosen.to_dict(),
+        notes=(*made.notes, *_unseen(members, statistics), *_hidden(fits), *_held(kept_whole)),
     )  # fmt: skip
 
 
@@ -423,11 +426,13 @@ def _require_every_direction(name: str, entry: InputStatistics, method: Method) 
 
 @dataclass(frozen=True)
 class _Fits:
-    """Of one layer: each pair's fit, and how many rows of input it has, and of input that is to be kept."""
+    """Of one layer: each pair's fit, how many rows of input it has, and of input that is to be kept; and how many times
+    the inputs' variance in their first direction is that in the last that counts, where it is told by a streamed R."""
 
     of_pairs: list[MethodFit]
     rows: list[int]
     kept_rows: list[int]
+    steepness: float
 
     def shares(self, which: str) -> Tensor | None:  # (r,) float64
         """What each direction has of the weight, the outputs or those to keep, of all pairs together."""
@@ -458,14 +463,36 @@ def _fit(
 ) -> dict[str, _Fits]:
     fits = {}
     for site, rank in zip(members, allocation.candidates.tolist(), strict=True):
-        of_pairs = []
+        of_pairs, steepness = [], 0.0
         for base in bases[site.name]:
             weight = base.read()
             moment, kept = (known.of(site.name, base.part) for known in moments)
+            if method.power == 2 and isinstance(moment, SecondMoment):
+                steepness = max(steepness, _steepness(moment, rank))
             of_pairs.append(fit_method(method, weight, rank, moment, kept, beta, site.name))
         rows, kept_rows = ([known.rows(site.name, base.part) for base in bases[site.name]] for known in moments)
-        fits[site.name] = _Fits(of_pairs, rows, kept_rows)
+        fits[site.name] = _Fits(of_pairs, rows, kept_rows, steepness)
     return fits
+
+
+def _steepness(moment: SecondMoment, rank: int) -> float:
+    """The first of a principal moment's variances over the one at this rank."""
+    squares = double(moment.factor).square().sum(0)
+    first, last = (float(squares[i]) if i < len(squares) else 0.0 for i in (0, rank - 1))
+    rest = float(moment.rest)
+    return (first + rest) / max(last + rest, NOTHING)
+
+
+def _hidden(fits: Mapping[str, _Fits]) -> list[str]:
+    """What a report says of layers whose inputs' first direction hides what is known of the others."""
+    names = [name for name, fit in fits.items() if fit.steepness > STEEP]
+    if not names:
+        return []
+    return [
+        f"{len(names)} layers, {names[0]} the first, have one direction of inputs with more than {STEEP:.0e} times the "
+        "variance of the last that counts; beside it streamed statistics tell too little of the others for this, "
+        "EvaConfig(keep_moments=True) tells it"
+    ]
 
 
 def _planned(

@@ -1,6 +1,7 @@
 """Methods on weights that something else holds too, that PEFT saves itself, that are of any size, or are not scaled."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from eva_lora import export_plain, initialize, load_adapter
+from eva_lora import EvaConfig, export_plain, initialize, load_adapter
 from support.models import tiny_llama
 
 UNIT = 2.0**-24
@@ -157,6 +158,39 @@ def test_weights_of_any_size_start_alike(shape, method, power):
         shares.append(report.layers["first"].weight_share)
     assert (products[0] - products[1]).norm() <= 1e-6 * products[0].norm()
     assert shares[1] == pytest.approx(shares[0], rel=1e-6)
+
+
+def inputs(strength):
+    """Rows whose directions fall off slowly but for the first, of that standard deviation."""
+    generator = torch.Generator().manual_seed(1)
+    turn = torch.linalg.qr(torch.randn(96, 96, generator=generator, dtype=torch.float64)).Q
+    lengths = torch.arange(1, 97, dtype=torch.float64) ** -0.7
+    lengths[0] = strength
+    rows = torch.randn(24, 64, 96, generator=generator, dtype=torch.float64) * lengths @ turn.T
+    return [{"x": part.float()} for part in rows]
+
+
+@pytest.mark.parametrize(
+    ("strength", "keep_moments", "told"), [(10.0, False, False), (1000.0, False, True), (1000.0, True, False)]
+)
+def test_a_massive_direction_of_inputs_is_said_or_does_no_harm(strength, keep_moments, told):
+    batches, weight = inputs(strength), matrix(80, 96)
+    model = get_peft_model(Net(weight.clone(), matrix(8, 80)), LoraConfig(r=8, lora_alpha=8, target_modules=["first"]))
+    config = EvaConfig(rho=1.0, tau=1.0, max_batches=len(batches), keep_moments=keep_moments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # not converged
+        report = initialize(model, batches, "corda", config, progress=False)
+    notes = [note for note in report.notes if "one direction of inputs" in note]
+    assert bool(notes) == told
+    assert not told or notes[0].startswith("1 layers, first the first,")
+    if keep_moments:
+        rows = torch.cat([batch["x"] for batch in batches]).double()
+        u, s, _ = torch.linalg.svd(weight.double() @ (rows.T @ rows / len(rows)))
+        assert s[7] - s[8] > 0.01 * s[7]
+        layer = model.get_submodule("base_model.model.first")
+        b, a = (part["default"].weight.detach().double() for part in (layer.lora_B, layer.lora_A))
+        exact = u[:, :8] @ (u[:, :8].T @ weight.double())
+        assert (b @ a - exact).norm() <= 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), [
