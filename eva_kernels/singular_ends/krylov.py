@@ -14,10 +14,7 @@ DEPTH = 7  # blocks at least: README.md
 LOST = 1e-5  # of the leading energy: more that may be missing, and blocks go on
 TURNED = 2e-3  # 1 − cosine² of the subspace, and the same
 GAP = 0.02  # of the last value's energy, to the next one: with less, no subspace is the answer
-TOLD = {
-    torch.float32: 1e-6,
-    torch.float64: 1e-12,
-}  # of the first value: M Mᵀ tells smaller ones from its rounding badly
+TOLD = {torch.float32: 1e-6, torch.float64: 1e-12}  # of the first value: M Mᵀ's own rounding hides smaller ones
 STRAYED = 1e-3  # from orthonormal: vectors of a space that is not one
 STEEP = 25.0  # mean squares of entries: with less energy in a value, rounding entries to bfloat16 is felt
 SHARE = 0.25  # of M Mᵀ's operations in float32: what half of them take in bfloat16

@@ -130,6 +130,15 @@ def test_an_output_head_comes_back(tmp_path, method, save_embedding_layers):
             torch.testing.assert_close(loaded(**x).logits, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_an_embedding_s_adapter_beside_a_started_one_is_named(tmp_path):
+    targets = ["q_proj", "embed_tokens"]
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+    initialize(model, method="pissa")
+    with pytest.raises(ValueError, match=r"^model_or_folder: .*embed_tokens is an embedding's adapter, which is no sum"):
+        export_plain(model, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
 @pytest.mark.parametrize("alpha", [0, -4])
 @pytest.mark.parametrize("method", ["pissa", "milora", "mica"])
 def test_a_scaling_that_is_not_positive_is_refused(method, alpha):

@@ -279,7 +279,7 @@ def holders_of_memory(root: nn.Module) -> Counter[int]:
         tensor
         for module in root.modules()
         for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None and tensor.device.type != "meta" and tensor.numel() and tensor.data_ptr()
+        if tensor is not None and tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel()
     ]
     ranges = sorted((t.device.index or 0, t.data_ptr(), t.data_ptr() + span(t) * t.element_size()) for t in tensors)
     held: Counter[int] = Counter()

@@ -144,6 +144,8 @@ def _beside_starts(
     made = {key: value for key, value in weights.items() if f".{STARTS}." not in key and not key.startswith(left)}
     for owner in layers:
         names = f"{owner}.lora_A.weight", f"{owner}.lora_B.weight"
+        if names[0] not in made:
+            raise ValueError(f"model_or_folder: {owner} is an embedding's adapter, which is no sum of products B A")
         a, b = (made[name] for name in names)
         if owner not in starts or [part.shape for part in starts[owner]] != [a.shape, b.shape]:
             raise ValueError(f"initial: it holds no start for {owner}, or one of another shape")
@@ -185,12 +187,12 @@ def load_adapter(
     plain = copy.deepcopy(config)
     plain.init_lora_weights, plain.inference_mode = True, not is_trainable
     # PEFT saves what is left of an output head's weight, and loads it.
-    heads = [key.removesuffix(".base_layer.weight") for key in weights if key.endswith(".base_layer.weight")]
-    modules: dict[str, Any] = {name: model.get_submodule(name.removeprefix("base_model.model.")) for name in heads}
-    whole = {name: module.weight.detach().clone() for name, module in modules.items()}
+    named: dict[str, Any] = dict(model.named_modules())
+    saved = {f"base_model.model.{name}.base_layer.weight": module for name, module in named.items()}
+    heads = [(module, module.weight.detach().clone()) for key, module in saved.items() if key in weights]
     loaded: Any = PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=plain)
-    for name, module in modules.items():
-        module.weight.data.copy_(whole[name])
+    for module, whole in heads:
+        module.weight.data.copy_(whole)
     adapter = PeftAdapter(loaded, adapter_name)
     adapter.require_movable()
     starts: dict[str, Factors] = {}
