@@ -134,7 +134,7 @@ def test_an_embedding_s_adapter_beside_a_started_one_is_named(tmp_path):
     targets = ["q_proj", "embed_tokens"]
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules=targets))
     initialize(model, method="pissa")
-    with pytest.raises(ValueError, match=r"^model_or_folder: .*embed_tokens is an embedding's adapter, which is no sum"):
+    with pytest.raises(ValueError, match=r"embed_tokens is an embedding's adapter, which is no sum"):
         export_plain(model, tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 
