@@ -190,9 +190,12 @@ def load_adapter(
     named: dict[str, Any] = dict(model.named_modules())
     saved = {f"base_model.model.{name}.base_layer.weight": module for name, module in named.items()}
     heads = [(module, module.weight.detach().clone()) for key, module in saved.items() if key in weights]
-    loaded: Any = PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=plain)
-    for module, whole in heads:
-        module.weight.data.copy_(whole)
+    loaded: Any
+    try:
+        loaded = PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=plain)
+    finally:
+        for module, whole in heads:
+            module.weight.data.copy_(whole)
     adapter = PeftAdapter(loaded, adapter_name)
     adapter.require_movable()
     starts: dict[str, Factors] = {}
