@@ -71,6 +71,29 @@ def test_rank_bounds_that_cannot_be_met_are_refused_before_any_forward(options, 
     assert len(list(loader)) == 2  # not a batch was taken
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_rank": 9}, "min_rank: expected at most 8, the most that {} may be given with rho 2 and .* of 1, got 9"),
+        ({"max_rank": 2, "rank_multiple": 3}, "max_rank: expected at least 3, since {} is given ranks in .*, got 2"),
+    ],
+)
+def test_rank_bounds_that_a_layer_cannot_meet_name_it(options, message):
+    """Wherever ranks are given: the kernels behind it know layers by their numbers alone."""
+    config, loader = EvaConfig(**options), token_batches(1)
+    statistics = collect(lora(tiny_llama()), loader, EvaConfig(max_batches=1), progress=False)
+    calls = {
+        "eva_initialize": lambda: eva_initialize(guarded(lora(tiny_llama())), loader, config),
+        "collect": lambda: collect(guarded(lora(tiny_llama())), loader, config),
+        "plan": lambda: plan(statistics, config),
+        "pissa": lambda: initialize(lora(tiny_llama()), method="pissa", config=config, budget=8),
+        "corda": lambda: initialize(guarded(lora(tiny_llama())), loader, method="corda", config=config),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="^" + message.format(r"model\.layers\.0\.self_attn\.\w+")):
+            pytest.fail(f"{name}: {call()}")
+
+
 @pytest.mark.parametrize("empty", [[], iter([]), torch.utils.data.DataLoader([])])
 def test_an_empty_loader_is_refused_before_any_forward(empty):
     with pytest.raises(ValueError, match=r"^loader: expected at least one batch, it is empty"):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eva_lora import EvaConfig, export_plain, initialize, load_adapter
@@ -128,6 +128,24 @@ def test_an_output_head_comes_back(tmp_path, method, save_embedding_layers):
         torch.testing.assert_close(loaded(**x).logits, trained, rtol=1e-4, atol=1e-5)
         with loaded.disable_adapter():
             torch.testing.assert_close(loaded(**x).logits, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_head_stays_as_it_was_where_loading_fails(tmp_path):
+    """What PEFT loads before it meets a tensor of another shape is what is left of the head."""
+    base = tiny_llama()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "lm_head"]))
+    initialize(model, method="pissa")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    saved = load_file(file)
+    (left,) = (value for key, value in saved.items() if key.endswith("lm_head.base_layer.weight"))
+    key = next(key for key in saved if "q_proj" in key and "lora_A" in key)
+    save_file(saved | {key: saved[key][:3].contiguous()}, file)
+    head, whole = base.lm_head, base.lm_head.weight.detach().clone()
+    assert not torch.equal(left, whole)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_adapter(base, tmp_path)
+    assert torch.equal(head.weight, whole)
 
 
 def test_an_embedding_s_adapter_beside_a_started_one_is_named(tmp_path):

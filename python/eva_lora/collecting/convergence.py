@@ -12,7 +12,7 @@ from eva_kernels.streaming_svd import Refreshed
 
 from ..adapters import LoraSite
 from ..config import EvaConfig
-from ..planning import require_affordable
+from ..planning import require_affordable, require_bounds
 from .capture import Capture
 from .inputs import DistinctInput
 from .measurements import agreement
@@ -44,10 +44,7 @@ class LayerConvergence:
         self._sites, self._config = sites, config
         require_affordable(sites, config)
         self.members = list(range(len(sites)))
-        self.candidates = candidate_components(
-            [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites],
-            rank_multiple=config.rank_multiple, divisors=[site.rank_multiple for site in sites],
-        )  # fmt: skip
+        self.candidates = self._candidates(self.members, None)
         self._make_tracker(self.members, [0] * len(sites))  # the widest sharing there is: demands fail here or never
         self.tracker: ConvergenceTracker | None = None
         self.decision: Decision | None = None
@@ -118,10 +115,20 @@ class LayerConvergence:
             decision = tracker.decision()
         self.members, self.latest, self.tracker, self.decision = members, latest, tracker, decision
 
+    def _candidates(self, members: list[int], groups: list[int] | None) -> np.ndarray[Any, Any]:
+        """Components that each of some sites may be given, where labels of their inputs are known with what others of
+        the same input raise that to."""
+        sites, config = [self._sites[i] for i in members], self._config
+        return candidate_components(
+            [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites], groups=groups,
+            rank_multiple=config.rank_multiple, divisors=[site.rank_multiple for site in sites],
+        )  # fmt: skip
+
     def _make_tracker(self, members: list[int], groups: list[int]) -> ConvergenceTracker:
         """The tracker of some of the sites, given a label of each one's input."""
         config = self._config
         sites = [self._sites[i] for i in members]
+        require_bounds(sites, self._candidates(members, groups).tolist(), config)
         return ConvergenceTracker(
             self.candidates[members], groups=groups, budget=sum(site.rank for site in sites), tau=config.tau,
             criterion=config.convergence, min_rank=config.least_rank(s.removable for s in sites),

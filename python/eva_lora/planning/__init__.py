@@ -5,7 +5,7 @@ Knows numbers and names of layers; what a pass leaves behind (:class:`EvaStatist
 """
 
 from . import storage
-from .eva_plan import Allocation, EvaPlan, PlannedSite, plan, require_affordable
+from .eva_plan import Allocation, EvaPlan, PlannedSite, plan, require_affordable, require_bounds
 from .gain import feature_gain
 from .merging import merged
 from .provenance import command_line, versions
@@ -27,6 +27,7 @@ __all__ = [
     "plan",
     "raw_bytes",
     "require_affordable",
+    "require_bounds",
     "storage",
     "versions",
 ]

@@ -17,7 +17,7 @@ from . import storage
 from .gain import with_matched_gain
 from .statistics import EvaStatistics, InputStatistics, SiteStatistics
 
-__all__ = ["Allocation", "EvaPlan", "PlannedSite", "plan", "require_affordable"]
+__all__ = ["Allocation", "EvaPlan", "PlannedSite", "plan", "require_affordable", "require_bounds"]
 
 _B, _BIAS = "lora_b:", "lora_bias:"  # before the names of matrices B and biases in a file; those of A have none
 
@@ -248,6 +248,29 @@ def require_affordable(sites: Sequence[Any], config: EvaConfig) -> None:
         )
 
 
+def require_bounds(sites: Sequence[Any], candidates: Sequence[int], config: EvaConfig) -> None:
+    """Raise ValueError, naming the layer, where no rank of one of these is within ``min_rank`` and ``max_rank``.
+
+    ``candidates``: what each of them may be given, with what it shares an input with counted in.
+    """
+    least = config.least_rank(site.removable for site in sites)
+    for site, count in zip(sites, candidates, strict=True):
+        step = math.lcm(config.rank_multiple, site.rank_multiple)
+        most = max(step, count // step * step) if count else 0
+        if config.max_rank is not None:
+            if most and config.max_rank < step:
+                raise ValueError(
+                    f"max_rank: expected at least {step}, since {site.name} is given ranks in multiples of that, got "
+                    f"{config.max_rank}"
+                )
+            most = min(most, config.max_rank // step * step)
+        if -(-least // step) * step > most:
+            raise ValueError(
+                f"min_rank: expected at most {most}, the most that {site.name} may be given with rho {config.rho:g} and "
+                f"ranks in multiples of {step}, got {least}"
+            )
+
+
 class Allocation:
     """How many components of each layer are candidates, and who is given which rank.
 
@@ -260,6 +283,9 @@ class Allocation:
     Attributes:
         candidates: (sites,) int64.
         notes: What :meth:`ranks` has to say of its budget.
+
+    Raises:
+        ValueError: no rank of some layer is within the config's bounds.
     """
 
     def __init__(
@@ -278,6 +304,7 @@ class Allocation:
             [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites],
             groups=self._groups, rank_multiple=config.rank_multiple, divisors=self._divisors,
         )  # fmt: skip
+        require_bounds(sites, self.candidates.tolist(), config)
 
     def ranks(self, ratios: Sequence[np.ndarray], budget: int) -> dict[str, int]:
         """Layer → rank: the ``budget`` largest ratios are taken, each layer's in order.
