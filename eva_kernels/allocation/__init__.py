@@ -5,10 +5,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._build import use_core
 from .demands import Demands, group_labels, integer, integers, matrix
+from .majorant import concave_slopes
 from .reference import ReferenceAllocator, most_of_group, site_multiples, whole_blocks
 from .spending import Spending, spend_parameters
 
-__all__ = ["Spending", "allocate_ranks", "candidate_components", "spend_parameters"]
+__all__ = ["Spending", "allocate_ranks", "candidate_components", "concave_slopes", "spend_parameters"]
 
 
 def allocate_ranks(

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .demands import Demands, integer, integers, matrix
+from .majorant import concave_slopes
 from .reference import ReferenceAllocator, require_finite
 
 __all__ = ["Spending", "spend_parameters"]
@@ -39,13 +40,15 @@ def spend_parameters(
     """Ranks whose components explain much variance for the parameters that they cost.
 
     Whole blocks are taken by what they explain per parameter, the first that does not fit and all after it of its site
-    being left; others that still fit are taken. That is an optimum where all sites cost the same or the budget is
-    spent to the last parameter when the first block is left. Else it lies between that and the optimum of the relaxed
-    problem, which may take a part of that block (Dantzig 1957): ``gap`` is the distance between the two.
+    being left; others that still fit are taken. A block that explains less than those after it counts with these, for
+    their mean (:func:`~eva_kernels.allocation.concave_slopes`). That is an optimum where no such run is broken off, and
+    all sites cost the same or the budget is spent to the last parameter when the first block is left. Else it lies
+    between that and the optimum of the relaxed problem, which may take a part of that block (Dantzig 1957) and has the
+    mean of a part of a run: ``gap`` is the distance between the two.
 
     Args:
-        ratios, candidates, min_rank, max_rank, rank_multiple, divisors: As in
-            :func:`~eva_kernels.allocation.allocate_ranks`.
+        ratios: As in :func:`~eva_kernels.allocation.allocate_ranks`, but in any order.
+        candidates, min_rank, max_rank, rank_multiple, divisors: As there.
         costs: Parameters for each unit of a site's rank.
         budget: Parameters there are to spend.
 
@@ -73,38 +76,43 @@ def spend_parameters(
     if bounds.columns > values.shape[1]:
         raise ValueError(f"ratios: expected at least {bounds.columns} columns, got {values.shape[1]}")
     require_finite("ratios", values[:, : bounds.columns], np.arange(bounds.columns) < bounds.upper[:, None])
-    worth, site, index = _blocks(values, lower, bounds)
+    worth, slope, site, index = _blocks(values, lower, bounds)
     price = (bounds.multiple * prices)[site]
-    order = np.lexsort((site, index, -(worth / price)))
+    order = np.lexsort((site, index, -(slope / price)))
     ranks, left = lower.copy(), budget - least
     closed = np.zeros(sites, bool)
-    relaxed = taken = 0.0
+    relaxed = taken = explained = 0.0
     full = False
     for block in order.tolist():
         i, cost = site[block], int(price[block])
         if not full and cost > left:  # the first that does not fit: the relaxed problem takes a part of it
-            full, relaxed = True, taken + worth[block] * left / cost
+            full, relaxed = True, taken + slope[block] * left / cost
         if cost > left or closed[i]:
             closed[i] = True
             continue
         ranks[i] += bounds.multiple[i]
         left -= cost
-        taken += worth[block]
+        taken += slope[block]
+        explained += worth[block]
     same = bool((price == price[0]).all()) if price.size else True
-    return Spending(ranks, budget - left, max(0.0, relaxed - taken) if full and not same else 0.0)
+    gap = max(0.0, relaxed - taken) if full and not same else 0.0
+    # What runs that are broken off have less than their means. One that is not has as much, to the rounding of sums.
+    broken, rounding = taken - explained, 4 * len(order) * np.finfo(np.float64).eps * float(np.abs(worth).sum())
+    return Spending(ranks, budget - left, gap + (broken if broken > rounding else 0.0))
 
 
 def _blocks(
     values: NDArray[np.float64], lower: NDArray[np.int64], bounds: ReferenceAllocator
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """What each free block explains, its site, and which block of the site it is."""
-    worth, sites, indices = [], [], []
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """What each free block explains, and for what it counts; its site, and which block of the site it is."""
+    worth, slopes, sites, indices = [], [], [], []
     for i in np.flatnonzero(lower < bounds.upper):
         multiple = bounds.multiple[i]
-        row = np.minimum.accumulate(values[i, : bounds.upper[i]])[lower[i] :].reshape(-1, multiple).sum(1)
+        row = values[i, lower[i] : bounds.upper[i]].reshape(-1, multiple).sum(1)
         worth.append(row)
+        slopes.append(concave_slopes(row))
         sites.append(np.full(row.size, i))
         indices.append(np.arange(row.size) + lower[i] // multiple)
     if not worth:
-        return np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    return np.concatenate(worth), np.concatenate(sites), np.concatenate(indices)
+        return np.zeros(0), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return np.concatenate(worth), np.concatenate(slopes), np.concatenate(sites), np.concatenate(indices)

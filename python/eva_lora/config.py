@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Convergence = Literal["component", "subspace", "captured"]
 StatisticKind = Literal["auto", "gram", "subspace"]
 
 DEFAULT_MAX_BATCHES = 1000  # ten times what the paper's runs need: ends a run that would never converge
+EVA_RHO = 2.0  # the paper's and PEFT's
 # By criterion: batches between refreshes in the long run, and columns kept per candidate at least. The paper's and
 # "captured" are defined batch by batch; what refreshes often needs fewer columns for the same accuracy.
 REFRESH_PERIOD = {"subspace": 4, "component": 1, "captured": 1}
@@ -32,7 +33,8 @@ class EvaConfig:
     """Options of EVA (Paischer et al., arXiv 2410.07170), with PEFT's names and defaults where PEFT has them.
 
     Attributes:
-        rho: Candidate components per layer, as a multiple of its rank; ≥ 1. 1 keeps ranks uniform. Paper, §3.3.
+        rho: Candidate components per layer, as a multiple of its rank; ≥ 1. 1 keeps ranks uniform. Paper, §3.3. None: 2
+            for EVA, as in the paper and in PEFT; 1 for other methods of ``initialize``.
         tau: Convergence threshold in [0, 1] of the criterion below. Paper, §3.2.
         convergence: "subspace" compares the leading subspaces of two refreshes, blind to rotations inside;
             "component" compares each component with itself one batch earlier, whatever its sign (the
@@ -60,7 +62,8 @@ class EvaConfig:
         oversampling: Columns kept per candidate component, ≥ 1. None: 2.5 for "subspace", 2 for the criteria that
             refresh with every batch; but 32 more than candidates at least, and a multiple of 16.
         keep_moments: Whether the statistics keep each input's whole second moment, d × d: every statistic is then
-            "gram", in float64. What aims at the directions that inputs have least of needs it (docs/methods.md).
+            "gram", in float64. What aims at the directions that inputs have least of needs it (docs/methods.md). A pass
+            then reads the loader once, to its end or a bound: that leading directions converged says nothing of those.
         memory_budget: Bytes all "gram" states together may take under "auto". None: no bound.
         equal_data: Keep all layers accumulating until all have converged, so that their ratios come from
             the same rows. False frees a layer's hook as soon as it has converged.
@@ -85,7 +88,7 @@ class EvaConfig:
         ValueError: A field is out of range, or names something that is not built yet.
     """
 
-    rho: float = 2.0
+    rho: float | None = None
     tau: float = 0.99
     convergence: Convergence = "subspace"
     use_label_mask: bool = True
@@ -114,7 +117,7 @@ class EvaConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._number("rho", 1.0, None)
+        self._number("rho", 1.0, None, optional=True)
         self._number("tau", 0.0, 1.0)
         self._number("oversampling", 1.0, None, optional=True)
         for name, low in (("min_rank", 0), ("rank_multiple", 1)):
@@ -151,15 +154,15 @@ class EvaConfig:
 
     @classmethod
     def of(cls, config: Any) -> "EvaConfig":
-        """Ours, PEFT's ``EvaConfig``, or None for the defaults.
+        """Ours, PEFT's ``EvaConfig``, or None for the defaults; with ``rho`` as it is for EVA where it is None.
 
         Raises:
             TypeError: ``config`` is none of these.
         """
         if config is None:
-            return cls()
+            config = cls()
         if isinstance(config, cls):
-            return config
+            return replace(config, rho=config.settled_rho)
         shared = ("rho", "tau", "use_label_mask", "label_mask_value", "whiten", "adjust_scaling_factors")
         if type(config).__name__ == "EvaConfig" and all(hasattr(config, name) for name in shared):
             return cls(**{name: getattr(config, name) for name in shared})
@@ -172,9 +175,14 @@ class EvaConfig:
         return math.ceil(candidates * self.oversampling)
 
     @property
+    def settled_rho(self) -> float:
+        """``rho``, EVA's where it is None."""
+        return EVA_RHO if self.rho is None else self.rho
+
+    @property
     def moves_ranks(self) -> bool:
         """Whether layers' ranks may change."""
-        return self.rho != 1 or self.rank_multiple != 1 or self.budget_parameters is not None
+        return self.settled_rho != 1 or self.rank_multiple != 1 or self.budget_parameters is not None
 
     def least_rank(self, removable: Iterable[bool]) -> int:
         """The least rank of any layer: ``min_rank``, or 1 where there are layers that cannot have rank 0."""

@@ -152,10 +152,10 @@ def fit_quantization_error(
         floats = FloatWeights.of(loaded_from(model) if float_weights is None else float_weights)
         source = LayerWeights(model, bases, floats, dequantize)
         norm = source.other_norm
-        if passes > 1 and chosen.rho != 1:
+        if passes > 1 and chosen.settled_rho != 1:
             raise ValueError(f"passes: expected 1 where ranks move, got {passes}; give config=EvaConfig(rho=1)")
         if rounds > 1:
-            if chosen.rho != 1:
+            if chosen.settled_rho != 1:
                 raise ValueError(f"rounds: expected 1 where ranks move, got {rounds}; give config=EvaConfig(rho=1)")
             source.require_requantizable(requantize)
             if norm is not None:
@@ -394,10 +394,10 @@ def wide_enough(config: EvaConfig, largest: int) -> EvaConfig:
         ValueError: it would divide A by something, which a fit has no room for.
     """
     require_undivided(config)
-    enough = default_columns(round(largest * config.rho), config.convergence) >= COLUMNS_PER_RANK * largest
+    enough = default_columns(round(largest * config.settled_rho), config.convergence) >= COLUMNS_PER_RANK * largest
     if config.oversampling is not None or enough:
         return config
-    return replace(config, oversampling=COLUMNS_PER_RANK / config.rho)
+    return replace(config, oversampling=COLUMNS_PER_RANK / config.settled_rho)
 
 
 def require_undivided(config: EvaConfig) -> None:

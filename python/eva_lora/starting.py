@@ -73,8 +73,8 @@ def initialize(
             is None.
         method: "eva" (:func:`eva_initialize`), or a name in ``eva_lora.METHODS``.
         config: As in :func:`eva_initialize`. Of its ranks' options ``rho`` moves ranks between layers for methods that
-            score directions ("pissa", "corda"), and ``budget_parameters`` spends parameters; None: every layer keeps
-            its own, but for "eva".
+            score directions ("pissa", "corda"), and ``budget_parameters`` spends parameters, as ``budget`` gives ranks,
+            no layer getting more than rho times its own. Without these every layer keeps its own, but for "eva".
         keep: For "sc-lora": batches or statistics of what is to be kept.
         beta: For "sc-lora": how much those count, in [0, 1]. What is best is not known: it is chosen, not derived.
         budget: For methods that score directions: ranks to give over all layers, to the directions that hold most of
@@ -277,7 +277,8 @@ def config_for(adapter: LoraAdapter, method: Method, config: Any = None) -> EvaC
     Raises:
         ValueError: options that it does not go with.
     """
-    chosen = replace(EvaConfig(), rho=1.0) if config is None else EvaConfig.of(config)
+    keeps_ranks = config is None or (isinstance(config, EvaConfig) and config.rho is None)
+    chosen = replace(EvaConfig.of(config), rho=1.0) if keeps_ranks else EvaConfig.of(config)
     if chosen.rho != 1 and not method.scores:
         raise ValueError(
             f"rho: expected 1 with method={method.name!r}, whose directions have no scores; got {chosen.rho}"
@@ -508,7 +509,7 @@ def _planned(
     scores = [_scores(method, fits[site.name]).numpy() for site in members]
     ranks, notes = {site.name: site.rank for site in members}, []
     if method.scores:
-        ranks, notes = allocation.ranks(scores, budget), allocation.notes
+        ranks, notes = allocation.ranks(scores, budget, falling=False), allocation.notes
     budget = budget if config.budget_parameters is None else sum(ranks.values())
     scalings: dict[str, float] = adapter.scalings()
     factors = {site.name: fits[site.name].factors(method, ranks[site.name], scalings[site.name]) for site in members}

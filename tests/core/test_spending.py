@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
 
-from eva_kernels.allocation import allocate_ranks, spend_parameters
+from eva_kernels.allocation import allocate_ranks, concave_slopes, spend_parameters
 
 
 def best(ratios, costs, budget, multiple=1, least=0):
@@ -27,14 +28,15 @@ def explained(ratios, ranks):
 
 
 @st.composite
-def problems(draw):
+def problems(draw, falls=True):
     sites, columns = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     rows = draw(st.lists(st.lists(st.floats(0, 1), min_size=columns, max_size=columns), min_size=sites, max_size=sites))
     costs = draw(st.lists(st.integers(1, 9), min_size=sites, max_size=sites))
-    return np.sort(np.array(rows))[:, ::-1], costs, draw(st.integers(0, 60)), draw(st.sampled_from([1, 2]))
+    ratios = np.sort(np.array(rows))[:, ::-1] if falls else np.array(rows)
+    return ratios, costs, draw(st.integers(0, 60)), draw(st.sampled_from([1, 2]))
 
 
-@given(problems())
+@given(st.one_of(problems(), problems(falls=False)))
 def test_it_is_an_optimum_or_says_how_far_it_may_be_from_one(problem):
     ratios, costs, budget, multiple = problem
     if multiple > ratios.shape[1]:
@@ -55,6 +57,26 @@ def test_where_all_cost_the_same_it_is_the_allocation_of_ranks(problem):
     made = spend_parameters(ratios, candidates, np.full(len(ratios), 3), 3 * budget)
     assert made.gap == 0
     np.testing.assert_array_equal(made.ranks, allocate_ranks(ratios, candidates, budget))
+
+
+def test_a_small_component_before_a_large_one_counts_with_it():
+    """Only both can be had: 0.1 and 0.9 for two ranks are more than 0.4 and 0.3."""
+    ratios = np.array([[0.1, 0.9, 0.05], [0.4, 0.3, 0.2]])
+    made = spend_parameters(ratios, [3, 3], [7, 7], 2 * 7)
+    assert (made.ranks.tolist(), made.gap) == ([2, 0], 0)
+    broken = spend_parameters(ratios, [3, 3], [7, 7], 7)  # 0.1, where 0.4 would do
+    assert broken.ranks.tolist() == [1, 0]
+    assert broken.gap == pytest.approx(0.5 - 0.1)
+
+
+@given(st.lists(st.floats(-1, 1), max_size=9))
+def test_slopes_are_those_of_isotonic_regression(values):
+    """The nearest values that do not rise, in the mean square, have them, too (scikit-learn)."""
+    slopes = concave_slopes(values)
+    expected = IsotonicRegression(increasing=False).fit_transform(range(len(values)), values) if values else []
+    np.testing.assert_allclose(slopes, expected, rtol=0, atol=1e-14)
+    falling = sorted(values, reverse=True)
+    assert concave_slopes(falling).tolist() == falling
 
 
 def test_wide_sites_get_fewer():

@@ -24,6 +24,7 @@ from eva_lora import (
     initialize,
     load_adapter,
 )
+from eva_lora.collecting import run
 from support.bounds import gamma
 from support.method_formulas import BETA, FORMULAS, FROM_INPUTS, GAP, cosine, svd
 from support.models import (
@@ -265,14 +266,14 @@ def test_arguments_out_of_range_are_named(base):
     for options, message in (
         ({"method": "olora"}, r"method: expected one of \('eva', 'pissa', .*got 'olora'"),
         ({"method": "pissa", "beta": 2}, "beta: expected a number between 0 and 1, got 2"),
-        ({"method": "milora", "config": EvaConfig()}, "rho: expected 1 with method='milora'"),
+        ({"method": "milora", "config": EvaConfig(rho=2.0)}, "rho: expected 1 with method='milora'"),
         *(
             ({"method": "milora", "config": EvaConfig(rho=1.0, **bound)}, "min_rank, max_rank, rank_multiple: expected")
             for bound in ({"min_rank": 5}, {"max_rank": 3}, {"rank_multiple": 3})
         ),
         ({"method": "pissa", "config": EvaConfig(budget_parameters=47)}, "expected enough for one rank of .* least 48"),
         (
-            {"method": "pissa", "config": EvaConfig(adjust_scaling_factors=False)},
+            {"method": "pissa", "config": EvaConfig(rho=2.0, adjust_scaling_factors=False)},
             "adjust_scaling_factors: expected True",
         ),
         ({"method": "eva"}, "loader_or_statistics: expected batches or EvaStatistics with method='eva', got None"),
@@ -292,6 +293,75 @@ def test_statistics_that_do_not_hold_what_a_method_takes_are_refused(base):
     other = lora(tiny_llama(), target_modules=["q_proj"])
     with pytest.raises(ValueError, match="they are of another model"):
         initialize(model, statistics_of(other, token_batches()), "corda")
+
+
+@pytest.mark.parametrize("method", FROM_INPUTS)
+def test_a_config_that_says_nothing_of_ranks_leaves_them(base, method):
+    """As none at all does, and as the shell has it: EVA's rho is EVA's."""
+    model, data = lora(copy.deepcopy(base)), token_batches(2, shape=(4, 40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # not converged
+        report = initialize(
+            model, None if METHODS[method].data == "none" else data, method, EvaConfig(max_batches=2),
+            keep=token_batches(2, seed=9) if method == "sc-lora" else None, progress=False,
+        )  # fmt: skip
+    assert {layer.rank for layer in report.layers.values()} == {4}
+    assert report.config["rho"] == 1.0
+
+
+@pytest.mark.parametrize("options", [{"budget": 2}, {"config": EvaConfig(budget_parameters=2 * 8)}], ids=str)
+def test_a_direction_of_little_energy_before_one_of_much_counts_with_it(options):
+    """CorDA orders directions by W R and ranks move by W R Wᵀ: a layer's first may have less than its second, and a
+    rank of two is worth what both have."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Linear(4, 4, bias=False) for _ in range(2))
+            self.first.weight.data = torch.diag(torch.tensor([1.0, 10.0, 0.1, 0.1]))  # W R: 10, 9; W R Wᵀ: 10, 90
+            self.second.weight.data = torch.diag(torch.tensor([1.0, 3.0, 2.0, 2.0]))
+
+        def forward(self, x):
+            return self.first(x), self.second(x)
+
+    x = torch.diag(torch.tensor([10.0, 0.9, 0.9, 0.9]).sqrt()) * 2  # R is its square's mean
+    model = get_peft_model(Net(), LoraConfig(r=2, lora_alpha=2, target_modules=["first", "second"]))
+    report = initialize(model, [torch.cat([x, -x] * 4)], "corda", progress=False, **options)
+    assert {name: layer.rank for name, layer in report.layers.items()} == {"first": 2, "second": 0}
+    assert report.layers["first"].output_share == pytest.approx(100 / 100.018, rel=1e-5)
+    if "config" in options:
+        assert "no ranks do better" in "".join(report.notes)
+
+
+def test_of_what_needs_every_direction_the_pass_reads_all_rows_once():
+    """Leading directions converge early, and repeated rows tell nothing: neither may end it, nor make it go on."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(48, 48, generator=generator) * torch.cat([torch.full((4,), 30.0), torch.ones(44)])
+    rows = torch.randn(40, 24, 48, generator=generator) @ mixing.T
+    target = torch.randn(16, 48, generator=generator)
+    for method in ("corda-kpm", "astra", "lora-null"):
+        net = nn.Sequential(nn.Linear(48, 16, bias=False))
+        net[0].weight.data.copy_(target)
+        model = get_peft_model(net, LoraConfig(r=3, lora_alpha=3, target_modules=["0"]))
+        for config in (EvaConfig(equal_data=False), None):
+            report = initialize(model, list(rows), method, config, progress=False, dry_run=config is not None)
+            assert (report.num_batches, report.num_rows) == (40, 40 * 24)
+        x, w = rows.flatten(0, 1).double(), target.double()
+        a, b, _, _ = factors_of(model, "0")
+        left, right, gap, reference = FORMULAS[method](w, x.T @ x / len(x), 3, 1.0)
+        assert gap > GAP * reference
+        assert (b @ a - left @ right).norm() < 1e-5 * (left @ right).norm()
+        model = get_peft_model(nn.Sequential(nn.Linear(48, 16)), LoraConfig(r=3, target_modules=["0"]))
+        with pytest.raises(ValueError, match=r"24 rows tell 24 of 48 from rounding"):
+            initialize(model, [rows[0]], method, progress=False)
+
+
+def test_an_endless_loader_is_read_to_the_bound_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(run, "DEFAULT_MAX_BATCHES", 5)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match=r"stopped at max_batches \(5\), after 50 rows; what the loader holds beyond"):
+        report = initialize(model, (torch.randn(10, 8) for _ in itertools.count()), "astra", progress=False)
+    assert report.num_batches == 5
 
 
 class Tied(nn.Module):

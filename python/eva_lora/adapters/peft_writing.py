@@ -251,6 +251,7 @@ def _peft_eva_config(plan: EvaPlan) -> Any:
 
     config = plan.config
     return EvaConfig(
-        rho=config.rho, tau=config.tau, use_label_mask=config.use_label_mask, label_mask_value=config.label_mask_value,
+        rho=config.settled_rho, tau=config.tau,
+        use_label_mask=config.use_label_mask, label_mask_value=config.label_mask_value,
         whiten=config.whiten, adjust_scaling_factors=config.adjust_scaling_factors,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 import copy
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: the folder holds no safetensors adapter.
-        ValueError: no LoRA adapter, or a base that is not the one it was taken from. The base's weights are then as
-            they were.
+        ValueError: no LoRA adapter, or a base that is not the one it was taken from. The base is then as it was.
     """
     from peft import PeftModel
 
@@ -190,30 +190,52 @@ def load_adapter(
     named: dict[str, Any] = dict(model.named_modules())
     saved = {f"base_model.model.{name}.base_layer.weight": module for name, module in named.items()}
     heads = [(module, module.weight.detach().clone()) for key, module in saved.items() if key in weights]
-    loaded: Any
-    try:
-        loaded = PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=plain)
-    finally:
-        for module, whole in heads:
-            module.weight.data.copy_(whole)
-    adapter = PeftAdapter(loaded, adapter_name)
-    adapter.require_movable()
-    starts: dict[str, Factors] = {}
-    for name, layer in adapter.layers.items():
-        a, b, w = (weights.get(f"base_model.model.{name}.{STARTS}.kept_{part}") for part in "abw")
-        if a is None or b is None or w is None:
-            raise ValueError(f"model_or_folder: {folder} does not hold what the adapter of {name} started from")
-        here = samples_of(layer.get_base_layer().weight).to(w)
-        if here.shape != w.shape or bool((w - here).abs().max() > SAME_WEIGHT * w.abs().max()):
-            raise ValueError(
-                f"model: the weight of {name} is not the one that the adapter was taken from; load the base anew"
-            )
-        starts[name] = a, b
+    with _left_as_it_was(model):
+        loaded: Any
+        try:
+            loaded = PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=plain)
+        finally:
+            for module, whole in heads:
+                module.weight.data.copy_(whole)
+        adapter = PeftAdapter(loaded, adapter_name)
+        adapter.require_movable()
+        starts: dict[str, Factors] = {}
+        for name, layer in adapter.layers.items():
+            a, b, w = (weights.get(f"base_model.model.{name}.{STARTS}.kept_{part}") for part in "abw")
+            if a is None or b is None or w is None:
+                raise ValueError(f"model_or_folder: {folder} does not hold what the adapter of {name} started from")
+            here = samples_of(layer.get_base_layer().weight).to(w)
+            if here.shape != w.shape or bool((w - here).abs().max() > SAME_WEIGHT * w.abs().max()):
+                raise ValueError(
+                    f"model: the weight of {name} is not the one that the adapter was taken from; load the base anew"
+                )
+            starts[name] = a, b
     scratch = Scratch()
     for name, layer in adapter.layers.items():
         begin(layer, adapter_name, *starts[name], scratch)
     adapter.name_start(init)
     return loaded
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Within it, what fails leaves the model with the modules and parameters that it had, trained or not as they were:
+    PEFT puts its layers in before it reads what they hold."""
+    parts = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    names = set(vars(model))
+    try:
+        yield
+    except BaseException:
+        for module, children, parameters in parts:
+            for held, had in ((module._modules, children), (module._parameters, parameters)):
+                held.clear()
+                held.update(had)  # type: ignore[arg-type]
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for name in set(vars(model)) - names:  # peft_config
+            delattr(model, name)
+        raise
 
 
 def _starts(

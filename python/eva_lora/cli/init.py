@@ -272,8 +272,6 @@ def _start(pretrained: Any, config: EvaConfig, output: Path, params: dict[str, A
             f"{pretrained.model_class.__name__} has none of its tokens; call eva_lora.initialize with a loss_fn"
         )
     model = pretrained.load()
-    if params["rho"] is None:
-        config = replace(config, rho=1.0)
     if from_gradients:
         config = replace(config, max_batches=config.max_batches or DEFAULT_BATCHES)
     wanted = config_for(find_adapter(model), TABLE[method], config)

@@ -72,7 +72,7 @@ def _plan_by(method: str, run: Path, budget: int | None, report: Path | None, pa
 
     require_run("STATISTICS", run)
     statistics = EvaStatistics.load(run / "statistics.safetensors") if METHODS[method] else None
-    as_init = EvaConfig(rho=1.0) if statistics is None else statistics.config
+    as_init = EvaConfig() if statistics is None else statistics.config
     config = take_config(params, replace(as_init, budget_parameters=None))
     quiet_progress_bars()
     model = Pretrained(str(run / "lora")).load()

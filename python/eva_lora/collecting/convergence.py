@@ -120,8 +120,9 @@ class LayerConvergence:
         the same input raise that to."""
         sites, config = [self._sites[i] for i in members], self._config
         return candidate_components(
-            [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites], groups=groups,
-            rank_multiple=config.rank_multiple, divisors=[site.rank_multiple for site in sites],
+            [site.rank for site in sites], config.settled_rho,
+            widths=[site.in_features for site in sites], groups=groups, rank_multiple=config.rank_multiple,
+            divisors=[site.rank_multiple for site in sites],
         )  # fmt: skip
 
     def _make_tracker(self, members: list[int], groups: list[int]) -> ConvergenceTracker:

@@ -147,7 +147,7 @@ def collect_with(
         if pooled is not None:
             run_together(run, pooled, reader, forwards, saving=saving, bar=bar)
         while not run.stop_reason:
-            batch = next(reader, END)
+            batch = reader.take() if config.keep_moments else next(reader, END)
             if batch is END:
                 run.stop_reason = "end of the data"
             else:

@@ -126,7 +126,7 @@ class Run:
         self.history.append(self.convergence.num_done)
         limit = self.config.max_batches or (math.inf if self._watches else DEFAULT_MAX_BATCHES)
         waits = self._watches and self.config.uncalled == "error" and self.silent()
-        if self.convergence.all_done and not waits:
+        if self.convergence.all_done and not waits and not self.config.keep_moments:
             self.stop_reason = "all layers converged"
         elif self.num_batches >= limit:
             self.stop_reason = f"max_batches ({limit})"
@@ -181,7 +181,8 @@ class Run:
                 raise ValueError(f"batch {self.num_batches}: the products of the input of {names} overflow float32")
         done = self.convergence.decide(self.capture, inputs, refreshed)
         self.trace.record(self.num_batches, self.num_rows, *self.convergence.standing)
-        self.capture.wanted = set(range(len(self.sites))) - (set() if self.config.equal_data else done)
+        frees = not (self.config.equal_data or self.config.keep_moments)
+        self.capture.wanted = set(range(len(self.sites))) - (done if frees else set())
         self.seconds["refresh"] += time.perf_counter() - tick
 
     def finish(self) -> None:
@@ -220,6 +221,14 @@ class Run:
 
     def _warn(self) -> None:
         self.row_rules.warn(stacklevel=5)
+        if self.config.keep_moments:  # nobody waited for convergence
+            if self.config.max_batches is None and self.num_batches >= DEFAULT_MAX_BATCHES:
+                warnings.warn(
+                    f"the pass that keeps whole second moments stopped at {self.stop_reason}, after {self.num_rows} "
+                    "rows; what the loader holds beyond them was not read",
+                    stacklevel=5,
+                )
+            return
         pending = len(self.convergence.members) - self.convergence.num_done
         if pending:
             warnings.warn(

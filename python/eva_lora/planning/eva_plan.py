@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_kernels.allocation import allocate_ranks, candidate_components, spend_parameters
+from eva_kernels.allocation import allocate_ranks, candidate_components, concave_slopes, spend_parameters
 
 from ..config import EvaConfig
 from . import storage
@@ -266,8 +266,8 @@ def require_bounds(sites: Sequence[Any], candidates: Sequence[int], config: EvaC
             most = min(most, config.max_rank // step * step)
         if -(-least // step) * step > most:
             raise ValueError(
-                f"min_rank: expected at most {most}, the most that {site.name} may be given with rho {config.rho:g} and "
-                f"ranks in multiples of {step}, got {least}"
+                f"min_rank: expected at most {most}, the most that {site.name} may be given with rho "
+                f"{config.settled_rho:g} and ranks in multiples of {step}, got {least}"
             )
 
 
@@ -301,17 +301,18 @@ class Allocation:
         self._groups = list(range(len(sites))) if groups is None else groups
         self._divisors = [site.rank_multiple for site in sites]
         self.candidates = candidate_components(
-            [site.rank for site in sites], config.rho, widths=[site.in_features for site in sites],
+            [site.rank for site in sites], config.settled_rho, widths=[site.in_features for site in sites],
             groups=self._groups, rank_multiple=config.rank_multiple, divisors=self._divisors,
         )  # fmt: skip
         require_bounds(sites, self.candidates.tolist(), config)
 
-    def ranks(self, ratios: Sequence[np.ndarray], budget: int) -> dict[str, int]:
+    def ranks(self, ratios: Sequence[np.ndarray], budget: int, *, falling: bool = True) -> dict[str, int]:
         """Layer → rank: the ``budget`` largest ratios are taken, each layer's in order.
 
         Args:
-            ratios: Of each layer's candidates, descending.
+            ratios: Of each layer's candidates, in the order in which they are taken.
             budget: Ranks to give.
+            falling: Whether that is descending, but for noise. Else a ratio counts with those that come after it.
 
         Raises:
             ValueError: the bounds cannot be met.
@@ -321,6 +322,10 @@ class Allocation:
             row[: len(values)] = values
         if self._config.budget_parameters is not None:
             return self._spend(table, self._config.budget_parameters)
+        if not falling:
+            for row, values in zip(table, ratios, strict=True):
+                slopes = concave_slopes(values[: self._config.max_rank])
+                row[: len(slopes)] = slopes
         allocated = allocate_ranks(
             table, self.candidates, budget, groups=self._groups, divisors=self._divisors,
             min_rank=self._config.least_rank(site.removable for site in self._sites), max_rank=self._config.max_rank,
@@ -373,8 +378,8 @@ def _allocate(
             known = entry.explained_variance_ratio().numpy()
             if len(mine) > len(known):
                 raise ValueError(
-                    f"rho: {config.rho} asks for {len(mine)} components of {site.name}, but the statistics hold "
-                    f"{len(known)}; collect with this rho"
+                    f"rho: {config.settled_rho} asks for {len(mine)} components of {site.name}, but the statistics "
+                    f"hold {len(known)}; collect with this rho"
                 )
             mine += known[: len(mine)] * (entry.num_rows / max(1, rows))
     by_name = {site.name: tuple(mine.tolist()) for site, mine in zip(sites, ratios, strict=True)}

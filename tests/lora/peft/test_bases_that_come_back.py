@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from eva_lora import eva_initialize, export_plain, export_uniform, initialize, load_adapter
 from support.models import LINEARS, lora, tiny_llama, token_batches
@@ -55,6 +54,15 @@ def left_of(model):
         if hasattr(layer, "lora_A"):
             left.set_submodule(name, layer.base_layer)
     return left
+
+
+def assert_same_model(model, other):
+    """Modules, parameters, whether these are trained, and attributes."""
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in other.named_modules()]
+    assert set(vars(model)) == set(vars(other))
+    for (name, parameter), (its, expected) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert (name, parameter.requires_grad) == (its, expected.requires_grad)
+        assert torch.equal(parameter, expected)
 
 
 def near(one, other):
@@ -262,10 +270,14 @@ def test_an_incomplete_file_is_named_and_the_base_stays(base, tmp_path):
     fresh = copy.deepcopy(base)
     with pytest.raises(ValueError, match=r"does not hold what the adapter of model\.layers\.1\.mlp\.up_proj started"):
         load_adapter(fresh, tmp_path)
-    for name, module in base.named_modules():
-        if isinstance(module, nn.Linear):
-            layer = fresh.get_submodule(name)
-            assert torch.equal(getattr(layer, "base_layer", layer).weight, module.weight)
+    assert_same_model(fresh, base)
+    save_file(weights, file)
+    other = tiny_llama(seed=5)
+    with pytest.raises(ValueError, match="was taken from; load the base anew"):
+        load_adapter(other, tmp_path)
+    assert_same_model(other, tiny_llama(seed=5))
+    other.load_state_dict(base.state_dict())  # the base as it should have been: it loads
+    assert torch.equal(logits(load_adapter(other, tmp_path)), logits(load_adapter(fresh, tmp_path)))
 
 
 def test_ordinary_adapters_load_as_ever_and_are_written_as_they_are(base, tmp_path):
