@@ -360,7 +360,7 @@ MODELS = [
 
 #: What only the layers' ranks can show; ``--dry-run`` finds it, too.
 RANKS = [
-    Mistake("ranks of too much", "min_rank: expected at most the 4 components", options=("--min-rank", "1000")),
+    Mistake("ranks of too much", "min_rank: expected at most 4, the most that", options=("--min-rank", "1000")),
     Mistake("ranks of too little", "budget: expected at most the 21 components", options=("--max-rank", "1")),
 ]
 

@@ -80,7 +80,7 @@ def test_rank_bounds_that_cannot_be_met_are_refused_before_any_forward(options, 
 )
 def test_rank_bounds_that_a_layer_cannot_meet_name_it(options, message):
     """Wherever ranks are given: the kernels behind it know layers by their numbers alone."""
-    config, loader = EvaConfig(**options), token_batches(1)
+    config, loader = EvaConfig(rho=2.0, **options), token_batches(1)
     statistics = collect(lora(tiny_llama()), loader, EvaConfig(max_batches=1), progress=False)
     calls = {
         "eva_initialize": lambda: eva_initialize(guarded(lora(tiny_llama())), loader, config),

@@ -459,7 +459,7 @@ def test_what_gradients_cannot_be_taken_of_is_named(base):
         ({"forward_fn": lambda m, b: m(**b)}, ValueError, "forward_fn: expected None with method='lora-ga'"),
         ({"row_mask_fn": lambda b: None}, ValueError, "row_mask_fn: expected None with method='lora-ga'"),
         ({"keep": batches}, ValueError, "keep: expected None with method='lora-ga'"),
-        ({"config": EvaConfig()}, ValueError, "rho: expected 1 with method='lora-ga'"),
+        ({"config": EvaConfig(rho=2.0)}, ValueError, "rho: expected 1 with method='lora-ga'"),
         ({"config": EvaConfig(rho=1.0, max_rows=5)}, ValueError, "max_rows: expected None with method='lora-ga'"),
         ({"config": EvaConfig(rho=1.0, whiten=True)}, ValueError, "whiten: expected False"),
     ):

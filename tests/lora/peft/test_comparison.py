@@ -47,7 +47,7 @@ def test_the_page_says_which_version_it_is_about():
 
 def test_defaults_are_the_same():
     for name in ("rho", "tau", "use_label_mask", "label_mask_value", "whiten", "adjust_scaling_factors"):
-        assert getattr(EvaConfig(), name) == getattr(peft.EvaConfig(), name)
+        assert getattr(EvaConfig.of(None), name) == getattr(peft.EvaConfig(), name)
 
 
 def test_a_flipped_sign_counts_as_not_converged_in_peft_only():
