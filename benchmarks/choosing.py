@@ -127,7 +127,7 @@ def main() -> None:
     for table, options in runs():
         config = EvaConfig(**{"max_batches": MAX_BATCHES, "oversampling": OVERSAMPLING, **options})
         if config not in known:
-            known[config] = measure(base, exact, batches, of_rho[config.rho], config)
+            known[config] = measure(base, exact, batches, of_rho[config.settled_rho], config)
         row = {"options": options, **known[config]}
         tables.setdefault(table, []).append(row)
         print(table, json.dumps(row), flush=True)
