@@ -25,4 +25,5 @@ def concave_slopes(
         sums.append(total)
         counts.append(count)
     means = [total / count for total, count in zip(sums, counts, strict=True)]
-    return np.repeat(np.asarray(means, np.float64), np.asarray(counts, np.int64))
+    slopes = np.repeat(np.asarray(means, np.float64), np.asarray(counts, np.int64))
+    return np.minimum.accumulate(slopes)  # a quotient's rounding may rise

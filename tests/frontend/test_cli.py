@@ -265,6 +265,16 @@ def test_plan_gives_another_budget_as_the_library_does(run_folder, tmp_path):
     assert "collect with this rho" in refused.output
 
 
+def test_plan_by_another_method_on_a_run_of_eva_moves_ranks_only_where_it_is_told_to(run_folder):
+    folder, _ = run_folder
+    configured = EvaStatistics.load(folder / "statistics.safetensors").sites[0].rank
+    for method in ("corda", "pissa"):
+        done = invoke("plan", folder, "--method", method, "--json")
+        assert {*json.loads(done.stdout)["ranks"].values()} == {configured}
+        done = invoke("plan", folder, "--method", method, "--rho", 2, "--json")
+        assert len({*json.loads(done.stdout)["ranks"].values()}) > 1
+
+
 def test_apply_makes_the_adapter_that_init_made(run_folder, files, tmp_path):
     folder, _ = run_folder
     done = eva_lora("apply", folder / "plan.safetensors", folder / "lora", "--output", tmp_path / "a", cwd=files)

@@ -466,6 +466,12 @@ def test_what_gradients_cannot_be_taken_of_is_named(base):
         with pytest.raises(kind, match=message):
             initialize(model, **{"loader_or_statistics": batches, "method": "lora-ga", **options})
         assert state_of(model) == before
+    for bounds in ({"min_rank": 99}, {"max_rank": 2, "rank_multiple": 3}):
+        with pytest.raises(
+            ValueError, match=r"rank_multiple: expected such as allow a rank for model\.layers\.0\.\S+, of"
+        ):
+            initialize(model, batches, "gora", EvaConfig(max_batches=2, **bounds))
+        assert state_of(model) == before
     for method in ("pissa", "eva"):
         with pytest.raises(ValueError, match=f"loss_fn: expected None with method='{method}'"):
             initialize(model, None, method, loss_fn=lambda m, b: m(**b).loss)

@@ -5,6 +5,7 @@ import itertools
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +26,7 @@ from eva_lora import (
     load_adapter,
 )
 from eva_lora.collecting import run
+from eva_lora.planning import Allocation, SiteStatistics
 from support.bounds import gamma
 from support.method_formulas import BETA, FORMULAS, FROM_INPUTS, GAP, cosine, svd
 from support.models import (
@@ -333,6 +335,24 @@ def test_a_direction_of_little_energy_before_one_of_much_counts_with_it(options)
         assert "no ranks do better" in "".join(report.notes)
 
 
+def allocated(rows, budget, **options):
+    """Ranks of layers with such scores."""
+    width = max(map(len, rows))
+    sites = [
+        SiteStatistics(f"{i}", inputs=(i,), rank=width, in_features=width, converged=True, components_converged=width)
+        for i in range(len(rows))
+    ]
+    made = Allocation(sites, EvaConfig(rho=1.0, **options))
+    return [*made.ranks([np.array(row) for row in rows], budget, falling=False).values()]
+
+
+def test_bounds_are_kept_in_mind_where_scores_do_not_fall():
+    rows = [[0.05, 0.85, 0.06, 0.04], [0.4, 0.58, 0.01, 0.01]]
+    assert allocated(rows, 3, min_rank=1) == [2, 1]  # 1.3, not the 1.03 of one and two
+    rows = [[0.2, 0.21, 0.55, 0.04], [0.26, 0.25, 0.25, 0.24]]
+    assert allocated(rows, 2, max_rank=3, rank_multiple=2) == [0, 2]  # 0.55 is out of reach
+
+
 def test_of_what_needs_every_direction_the_pass_reads_all_rows_once():
     """Leading directions converge early, and repeated rows tell nothing: neither may end it, nor make it go on."""
     generator = torch.Generator().manual_seed(0)
@@ -359,7 +379,9 @@ def test_of_what_needs_every_direction_the_pass_reads_all_rows_once():
 def test_an_endless_loader_is_read_to_the_bound_and_that_is_said(monkeypatch):
     monkeypatch.setattr(run, "DEFAULT_MAX_BATCHES", 5)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]))
-    with pytest.warns(UserWarning, match=r"stopped at max_batches \(5\), after 50 rows; what the loader holds beyond"):
+    with pytest.warns(
+        UserWarning, match=r"stopped at max_batches \(5\), after 50 rows; whatever the loader holds beyond"
+    ):
         report = initialize(model, (torch.randn(10, 8) for _ in itertools.count()), "astra", progress=False)
     assert report.num_batches == 5
 

@@ -26,6 +26,7 @@ from .export import (
     read_adapter,
 )
 from .peft import PeftAdapter
+from .peft_layers import factors
 from .peft_start import LOADED_BY, STARTS, begin, samples_of
 
 __all__ = ["PlainExport", "export_plain", "load_adapter"]
@@ -181,7 +182,8 @@ def load_adapter(
     config, weights = read_adapter(Path(folder))
     init = config.init_lora_weights
     if not str(init).startswith(LOADED_BY):
-        return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
+        with _left_as_it_was(model):
+            return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError("model: expected a base without LoRA layers; load it anew")
     plain = copy.deepcopy(config)
@@ -199,42 +201,63 @@ def load_adapter(
                 module.weight.data.copy_(whole)
         adapter = PeftAdapter(loaded, adapter_name)
         adapter.require_movable()
-        starts: dict[str, Factors] = {}
-        for name, layer in adapter.layers.items():
-            a, b, w = (weights.get(f"base_model.model.{name}.{STARTS}.kept_{part}") for part in "abw")
-            if a is None or b is None or w is None:
-                raise ValueError(f"model_or_folder: {folder} does not hold what the adapter of {name} started from")
-            here = samples_of(layer.get_base_layer().weight).to(w)
-            if here.shape != w.shape or bool((w - here).abs().max() > SAME_WEIGHT * w.abs().max()):
-                raise ValueError(
-                    f"model: the weight of {name} is not the one that the adapter was taken from; load the base anew"
-                )
-            starts[name] = a, b
-    scratch = Scratch()
-    for name, layer in adapter.layers.items():
-        begin(layer, adapter_name, *starts[name], scratch)
-    adapter.name_start(init)
+        starts = {name: _start(name, layer, adapter_name, weights, folder) for name, layer in adapter.layers.items()}
+        scratch = Scratch()
+        try:
+            for name, layer in adapter.layers.items():
+                begin(layer, adapter_name, *starts[name], scratch)
+        except BaseException:
+            adapter.move_back()
+            raise
+        adapter.name_start(init)
     return loaded
+
+
+def _start(name: str, layer: Any, adapter_name: str, weights: Mapping[str, Tensor], folder: str | Path) -> Factors:
+    """A₀ and B₀ of a layer that was loaded.
+
+    Raises:
+        ValueError: the folder does not hold them, or A and B, or its base is another one.
+    """
+    path = f"base_model.model.{name}"
+    a, b, w = (weights.get(f"{path}.{STARTS}.kept_{part}") for part in "abw")
+    trained = all(f"{path}.lora_{part}.weight" in weights for part in "AB")
+    matrices, modules = factors(layer, adapter_name)
+    shapes = [matrices[0].shape, modules[0].weight.shape]
+    if a is None or b is None or w is None or not trained or [a.shape, b.shape] != shapes:
+        raise ValueError(f"model_or_folder: {folder} does not hold what the adapter of {name} started from")
+    here = samples_of(layer.get_base_layer().weight).to(w)
+    # Of NaN nothing is true.
+    if here.shape != w.shape or not bool((w - here).abs().max() <= SAME_WEIGHT * w.abs().max()):
+        raise ValueError(
+            f"model: the weight of {name} is not the one that the adapter was taken from; load the base anew"
+        )
+    return a, b
 
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Within it, what fails leaves the model with the modules and parameters that it had, trained or not as they were:
-    PEFT puts its layers in before it reads what they hold."""
-    parts = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+    """Within it, what fails leaves each module with all that it had, hooks and modes included: PEFT puts its layers in
+    before it reads what they hold. What is in a parameter is not looked at."""
+
+    def held(module: nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
+        """Each attribute, and where it is a table, what is in that."""
+        return {key: (value, dict(value) if isinstance(value, dict) else None) for key, value in vars(module).items()}
+
+    had = [(module, held(module)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    names = set(vars(model))
     try:
         yield
     except BaseException:
-        for module, children, parameters in parts:
-            for held, had in ((module._modules, children), (module._parameters, parameters)):
-                held.clear()
-                held.update(had)  # type: ignore[arg-type]
+        for module, attributes in had:
+            vars(module).clear()
+            for key, (value, entries) in attributes.items():
+                if entries is not None:
+                    value.clear()
+                    value.update(entries)
+                vars(module)[key] = value
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
-        for name in set(vars(model)) - names:  # peft_config
-            delattr(model, name)
         raise
 
 

@@ -73,7 +73,7 @@ def _plan_by(method: str, run: Path, budget: int | None, report: Path | None, pa
     require_run("STATISTICS", run)
     statistics = EvaStatistics.load(run / "statistics.safetensors") if METHODS[method] else None
     as_init = EvaConfig() if statistics is None else statistics.config
-    config = take_config(params, replace(as_init, budget_parameters=None))
+    config = take_config(params, replace(as_init, rho=None, budget_parameters=None))
     quiet_progress_bars()
     model = Pretrained(str(run / "lora")).load()
     made = initialize(model, statistics, method, config, budget=budget, dry_run=True)

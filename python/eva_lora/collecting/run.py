@@ -128,10 +128,10 @@ class Run:
         waits = self._watches and self.config.uncalled == "error" and self.silent()
         if self.convergence.all_done and not waits and not self.config.keep_moments:
             self.stop_reason = "all layers converged"
-        elif self.num_batches >= limit:
-            self.stop_reason = f"max_batches ({limit})"
         elif self.config.max_rows is not None and self.num_rows >= self.config.max_rows:
             self.stop_reason = f"max_rows ({self.config.max_rows})"
+        elif self.num_batches >= limit:
+            self.stop_reason = f"max_batches ({limit})"
 
     def _is_due(self, entry: DistinctInput) -> bool:
         """Whether an input has enough new data for a refresh.
@@ -222,10 +222,10 @@ class Run:
     def _warn(self) -> None:
         self.row_rules.warn(stacklevel=5)
         if self.config.keep_moments:  # nobody waited for convergence
-            if self.config.max_batches is None and self.num_batches >= DEFAULT_MAX_BATCHES:
+            if self.config.max_batches is None and self.stop_reason.startswith("max_batches"):
                 warnings.warn(
                     f"the pass that keeps whole second moments stopped at {self.stop_reason}, after {self.num_rows} "
-                    "rows; what the loader holds beyond them was not read",
+                    "rows; whatever the loader holds beyond them was not read",
                     stacklevel=5,
                 )
             return

@@ -168,7 +168,8 @@ class Watch:
 
     @property
     def converged(self) -> bool:
-        """Whether all layers have converged, so that further calls tell little and are no longer taken in.
+        """Whether all layers have converged, so that further calls tell little and are no longer taken in. With
+        ``keep_moments`` never: what that is for, convergence says nothing of.
 
         Of several ranks, whether those of all have: they ask each other, so all have to ask.
         """

@@ -192,6 +192,12 @@ def ranks_by_importance(
         low = ceil(max(LEAST * site.rank, config.min_rank, 1) / unit)
         directions = min(min(shapes[name]) for name in site.matrix_names)
         high = int(min(MOST * site.rank, directions, config.max_rank or MOST * site.rank) // unit)
+        least, most = max(config.min_rank, 1), min(directions, config.max_rank or directions)
+        if -(-least // unit) * unit > most:
+            raise ValueError(
+                f"min_rank, max_rank, rank_multiple: expected such as allow a rank for {site.name}, of {least} to "
+                f"{most} in multiples of {unit}"
+            )
         wanted = importance[site.name] / total * budget / cost[site.name]
         ranks[site.name] = unit * max(min(round(wanted / unit), high), low)
     return ranks

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_kernels.allocation import allocate_ranks, candidate_components, concave_slopes, spend_parameters
+from eva_kernels.allocation import allocate_ranks, candidate_components, spend_parameters
 
 from ..config import EvaConfig
 from . import storage
@@ -322,16 +323,19 @@ class Allocation:
             row[: len(values)] = values
         if self._config.budget_parameters is not None:
             return self._spend(table, self._config.budget_parameters)
-        if not falling:
-            for row, values in zip(table, ratios, strict=True):
-                slopes = concave_slopes(values[: self._config.max_rank])
-                row[: len(slopes)] = slopes
         allocated = allocate_ranks(
             table, self.candidates, budget, groups=self._groups, divisors=self._divisors,
             min_rank=self._config.least_rank(site.removable for site in self._sites), max_rank=self._config.max_rank,
             rank_multiple=self._config.rank_multiple,
         )  # fmt: skip
-        if (given := int(allocated.sum())) < budget:
+        given = int(allocated.sum())
+        if not falling and any(bool((np.diff(values) > 0).any()) for values in ratios):
+            allocated = spend_parameters(
+                table, self.candidates, np.ones(len(table), np.int64), given, divisors=self._divisors,
+                min_rank=self._config.least_rank(site.removable for site in self._sites),
+                max_rank=self._config.max_rank, rank_multiple=self._config.rank_multiple,
+            ).ranks  # fmt: skip
+        if given < budget:
             self.notes.append(f"{given:,} of {budget:,} ranks are given: candidates and bounds allow no more")
         return dict(zip([site.name for site in self._sites], allocated.tolist(), strict=True))
 
@@ -355,7 +359,8 @@ class Allocation:
                 f"budget_parameters: expected enough for one rank of one layer, which has at least {cheapest}, got "
                 f"{budget}"
             )
-        best = f"no ranks within it have scores that sum to {made.gap:.2g} more" if made.gap else "no ranks do better"
+        bound = Context(prec=2, rounding=ROUND_CEILING).create_decimal(made.gap)
+        best = f"no ranks within it have scores that sum to {float(bound):g} more" if made.gap else "no ranks do better"
         self.notes.append(f"{made.spent + fixed:,} of {budget:,} parameters are spent; {best}")
         return dict(zip([site.name for site in self._sites], made.ranks.tolist(), strict=True))
 

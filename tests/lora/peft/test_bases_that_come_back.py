@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from eva_lora import eva_initialize, export_plain, export_uniform, initialize, load_adapter
+from eva_lora.adapters import plain
 from support.models import LINEARS, lora, tiny_llama, token_batches
 
 UNIT = 2.0**-24
@@ -57,9 +58,13 @@ def left_of(model):
 
 
 def assert_same_model(model, other):
-    """Modules, parameters, whether these are trained, and attributes."""
+    """Modules with all attributes, modes and hooks; parameters, and whether these are trained."""
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in other.named_modules()]
-    assert set(vars(model)) == set(vars(other))
+    for module, its in zip(model.modules(), other.modules(), strict=True):
+        assert set(vars(module)) == set(vars(its))
+        assert module.training == its.training
+        hooks = ("_forward_hooks", "_forward_pre_hooks")
+        assert [len(vars(module)[table]) for table in hooks] == [len(vars(its)[table]) for table in hooks]
     for (name, parameter), (its, expected) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert (name, parameter.requires_grad) == (its, expected.requires_grad)
         assert torch.equal(parameter, expected)
@@ -278,6 +283,61 @@ def test_an_incomplete_file_is_named_and_the_base_stays(base, tmp_path):
     assert_same_model(other, tiny_llama(seed=5))
     other.load_state_dict(base.state_dict())  # the base as it should have been: it loads
     assert torch.equal(logits(load_adapter(other, tmp_path)), logits(load_adapter(fresh, tmp_path)))
+
+
+def failing(folder, how):
+    """What a folder held before something in it was broken."""
+    file = folder / "adapter_model.safetensors"
+    saved = load_file(file)
+    key = next(key for key in reversed(saved) if key.endswith(how[0]))
+    save_file({k: how[1](v).contiguous() if k == key else v for k, v in saved.items()}, file)
+    return saved, file
+
+
+BROKEN = [("lora_A.weight", lambda a: a[:3]), ("kept_a", lambda a: a[:2]), ("kept_b", lambda b: b[:, :3]),
+          ("kept_w", lambda w: w * float("nan"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN, ids=[name for name, _ in BROKEN])
+def test_a_load_that_fails_leaves_everything_as_it_was(base, tmp_path, how):
+    started(base).save_pretrained(tmp_path)
+    saved, file = failing(tmp_path, how)
+    fresh = copy.deepcopy(base).train()
+    fresh.gradient_checkpointing_enable()  # for which PEFT hangs a hook on the embedding
+    untouched = copy.deepcopy(fresh)
+    with pytest.raises((ValueError, RuntimeError), match=r"size mismatch|does not hold what|was taken from"):
+        load_adapter(fresh, tmp_path)
+    assert_same_model(fresh, untouched)
+    save_file(saved, file)
+    assert torch.equal(logits(load_adapter(fresh, tmp_path)), logits(load_adapter(copy.deepcopy(base), tmp_path)))
+
+
+def test_so_does_one_that_is_broken_off_while_weights_are_moved(base, tmp_path, monkeypatch):
+    started(base).save_pretrained(tmp_path)
+    begin, calls = plain.begin, []
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return begin(*args)
+
+    monkeypatch.setattr(plain, "begin", cut)
+    fresh = copy.deepcopy(base)
+    with pytest.raises(KeyboardInterrupt):
+        load_adapter(fresh, tmp_path)
+    assert [*fresh.state_dict()] == [*base.state_dict()]
+    for parameter, expected in zip(fresh.parameters(), base.parameters(), strict=True):
+        assert (parameter - expected).abs().max() <= 2 * UNIT * expected.abs().max()  # subtracted, and added again
+
+
+def test_so_does_one_of_an_ordinary_adapter(base, tmp_path):
+    lora(copy.deepcopy(base)).save_pretrained(tmp_path)
+    failing(tmp_path, BROKEN[0])
+    fresh = copy.deepcopy(base).train()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_adapter(fresh, tmp_path)
+    assert_same_model(fresh, copy.deepcopy(base).train())
 
 
 def test_ordinary_adapters_load_as_ever_and_are_written_as_they_are(base, tmp_path):
