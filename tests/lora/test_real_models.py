@@ -30,8 +30,8 @@ def bounded(**options):
 
 @pytest.fixture(scope="module")
 def bert(minilm_batches):
-    """Exact statistic on MiniLM: the model, its report, and the scatter of the same rows in float64."""
-    model = minilm_lora(load_minilm())
+    """Exact statistic on blocks of MiniLM: the model, its report, and the scatter of the same rows in float64."""
+    model = minilm_lora(load_minilm(), target_modules=ENCODER_LINEARS.replace(r"\d+", "[035]"))
     rows = layer_inputs(model, minilm_batches)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -42,7 +42,7 @@ def bert(minilm_batches):
 def test_exact_statistic_captures_the_optimum_on_every_layer(bert):
     model, _, exact, _ = bert
     shares = {name: captured_share(a, exact[name]) for name, a in lora_a_of(model).items()}
-    assert len(shares) == 36
+    assert len(shares) == 18
     assert min(shares.values()) >= EXACT_CAPTURES
 
 
@@ -73,7 +73,7 @@ def test_rows_are_orthonormal_and_signed(bert):
 
 def test_one_statistic_per_distinct_input(bert):
     _, report, *_ = bert
-    assert sorted(len(names) for names in report.shared_inputs) == [3] * 6
+    assert sorted(len(names) for names in report.shared_inputs) == [3] * 3
     for names in report.shared_inputs:
         assert {name.rpartition(".")[2] for name in names} == {"query", "key", "value"}
 
@@ -81,7 +81,7 @@ def test_one_statistic_per_distinct_input(bert):
 @pytest.mark.slow  # on toy models: tests/lora/test_sites.py
 def test_sharing_off_gives_the_same_answer(minilm, minilm_batches, bert):
     expected, report, *_ = bert
-    model = minilm_lora(minilm)
+    model = minilm_lora(minilm, target_modules=expected.peft_config["default"].target_modules)
     with pytest.warns(UserWarning, match="not converged"):
         own = eva_initialize(
             model, minilm_batches, bounded(statistic="gram", equal_data=True, share_inputs=False), progress=False
@@ -96,7 +96,7 @@ def test_captures_at_least_what_peft_captures(minilm, minilm_batches, bert):
     """Both are given the same batches: PEFT goes over them until it is done, ours once."""
     exact = bert[2]
     options = {
-        "target_modules": r".*encoder\.layer\.[03]\.(attention\.self\.(query|key|value)|.*dense)",
+        "target_modules": r".*encoder\.layer\.3\.(attention\.self\.(query|key|value)|.*dense)",
         "eva_config": peft.EvaConfig(rho=1.0),
     }
     model = minilm_lora(minilm, **options)
@@ -118,7 +118,7 @@ def test_captures_at_least_what_peft_captures(minilm, minilm_batches, bert):
             ]
         )
     peft_losses, gram, subspace = np.array(losses)
-    assert len(peft_losses) == 12
+    assert len(peft_losses) == 6
     assert gram.max() <= 1 - EXACT_CAPTURES
     assert (gram <= peft_losses).all()  # which has lost what it cut off
     assert subspace.mean() <= peft_losses.mean()
