@@ -55,6 +55,7 @@ def test_the_file_is_there_after_each_step(tmp_path):
     assert "| second | passed | 0 | 1 |" in text
 
 
+@pytest.mark.slow  # it waits
 def test_a_step_that_hangs_is_asked_and_then_killed_with_all_that_it_started(tmp_path, monkeypatch):
     asked = python("asked", "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('2 failed so far')")
     heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background

@@ -70,7 +70,7 @@ def minilm():
 @pytest.mark.parametrize(
     "options",
     [
-        {"statistic": "gram"},
+        pytest.param({"statistic": "gram"}, marks=pytest.mark.slow),
         {"statistic": "subspace"},
         pytest.param({"statistic": "subspace", "convergence": "captured"}, marks=pytest.mark.slow),
     ],
@@ -88,7 +88,15 @@ def test_a_pass_on_minilm_misses_no_more_than_twice_what_it_misses_on_the_cpu(op
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"nonfinite": "skip"}, {"share_inputs": False}, {"whiten": True}, {"statistic": "gram"}], ids=str
+    "options",
+    [
+        {},
+        {"nonfinite": "skip"},
+        {"share_inputs": False},
+        pytest.param({"whiten": True}, marks=pytest.mark.slow),
+        {"statistic": "gram"},
+    ],
+    ids=str,
 )
 def test_options_work_there(options, simulated):
     model = lora(llama().to(simulated.device))

@@ -61,7 +61,7 @@ def waits_of_batches(model, batches, device, **options):
     return waits_of_pass(model, batches, device, **options)[:-1]
 
 
-@pytest.mark.parametrize("form", [list, padded, pinned])
+@pytest.mark.parametrize("form", [list, padded, pytest.param(pinned, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, {"statistic": "gram"}, {"convergence": "captured"}, {"share_inputs": False}])
 def test_a_batch_waits_once(options, form):
     """In a refresh, which comes after 1, 2, 4 … batches, or to tell NaN; nowhere else, and no start of any input."""

@@ -75,7 +75,15 @@ def rows_like(n, d, q, dtype, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "d", "q"),
-    [(0, 8, 2), (1, 1, 1), (1, 8, 8), (17, 7, 3), (16, 40, 33), (130, 33, 5), (257, 24, 24)],
+    [
+        (0, 8, 2),
+        (1, 1, 1),
+        pytest.param(1, 8, 8, marks=pytest.mark.slow),
+        (17, 7, 3),
+        pytest.param(16, 40, 33, marks=pytest.mark.slow),
+        (130, 33, 5),
+        (257, 24, 24),
+    ],
 )
 def test_matches_float64(n, d, q, dtype, masked):
     x, basis, shift, mask = rows_like(n, d, q, dtype)
@@ -136,7 +144,7 @@ def test_any_strides(layout, dtype):
 
 
 @pytest.mark.usefixtures("nan_workspaces")
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_the_product_of_large_float16_rows_does_not_overflow(aligned, few, masked):
