@@ -11,6 +11,7 @@ every batch. F is the median full forward, E is ``collect`` and ``plan`` per bat
 what PEFT's ``IncrementalPCA`` alone takes, fed by hooks on the same distinct inputs. All are measured in one run,
 several passes with forwards before and after each: E is their median, and E/F that of each one's ratio to the forwards
 around it; P/E is the ratio to the passes around PEFT's. The shares of E's parts come from a further, instrumented pass.
+The model is called alike in all of them, without labels; E/F with labels, and so with a loss in both, is printed beside.
 """
 
 import statistics
@@ -37,6 +38,7 @@ from peers import variance_missed
 from timing import time_calls
 
 RANK, RHO = 16, 2.0
+FIELDS = ("input_ids", "attention_mask")  # what models are called with, and "labels" where they compute a loss
 Batches = list[dict[str, Tensor]]
 
 
@@ -59,15 +61,18 @@ def recorded(model: Any, batches: Batches, name: str) -> list[Tensor]:
     return rows
 
 
+def fields_of(batches: Batches, *, loss: bool = False) -> Batches:
+    return [{name: batch[name] for name in (*FIELDS, *(["labels"] if loss else []))} for batch in batches]
+
+
 def full_forward(model: Any, batches: Batches, *, loss: bool = False) -> list[float]:
     """Seconds of each full forward: adapters off, LM head included, no cache; the batch's loss too where asked for."""
-    fields = ("input_ids", "attention_mask", *(["labels"] if loss else []))
     times = []
     with torch.no_grad(), model.disable_adapter():
-        for batch in batches:
+        for batch in fields_of(batches, loss=loss):
             synchronize(model.device.type)
             start = time.perf_counter()
-            model(**{name: batch[name] for name in fields}, use_cache=False)
+            model(**batch, use_cache=False)
             synchronize(model.device.type)
             times.append(time.perf_counter() - start)
     return times
@@ -123,10 +128,12 @@ class ExactScatter:
         return variance_missed(*self.captured(rows), len(rows))
 
 
-def eva_pass(model: Any, batches: Batches, statistic: str, oversampling: float | None) -> tuple[EvaStatistics, EvaPlan]:
+def eva_pass(
+    model: Any, batches: Batches, statistic: str, oversampling: float | None, *, loss: bool = False
+) -> tuple[EvaStatistics, EvaPlan]:
     collected = collect(
         model,
-        batches,
+        fields_of(batches, loss=loss),
         EvaConfig(rho=RHO, tau=1.0, max_batches=len(batches), statistic=statistic, oversampling=oversampling),  # type: ignore[arg-type]
         progress=False,
     )
@@ -168,7 +175,7 @@ def peft_steps(model: Any, batches: Batches) -> float:
         if len(starts) == len(batches) + 2:  # the first call is for hashes
             raise Enough
         with torch.no_grad(), inner.disable_adapter():
-            inner(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, use_cache=False)
+            inner(**{name: inputs[name] for name in FIELDS}, use_cache=False)
 
     with suppress(Enough):
         peft.get_eva_state_dict(model, batches, forward_fn=forward, show_progress_bar=False)
@@ -228,13 +235,13 @@ def main(
     print(f"torch {torch.__version__}, {name}, {dtype}, statistic={statistic}")
     print(f"{len(batches)} batches of 4 x {tokens} tokens")
 
-    def run(kind: str = statistic) -> tuple[EvaStatistics, EvaPlan]:
-        return eva_pass(model, batches, kind, oversampling)
+    def run(kind: str = statistic, *, loss: bool = False) -> tuple[EvaStatistics, EvaPlan]:
+        return eva_pass(model, batches, kind, oversampling, loss=loss)
 
-    def timed() -> float:
+    def timed(*, loss: bool = False) -> float:
         synchronize(device)
         start = time.perf_counter()
-        run()
+        run(loss=loss)
         synchronize(device)
         return (time.perf_counter() - start) / len(batches)
 
@@ -254,10 +261,14 @@ def main(
     print(f"E  {step:7.3f} s   collect and plan, per batch, median of {passes} ({min(steps):.3f} to {max(steps):.3f})")
     print(f"E/F = {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     print(f"   over the mean forward, as E is a mean: {statistics.median(to_mean):.2f}")
+    lossy = [full_forward(model, batches[:3], loss=True)]
+    with_loss = timed(loss=True)
+    lossy.append(full_forward(model, batches[:3], loss=True))
+    print(f"   with labels, a loss in both: {with_loss / statistics.median(lossy[0] + lossy[1]):.2f}")
     shares = parts(run)
     print("   of it " + ", ".join(f"{part} {value / sum(shares.values()):.1%}" for part, value in shares.items()))
 
-    full, with_loss = (
+    full, full_with_loss = (
         resident_peak(lambda loss=loss: full_forward(model, batches[:3], loss=loss), device) or 0  # type: ignore[misc]
         for loss in (False, True)
     )
@@ -266,7 +277,7 @@ def main(
     states = sum(entry.nbytes for entry in collected.inputs)
     widest = max(entry.components.shape[0] for entry in collected.inputs)
     projected = 4 * 4 * tokens * widest  # float32
-    extra = f"{(peak - full) / 2**20:.0f} MiB; over one with its loss: {(peak - with_loss) / 2**20:.0f}"
+    extra = f"{(peak - full) / 2**20:.0f} MiB; over one with its loss: {(peak - full_with_loss) / 2**20:.0f}"
     print(f"   peak memory over a full forward's: {extra}")
     print(f"   states {states / 2**20:.0f} MiB, P {projected / 2**20:.1f}")
 

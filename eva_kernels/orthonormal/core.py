@@ -17,7 +17,7 @@ def core_runs(y: Tensor) -> bool:
 
 def orthonormalize_core(
     y: Tensor,  # (d, q) float32
-) -> Tensor:  # (d, q)
+) -> Tensor:  # (d, q) contiguous
     """Cholesky QR, twice where once is not enough, else Householder QR."""
     y = given = y.contiguous()
     growth = greatest_growth(y.shape[0], y.shape[1], y.dtype)
@@ -32,4 +32,4 @@ def orthonormalize_core(
         if not written:
             break
         y = out
-    return householder_qr(given.double()[None])[0].to(given.dtype)
+    return householder_qr(given.double()[None])[0].to(given.dtype).contiguous()

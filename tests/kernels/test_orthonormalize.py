@@ -65,6 +65,7 @@ def test_any_finite_matrix_gives_orthonormal_columns(spoil):
     q = orthonormalize(torch.stack([spoil(y), y]))
     assert_orthonormal(q)
     assert torch.equal(q[1], orthonormalize(y))  # a bad matrix in the batch does not touch its neighbours
+    assert orthonormalize(spoil(y)).is_contiguous()  # rows are multiplied with it, and would wait for a copy
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (40, 7), (200, 96), (130, 17)])

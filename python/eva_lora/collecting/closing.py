@@ -1,7 +1,7 @@
 """What comes of a run: the statistics that planning needs, and what a report says of the pass."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ def statistics_of(run: Run) -> EvaStatistics:
     assert decision is not None
     done = dict(zip(run.convergence.members, decision.done, strict=True))
     converged = dict(zip(run.convergence.members, decision.components_converged, strict=True))
+    index = {id(entry): i for i, entry in enumerate(run.capture.inputs)}
     return EvaStatistics(
         sites=[
             SiteStatistics(
-                name=site.name, inputs=_inputs_of(run, i), rank=site.rank, in_features=site.in_features,
+                name=site.name, inputs=_inputs_of(run, i, index), rank=site.rank, in_features=site.in_features,
                 converged=bool(done.get(i, False)), components_converged=int(converged.get(i, 0)),
                 rank_multiple=site.rank_multiple, removable=site.removable, rows=run.row_rules.said_of(site.name),
                 parameters=site.parameters,
@@ -39,8 +40,8 @@ def statistics_of(run: Run) -> EvaStatistics:
     )  # fmt: skip
 
 
-def _inputs_of(run: Run, site: int) -> tuple[int, ...]:
-    index = {id(entry): i for i, entry in enumerate(run.capture.inputs)}
+def _inputs_of(run: Run, site: int, index: Mapping[int, int]) -> tuple[int, ...]:
+    """Of a site's parts, -1 of one that saw no rows; ``index``: of each input, by its identity."""
     entries = [run.capture.input_of[stream] for stream in run.capture.streams_of[site]]
     return tuple(-1 if entry is None else index[id(entry)] for entry in entries)
 
