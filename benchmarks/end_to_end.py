@@ -11,7 +11,7 @@ every batch. F is the median full forward, E is ``collect`` and ``plan`` per bat
 what PEFT's ``IncrementalPCA`` alone takes, fed by hooks on the same distinct inputs. All are measured in one run,
 several passes with forwards before and after each: E is their median, and E/F that of each one's ratio to the forwards
 around it; P/E is the ratio to the passes around PEFT's. The shares of E's parts come from a further, instrumented pass.
-The model is called alike in all of them, without labels; E/F with labels, and so with a loss in both, is printed beside.
+The model is called alike in all of them, without labels; E/F with labels, a loss in both, is printed beside.
 """
 
 import statistics

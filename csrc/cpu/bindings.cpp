@@ -130,14 +130,15 @@ void refresh(int64_t d, int64_t q, const Addresses& samples, const Addresses& im
 }
 
 // Whether `out` was written, and whether that is all.
-std::pair<bool, bool> cholesky_qr(uintptr_t y, int64_t d, int64_t q, uintptr_t out, double growth, int threads) {
+std::pair<bool, bool> cholesky_qr(uintptr_t y, bool transposed, int64_t d, int64_t q, uintptr_t out, double growth,
+                                  int threads) {
   require_sizes(d, q, threads);
   require_at_least("d", d, q);
   const float* from = address<float>("y", y);
   float* to = address<float>("out", out);
   const eva::Code& run = eva::code();
   py::gil_scoped_release unlocked;
-  const eva::Orthonormal became = run.cholesky_qr(from, d, q, to, growth, threads);
+  const eva::Orthonormal became = run.cholesky_qr(from, transposed, d, q, to, growth, threads);
   return {became != eva::Orthonormal::kNever, became == eva::Orthonormal::kDone};
 }
 
@@ -215,7 +216,7 @@ void bind_cpu(py::module_& module) {
              "summarises"_a, "new_bases"_a, "rounded_bases"_a, "new_eigenvalues"_a, "cosines"_a, "overlaps"_a,
              "solved"_a, "jitter"_a, "alignment"_a, "symmetry"_a, "orthogonal"_a, "rank"_a, "growth"_a, "span_jitter"_a,
              "power_steps"_a, "threads"_a);
-  module.def("cholesky_qr", &cholesky_qr, "y"_a, "d"_a, "q"_a, "out"_a, "growth"_a, "threads"_a);
+  module.def("cholesky_qr", &cholesky_qr, "y"_a, "transposed"_a, "d"_a, "q"_a, "out"_a, "growth"_a, "threads"_a);
   module.def("symmetric_eigen", &symmetric_eigen, "matrices"_a, "batch"_a, "n"_a, "values"_a, "vectors"_a, "solved"_a,
              "threads"_a);
   module.def("leading_eigen", &leading_eigen, "matrices"_a, "batch"_a, "n"_a, "count"_a, "values"_a, "vectors"_a,

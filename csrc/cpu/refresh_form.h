@@ -61,7 +61,7 @@ inline void copy_rows(const float* from, int64_t from_stride, float* to, int64_t
     std::fill(std::copy_n(from + j * from_stride, width, to + j * to_stride), to + (j + 1) * to_stride, 0.0f);
 }
 
-Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double growth, int threads);
+Orthonormal cholesky_qr(const float* y, bool transposed, int64_t d, int64_t q, float* out, double growth, int threads);
 
 // A thread's memory for statistics of one shape, and the steps of an extraction. The scatter is A Aᵀ with the columns
 // A = [Q √Λ, N, v]: the past, the Nyström approximation N Nᵀ of the rows since, and the difference of their means.
@@ -273,7 +273,7 @@ class Extractor {
     Orthonormal became = Orthonormal::kAgain;
     for (int pass = 0; pass < 2 && became == Orthonormal::kAgain; ++pass) {
       try {
-        became = cholesky_qr(task.new_basis, d_, q_, task.new_basis, limits_.growth, 1);
+        became = cholesky_qr(task.new_basis, false, d_, q_, task.new_basis, limits_.growth, 1);
       } catch (const std::bad_alloc&) {  // which must not leave a thread of OpenMP's
         return false;
       }
@@ -357,16 +357,29 @@ inline void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& 
   });
 }
 
-EVA_TARGET inline Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, float* out, double growth, int threads) {
+EVA_TARGET inline Orthonormal cholesky_qr(const float* y, bool transposed, int64_t d, int64_t q, float* out,
+                                          double growth, int threads) {
   constexpr int64_t kRows = 32;  // worked out at a time, before they are rounded
+  constexpr int64_t kColumns = kWide * kLanes<double>;  // of those, as many as one tile has
   const int64_t stride = padded(q), shares = std::max(threads, 1);
   const Array<double> wide(d * stride), gram(q * stride), root(q * stride), scale(stride), rows(shares * kRows * stride);
-  for (int64_t j = 0; j < d; ++j)
-    std::fill(std::copy_n(y + j * q, q, wide.get() + j * stride), wide.get() + (j + 1) * stride, 0.0);
   const auto bound = [&](int64_t share, int64_t of) { return share == shares ? of : of * share / shares / 8 * 8; };
-  // Rows of the Gram matrix are shared out, not those of y, so that bits do not depend on the shares.
   run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
-    const int64_t begin = bound(share, q), end = bound(share + 1, q);
+    const int64_t begin = bound(share, d), end = bound(share + 1, d);
+    const int64_t step_row = transposed ? 1 : q, step_column = transposed ? d : 1;
+    for (int64_t first = begin; first < end; first += 16)
+      for (int64_t c = 0; c < stride; ++c)
+        for (int64_t j = first; j < std::min(first + 16, end); ++j)
+          wide[j * stride + c] = c < q ? y[j * step_row + c * step_column] : 0;
+  });
+  // Rows of the Gram matrix are shared out, not those of y, so that bits do not depend on the shares. Row i has q − i
+  // entries: shares of as many entries begin where so many are left.
+  const auto corner = [&](int64_t share) {
+    return share == shares ? q : static_cast<int64_t>(q * (1 - std::sqrt(1 - static_cast<double>(share) / shares))) / 8 * 8;
+  };
+  run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
+    const int64_t begin = corner(share), end = corner(share + 1);
+    if (begin == end) return;
     multiply<double, Part::kUpper>({wide.get() + begin, 1, stride}, wide.get() + begin, stride,
                                    gram.get() + begin * stride + begin, stride, end - begin, q - begin, d);
   });
@@ -397,7 +410,10 @@ EVA_TARGET inline Orthonormal cholesky_qr(const float* y, int64_t d, int64_t q, 
     const int64_t end = bound(share + 1, d);
     for (int64_t j = bound(share, d); j < end; j += kRows) {
       const int64_t count = std::min(kRows, end - j);
-      multiply<double>({wide.get() + j * stride, stride, 1}, root.get(), stride, tile, stride, count, q, q);
+      for (int64_t c = 0; c < q; c += kColumns) {  // R⁻¹ is upper triangular: below its diagonal there is nothing
+        const int64_t end = std::min(c + kColumns, q);
+        multiply<double>({wide.get() + j * stride, stride, 1}, root.get() + c, stride, tile + c, stride, count, end - c, end);
+      }
       for (int64_t i = 0; i < count; ++i) convert(tile + i * stride, out + (j + i) * q, q);
     }
   });

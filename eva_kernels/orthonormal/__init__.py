@@ -93,6 +93,8 @@ def orthonormalize_or(
     if home != y.device:
         return orthonormalize_or(y.to(home), otherwise.to(home)).to(y.device)
     _require_tall(y)
+    if core_runs(y):
+        return orthonormalize_core(y, otherwise)
     if y.device.type == "cpu":
         finite = y.numel() == 0 or all(map(math.isfinite, y.aminmax()))
         return orthonormalize(y if finite else otherwise)

@@ -398,7 +398,7 @@ class Statistic(ABC):
         waits for a device with float64.
         """
         self.shift = like(sketch.total / sketch.num_rows, self.basis)
-        sums = sketch.sums - sketch.tally * self.shift
+        sums = torch.addcmul(sketch.sums, sketch.tally, self.shift, value=-1)
         self.basis = orthonormalize_or(sums.T, self.basis)
 
     def summands(self, *, whole: bool = True) -> dict[str, Tensor]:

@@ -110,7 +110,8 @@ void run_all(std::mt19937& generator, double& sum) {
         sum += refresh(d, q, 5, summarises, threads, generator);
         const std::vector<float> y = random_matrix(d * q, generator);
         std::vector<float> out(d * q);
-        sum += eva::code().cholesky_qr(y.data(), d, q, out.data(), 100, threads) == eva::Orthonormal::kDone;
+        for (const bool transposed : {false, true})
+          sum += eva::code().cholesky_qr(y.data(), transposed, d, q, out.data(), 100, threads) == eva::Orthonormal::kDone;
         std::vector<double> matrices(3 * q * q), values(3 * q), vectors(3 * q * q);
         for (int64_t i = 0; i < 3 * q * q; ++i) matrices[i] = 1.0 / (1 + i % q + i / q % q);
         std::vector<uint8_t> solved(3);

@@ -270,7 +270,7 @@ def bindings():
         "mirror": {"matrix": at, "d": D},
         "sketch": {**rows, "signs": at, "chunk_rows": 256, "before": 0, "column": 0, "q": Q, "sums": at, "tally": at,
                    "total": at, "threads": 1},
-        "cholesky_qr": {"y": at, "d": D, "q": Q, "out": at, "growth": 0.1, "threads": 1},
+        "cholesky_qr": {"y": at, "transposed": False, "d": D, "q": Q, "out": at, "growth": 0.1, "threads": 1},
         "symmetric_eigen": {"matrices": at, "batch": 1, "n": Q, "values": at, "vectors": at, "solved": at,
                             "threads": 1},
         "leading_eigen": {"matrices": at, "batch": 1, "n": Q, "count": 1, "values": at, "vectors": at, "solved": at,

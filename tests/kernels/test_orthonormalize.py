@@ -7,6 +7,7 @@ from scipy.linalg import subspace_angles
 
 import eva_kernels.orthonormal
 from eva_kernels import orthonormalize
+from eva_kernels.orthonormal import orthonormalize_or
 from eva_kernels.orthonormal.core import core_runs, orthonormalize_core
 from support.bounds import UNIT_ROUNDOFF, deviation, gamma, orthonormality
 
@@ -75,9 +76,39 @@ def test_compiled_columns_are_those_of_pytorch_to_a_rounding(shape, monkeypatch,
     ours = orthonormalize_core(y)
     monkeypatch.setattr(eva_kernels.orthonormal, "core_runs", lambda y: False)
     theirs = orthonormalize(y)
+    assert torch.equal(orthonormalize_core(y.T.contiguous().T), ours)  # read as it lies, not copied
+    assert torch.equal(orthonormalize_core(spread(y)), ours)
     condition = np.linalg.cond((y / y.norm(dim=0)).double().numpy())
     algebra = gamma(4 * sum(shape), torch.float64) * shape[1] * condition
     assert (ours - theirs).abs().max() <= 2 * UNIT_ROUNDOFF[torch.float32] + algebra
+
+
+def spread(y):
+    """The same matrix in every other column of another."""
+    return torch.stack([y, torch.full_like(y, torch.nan)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 9), (40, 7), (300, 130), (130, 17)])
+def test_threads_change_no_bit(shape, threads, algebra_form):
+    y = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            outcomes.append(orthonormalize_core(y))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outcomes)
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_replaced_by_the_other(poison):
+    y, other = torch.randn(2, 60, 12, generator=torch.Generator().manual_seed(3))
+    y[59, 11] = poison
+    assert torch.equal(orthonormalize_or(y, other), orthonormalize(other))
+    assert torch.equal(orthonormalize_or(other.T.contiguous().T, y), orthonormalize(other))
 
 
 def test_wide_matrices_are_refused():
