@@ -194,7 +194,7 @@ class Extractor {
         scale_[c] = square > 0 ? 1 / std::sqrt(square) : 0;
       }
       for (int64_t i = 0; i < q_; ++i) {
-        for (int64_t j = 0; j < q_; ++j) root_[i * stride_ + j] *= scale_[i] * scale_[j];
+        for (int64_t j = 0; j < q_; ++j) root_[i * stride_ + j] = root_[i * stride_ + j] * scale_[i] * scale_[j];
         root_[i * stride_ + i] += limits_.span_jitter;
       }
       if (!invert_root()) return false;

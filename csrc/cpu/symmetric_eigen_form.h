@@ -1,6 +1,7 @@
 // Eigenpairs of a small symmetric matrix in float64, for the form that includes this.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -14,6 +15,9 @@
 namespace eva::EVA_FORM {
 
 constexpr int64_t kStepsPerValue = 60;
+// What is left of a column has to be above it in squares to be reflected: twice its inverse is then a number. The largest
+// entry is 1, so that entries below 1e-146 are given up.
+constexpr double kVanishing = std::numeric_limits<double>::min() / std::numeric_limits<double>::epsilon();
 
 inline int64_t aligned_below(int64_t index) { return index / kLanes<double> * kLanes<double>; }
 
@@ -47,7 +51,7 @@ EVA_TARGET inline void tridiagonalize(double* matrix, int64_t n, int64_t stride,
     std::fill(v + start, v + first + 1, 0.0);  // so that whole registers can be taken
     const double rest = dot(v, v, start, stride);
     beside[k] = head;
-    if (!(rest > 0)) continue;
+    if (!(rest > kVanishing)) continue;
     const double norm = std::sqrt(head * head + rest);
     beside[k] = head > 0 ? -norm : norm;
     v[first] = head - beside[k];
@@ -55,7 +59,7 @@ EVA_TARGET inline void tridiagonalize(double* matrix, int64_t n, int64_t stride,
     multiply_symmetric(matrix, stride, n, first, v, product);
     std::fill(product + start, product + first, 0.0);
     // With p = β A v the matrix becomes A − v wᵀ − w vᵀ, w = p − ½ β (pᵀ v) v.
-    const double half = -0.5 * beta[k] * beta[k] * dot(product, v, start, stride);
+    const double half = -0.5 * beta[k] * (beta[k] * dot(product, v, start, stride));  // β² alone may overflow
     for (int64_t j = start; j < stride; ++j) product[j] = beta[k] * product[j] + half * v[j];
     for (int64_t i = first; i < n; ++i) {
       using R = Register<double>;
@@ -156,6 +160,7 @@ inline bool symmetric_eigen(double* matrix, int64_t n, int64_t stride, double* v
   tridiagonalize(matrix, n, stride, diagonal, beside, beta, product);
   gather_reflections(matrix, n, stride, beta, rows);
   if (!diagonalize(diagonal, beside, n, rows, stride)) return false;
+  if (!std::all_of(diagonal, diagonal + n, [](double value) { return std::isfinite(value); })) return false;
   int64_t* order = reinterpret_cast<int64_t*>(beta);
   std::iota(order, order + n, 0);
   std::sort(order, order + n, [&](int64_t a, int64_t b) { return diagonal[a] > diagonal[b]; });

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eva_kernels import SubspaceStatistic, refresh_
+from eva_kernels import GramStatistic, SubspaceStatistic, refresh_
 from eva_kernels.orthonormal.core import orthonormalize_core
 from eva_kernels.orthonormal.reference import householder_qr
 from eva_kernels.streaming_svd import refresh
@@ -164,7 +164,11 @@ def spectra(n, generator):
     thin = torch.randn(n, max(1, n // 4), dtype=torch.float64, generator=generator)
     steep = torch.logspace(0, -9, n, dtype=torch.float64)
     plain = full @ full.T
+    # What rows of lower rank leave, of each direction the rounding of the one before: squares of entries vanish.
+    falling = {e: 10.0 ** (-e * torch.arange(n, dtype=torch.float64)) for e in (2, 5, 9, 17, 40)}
     return {
+        **{f"falling by 1e-{e}": fall[:, None] * plain * fall for e, fall in falling.items()},
+        **{f"rising by 1e-{e}": plain * fall.flip(0)[:, None] * fall.flip(0) for e, fall in falling.items()},
         "plain": plain,
         "steep": steep[:, None] * plain * steep,
         "ascending": plain * steep.flip(0)[:, None] * steep.flip(0),
@@ -179,7 +183,8 @@ def spectra(n, generator):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 16, 17, 33, 96, 128])
-def test_eigenpairs_are_those_of_numpy(n):
+def test_eigenpairs_are_those_of_numpy(n, monkeypatch):
+    monkeypatch.delattr(symmetric_eigen_core.__module__ + ".symmetric_eigen_reference")  # all are solved
     matrices = spectra(n, torch.Generator().manual_seed(n))
     values, vectors = symmetric_eigen_core(torch.stack(list(matrices.values())))
     for name, matrix, value, vector in zip(matrices, matrices.values(), values, vectors, strict=True):
@@ -190,6 +195,24 @@ def test_eigenpairs_are_those_of_numpy(n):
         np.testing.assert_allclose(value, expected, atol=rounding * size, rtol=0, err_msg=name)
         np.testing.assert_allclose(vector.T @ vector, np.eye(n), atol=rounding, rtol=0, err_msg=name)
         np.testing.assert_allclose(matrix @ vector, vector * value, atol=rounding * size, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [GramStatistic, SubspaceStatistic])
+def test_rows_of_lower_rank_have_components_with_numbers(kind):
+    """Also where hardly any rows differ, as an embedding's: directions without variance beside those with some."""
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(9, 32, generator=generator) * torch.logspace(1, -2, 32)
+        batches = [tokens[torch.randint(0, 9, (24,), generator=generator)] for _ in range(3)]
+        statistic = kind(32, 32, seed=seed)
+        for rows in batches:
+            statistic.accumulate_(rows)
+            (refreshed,) = refresh_([statistic])
+            assert np.isfinite(refreshed.explained_variance_ratio).all()
+        z = torch.cat(batches).double()
+        z = z - z.mean(0)
+        exact = torch.linalg.eigvalsh(z.T @ z).flip(0)
+        assert ((statistic.eigenvalues - exact).abs() <= 6e-3 * exact[0]).all()  # README: rows that lack directions
 
 
 def test_eigenpairs_of_nan_are_left_to_lapack():
