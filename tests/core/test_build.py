@@ -81,8 +81,8 @@ def test_an_assembler_that_does_not_know_tiles_builds_the_other_forms(tmp_path: 
     assert process.returncode == 0, process.stderr
     assert (record["core"], record["assembles_tiles"]) == ("built", False)
     (module,) = (tmp_path / "lib" / "eva_kernels").glob("_core*")
-    names = "from importlib.util import module_from_spec as m, spec_from_file_location as s; import sys; "
-    names += "core = m(s('_core', sys.argv[1])); print(*core.built_cpu_forms())"
+    names = "import importlib.util as u, sys; spec = u.spec_from_file_location('_core', sys.argv[1]); "
+    names += "core = u.module_from_spec(spec); spec.loader.exec_module(core); print(*core.built_cpu_forms())"
     shown = subprocess.run([sys.executable, "-c", names, module], text=True, capture_output=True, check=True)
     assert shown.stdout.split() == [form for form in CPU_FORMS if form != "amx"]
 
