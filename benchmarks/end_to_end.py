@@ -62,6 +62,7 @@ def recorded(model: Any, batches: Batches, name: str) -> list[Tensor]:
 
 
 def fields_of(batches: Batches, *, loss: bool = False) -> Batches:
+    """What the model is called with: no labels, unless it is to compute its loss."""
     return [{name: batch[name] for name in (*FIELDS, *(["labels"] if loss else []))} for batch in batches]
 
 

@@ -33,9 +33,9 @@ struct RefreshTask {
 // positive definite or of lower rank than q, and the output is indeterminate. Results do not depend on `threads`.
 using Refresh = void(const std::vector<RefreshTask>& tasks, const RefreshLimits& limits, uint8_t* solved, int threads);
 
-// One pass of Cholesky QR over y (d, q), or its transpose, in double precision, rounded once; unit columns inside the q × q matrix. `out`
-// may be y as it is. With R the Cholesky factor, kAgain says that a column of |R⁻¹| sums to more than `growth`: `out` then wants
-// another pass. kNever: there is no factor, and nothing is written.
+// One pass of Cholesky QR over y (d, q), or its transpose, in double precision, rounded once; unit columns inside the
+// q × q matrix. `out` may be y as it is. With R the Cholesky factor, kAgain says that a column of |R⁻¹| sums to more than
+// `growth`: `out` then wants another pass. kNever: there is no factor, and nothing is written.
 enum class Orthonormal { kDone, kAgain, kNever };
 using CholeskyQr = Orthonormal(const float* y, bool transposed, int64_t d, int64_t q, float* out, double growth,
                                int threads);

@@ -360,26 +360,22 @@ inline void refresh(const std::vector<RefreshTask>& tasks, const RefreshLimits& 
 EVA_TARGET inline Orthonormal cholesky_qr(const float* y, bool transposed, int64_t d, int64_t q, float* out,
                                           double growth, int threads) {
   constexpr int64_t kRows = 32;  // worked out at a time, before they are rounded
-  constexpr int64_t kColumns = kWide * kLanes<double>;  // of those, as many as one tile has
   const int64_t stride = padded(q), shares = std::max(threads, 1);
   const Array<double> wide(d * stride), gram(q * stride), root(q * stride), scale(stride), rows(shares * kRows * stride);
   const auto bound = [&](int64_t share, int64_t of) { return share == shares ? of : of * share / shares / 8 * 8; };
   run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
     const int64_t begin = bound(share, d), end = bound(share + 1, d);
-    const int64_t step_row = transposed ? 1 : q, step_column = transposed ? d : 1;
-    for (int64_t first = begin; first < end; first += 16)
-      for (int64_t c = 0; c < stride; ++c)
-        for (int64_t j = first; j < std::min(first + 16, end); ++j)
-          wide[j * stride + c] = c < q ? y[j * step_row + c * step_column] : 0;
+    if (!transposed)
+      for (int64_t j = begin; j < end; ++j)
+        std::fill(std::copy_n(y + j * q, q, wide.get() + j * stride), wide.get() + (j + 1) * stride, 0.0);
+    else  // a few rows at a time, which stay in the first-level cache until their columns are read
+      for (int64_t first = begin; first < end; first += 16)
+        for (int64_t c = 0; c < stride; ++c)
+          for (int64_t j = first; j < std::min(first + 16, end); ++j) wide[j * stride + c] = c < q ? y[c * d + j] : 0;
   });
-  // Rows of the Gram matrix are shared out, not those of y, so that bits do not depend on the shares. Row i has q − i
-  // entries: shares of as many entries begin where so many are left.
-  const auto corner = [&](int64_t share) {
-    return share == shares ? q : static_cast<int64_t>(q * (1 - std::sqrt(1 - static_cast<double>(share) / shares))) / 8 * 8;
-  };
+  // Rows of the Gram matrix are shared out, not those of y, so that bits do not depend on the shares.
   run_in_parallel(shares, 1, shares, [&](int64_t, int64_t share) {
-    const int64_t begin = corner(share), end = corner(share + 1);
-    if (begin == end) return;
+    const int64_t begin = bound(share, q), end = bound(share + 1, q);
     multiply<double, Part::kUpper>({wide.get() + begin, 1, stride}, wide.get() + begin, stride,
                                    gram.get() + begin * stride + begin, stride, end - begin, q - begin, d);
   });
@@ -410,10 +406,7 @@ EVA_TARGET inline Orthonormal cholesky_qr(const float* y, bool transposed, int64
     const int64_t end = bound(share + 1, d);
     for (int64_t j = bound(share, d); j < end; j += kRows) {
       const int64_t count = std::min(kRows, end - j);
-      for (int64_t c = 0; c < q; c += kColumns) {  // R⁻¹ is upper triangular: below its diagonal there is nothing
-        const int64_t end = std::min(c + kColumns, q);
-        multiply<double>({wide.get() + j * stride, stride, 1}, root.get() + c, stride, tile + c, stride, count, end - c, end);
-      }
+      multiply<double>({wide.get() + j * stride, stride, 1}, root.get(), stride, tile, stride, count, q, q);
       for (int64_t i = 0; i < count; ++i) convert(tile + i * stride, out + (j + i) * q, q);
     }
   });

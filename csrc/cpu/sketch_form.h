@@ -13,6 +13,7 @@ namespace eva::EVA_FORM {
 
 constexpr int64_t kSketchBlock = 4 * kLanes<float>;  // features whose sums stay in registers
 constexpr int64_t kSketchFeatures = 64;             // fewer for each are not worth a second thread
+constexpr int64_t kFetchedFeatures = 512;            // of a chunk's rows, fetched at a time: a second-level cache has them
 
 // A range of features of the rows of one chunk, the first of which goes to sum `column`. All rows of a sum come one after
 // the other, while it is in registers.
@@ -48,10 +49,13 @@ EVA_TARGET void add_to_sketch(const SketchTask& task, int64_t begin, int64_t end
   int64_t column = task.column;
   Rows chunk{0, std::min(task.chunk_rows - task.before, task.n)};
   for (; chunk.begin < task.n; chunk = {chunk.end, std::min(chunk.end + task.chunk_rows, task.n)}, column = 0) {
-    for (int64_t row = chunk.begin; row < chunk.end; ++row)
-      fetch(static_cast<const X*>(task.x) + row * task.row_stride + begin, (end - begin) * sizeof(X));
-    for (int64_t j = begin; j < end; j += kSketchBlock)
-      add_chunk<X>(task, chunk, column, j, std::min(kSketchBlock, end - j));
+    for (int64_t first = begin; first < end; first += kFetchedFeatures) {
+      const int64_t last = std::min(first + kFetchedFeatures, end);
+      for (int64_t row = chunk.begin; row < chunk.end; ++row)
+        fetch(static_cast<const X*>(task.x) + row * task.row_stride + first, (last - first) * sizeof(X));
+      for (int64_t j = first; j < last; j += kSketchBlock)
+        add_chunk<X>(task, chunk, column, j, std::min(kSketchBlock, last - j));
+    }
     for (int64_t row = chunk.begin; begin == 0 && row < chunk.end; ++row)
       if (!task.mask || task.mask[row]) task.tally[(column + row - chunk.begin) % task.q] += task.signs[row];
   }
